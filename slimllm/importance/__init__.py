@@ -1,0 +1,1 @@
+"""Importance scores: pure functions of statistics and weights."""

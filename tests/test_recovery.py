@@ -1,0 +1,85 @@
+import numpy as np
+import pytest
+import torch
+
+from slimllm.recovery import RECOVERIES
+from slimllm.statistics import Covariance, PairMoments
+
+
+def case(bias, seed=0):
+    torch.manual_seed(seed)
+    x = torch.randn(400, 10) @ torch.randn(10, 10) + 3
+    weight = torch.randn(6, 10)
+    b0 = torch.randn(6) if bias else None
+    keep = torch.tensor([0, 2, 3, 7, 9])
+    y = torch.nn.functional.linear(x, weight, b0)
+    pruned = torch.nn.functional.linear(x[:, keep], weight[:, keep], b0)
+    covariance, moments = Covariance(10), PairMoments(6)
+    covariance.update(x)
+    moments.update(pruned, y)
+    return x, y, pruned, weight, b0, keep, covariance, moments
+
+
+def recovered_output(name, ridge, x, weight, b0, keep, covariance, moments):
+    r = RECOVERIES[name](weight, b0, keep, moments, covariance, ridge)
+    return r, torch.nn.functional.linear(x[:, keep], r.weight, r.bias)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", RECOVERIES)
+def test_recovery_never_raises_the_calibration_error(name, bias):
+    for ridge in (0.01, 1.0, 100.0):
+        x, y, pruned, weight, b0, keep, covariance, moments = case(bias)
+        _, output = recovered_output(name, ridge, x, weight, b0, keep, covariance, moments)
+        assert (y - output).square().mean() <= (y - pruned).square().mean() * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", ["none", "bias", "linear"])
+def test_scale_and_shift_say_the_same_as_weight_and_bias(name, bias):
+    x, y, pruned, weight, b0, keep, covariance, moments = case(bias)
+    r, output = recovered_output(name, 1.0, x, weight, b0, keep, covariance, moments)
+    torch.testing.assert_close(pruned * r.scale + r.shift, output, rtol=1e-4, atol=1e-4)
+
+
+def test_none_keeps_the_columns_and_adds_nothing():
+    x, y, pruned, weight, b0, keep, covariance, moments = case(False)
+    r, _ = recovered_output("none", 1.0, x, weight, b0, keep, covariance, moments)
+    assert torch.equal(r.weight, weight[:, keep]) and r.bias is None
+
+
+def test_linear_is_polyfit_of_each_output_dimension():
+    x, y, pruned, weight, b0, keep, covariance, moments = case(False)
+    r, _ = recovered_output("linear", 1.0, x, weight, b0, keep, covariance, moments)
+    fits = np.array([np.polyfit(pruned[:, d].double(), y[:, d].double(), 1) for d in range(6)])
+    np.testing.assert_allclose(r.scale, fits[:, 0], rtol=1e-4)
+    np.testing.assert_allclose(r.bias, fits[:, 1], rtol=1e-3, atol=1e-3)
+
+
+def test_linear_with_a_constant_dimension_stays_finite():
+    x, y, pruned, weight, b0, keep, covariance, _ = case(False)
+    weight[2] = 0
+    moments = PairMoments(6)
+    moments.update(x[:, keep] @ weight[:, keep].T, x @ weight.T)
+    r, _ = recovered_output("linear", 1.0, x, weight, b0, keep, covariance, moments)
+    assert r.weight.isfinite().all() and r.bias.isfinite().all()
+
+
+def test_least_squares_is_ridge_regression_towards_the_kept_weights():
+    x, y, pruned, weight, b0, keep, covariance, moments = case(False)
+    r, _ = recovered_output("least_squares", 0.5, x, weight, b0, keep, covariance, moments)
+    xs = (x[:, keep] - x[:, keep].mean(0)).double()
+    residual = (y - pruned).double()
+    residual = residual - residual.mean(0)
+    ridge = 0.5 * xs.square().mean(0).mean() * len(xs)
+    delta = torch.linalg.solve(xs.T @ xs + ridge * torch.eye(5), xs.T @ residual)
+    torch.testing.assert_close(r.weight.double(), weight[:, keep].double() + delta.T, rtol=1e-3, atol=1e-3)
+
+
+def test_least_squares_with_a_dead_input_and_a_tiny_ridge():
+    x, y, pruned, weight, b0, keep, covariance, moments = case(False)
+    x[:, 2] = 0
+    covariance = Covariance(10)
+    covariance.update(x)
+    r, output = recovered_output("least_squares", 1e-9, x, weight, b0, keep, covariance, moments)
+    assert output.isfinite().all()

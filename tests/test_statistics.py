@@ -1,0 +1,70 @@
+import torch
+
+from slimllm.statistics import ActivationStore, Covariance, MemoryBudget, PairMoments, SquareSum
+
+
+def rows(count=1000, size=7, offset=0.0):
+    torch.manual_seed(0)
+    return torch.randn(count, size) @ torch.randn(size, size) + offset
+
+
+def test_covariance_of_batches_is_the_covariance_of_all():
+    x = rows()
+    covariance = Covariance(7)
+    for batch in x.split(37):
+        covariance.update(batch)
+    torch.testing.assert_close(covariance.matrix(), torch.cov(x.T, correction=0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(covariance.mean, x.mean(0), rtol=1e-5, atol=1e-5)
+
+
+def test_covariance_survives_a_mean_far_above_the_spread():
+    """Raw second moments would lose all digits here in float32: the mean is 10^4 times the spread."""
+    x = rows(offset=0.0) + torch.tensor([1e4, 0, 0, 0, 0, 0, -1e4])
+    covariance = Covariance(7)
+    for batch in x.split(64):
+        covariance.update(batch)
+    torch.testing.assert_close(covariance.matrix(), torch.cov(x.double().T, correction=0).float(), rtol=1e-3, atol=1e-2)
+
+
+def test_covariance_wider_than_a_column_block_is_symmetric(monkeypatch):
+    monkeypatch.setattr("slimllm.statistics._COLUMN_BLOCK", 3)
+    x = rows()
+    covariance = Covariance(7)
+    covariance.update(x[:500])
+    covariance.update(x[500:])
+    matrix = covariance.matrix()
+    torch.testing.assert_close(matrix, matrix.T, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(matrix, torch.cov(x.T, correction=0), rtol=1e-5, atol=1e-5)
+
+
+def test_square_sum_is_the_column_norm():
+    x, norm = rows(), SquareSum(7)
+    for batch in x.split(100):
+        norm.update(batch)
+    torch.testing.assert_close(norm.norm(), x.norm(dim=0))
+
+
+def test_pair_moments_and_relative_error():
+    x, y = rows(), rows(offset=2.0).roll(1, 1)
+    moments = PairMoments(7)
+    for a, b in zip(x.split(90), y.split(90)):
+        moments.update(a, b)
+    torch.testing.assert_close(moments.var_x, x.var(0, correction=0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moments.cov_xy, ((x - x.mean(0)) * (y - y.mean(0))).mean(0), rtol=1e-4, atol=1e-4)
+    expected = ((y - x) ** 2).mean(0).sum() / y.var(0, correction=0).sum()
+    assert abs(moments.relative_error() - expected) < 1e-4 * expected
+
+
+def test_store_keeps_what_fits_in_memory_and_the_rest_in_a_file():
+    budget = MemoryBudget(2 * 40)
+    store = ActivationStore(budget)
+    tensors = [torch.randn(2, 5), torch.randn(2, 5), torch.randn(2, 5).bfloat16(), torch.randn(3, 5)]
+    for tensor in tensors:
+        store.append(tensor)
+    assert budget.left == 0 and store._file is not None
+    assert all(torch.equal(a, b) for a, b in zip(store, tensors))
+    tensors[1], tensors[3] = tensors[1] + 1, tensors[3] + 1
+    store[1], store[3] = tensors[1], tensors[3]
+    assert all(torch.equal(a, b) for a, b in zip(store, tensors))
+    store.close()
+    assert budget.left == 80
