@@ -1,0 +1,141 @@
+"""Layer importance -> how many heads and channels each layer keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .config import PruneConfig, UserError
+from .families import ModelShape
+from .importance.layers import layer_weights
+
+
+@dataclass
+class LayerPlan:
+    """What one layer keeps. ``ratio`` is the share that was asked of it (Eq. 11), before rounding."""
+
+    ratio: float
+    heads: int
+    kv_heads: int
+    channels: int
+    clipped: bool = False
+
+
+class HeadUnits:
+    """The steps in which a layer's heads can go, so that every layer keeps regular groups.
+
+    ``group``: a step is a KV head with all its query heads (a plain head where there is no grouping).
+    ``query``: a step is one query head out of each KV head's group.
+    """
+
+    def __init__(self, shape: ModelShape, head_unit: str):
+        group_size = shape.heads // shape.kv_heads
+        self.by_query = head_unit == "query" and group_size > 1
+        self.steps = group_size if self.by_query else shape.kv_heads
+        self.units = shape.heads if self.by_query else shape.kv_heads  # what the search chooses from
+        self.classes = shape.kv_heads if self.by_query else 1  # runs of units that lose the same number
+        self._shape = shape
+
+    def widths(self, kept_steps: int) -> tuple[int, int]:
+        """(query heads, KV heads) that a layer with this many steps has."""
+        heads = self._shape.heads // self.steps * kept_steps
+        return heads, self._shape.kv_heads if self.by_query else kept_steps
+
+    def kept_steps(self, ratio: float, round_to: int) -> int:
+        """Steps kept at ``ratio``: steps - round(ratio * steps), at least one, heads x head size a multiple of round_to."""
+        wanted = self.steps - round(ratio * self.steps)
+        if round_to == 1:
+            return max(1, wanted)
+        allowed = [n for n in range(1, self.steps + 1) if self.widths(n)[0] * self._shape.head_dim % round_to == 0]
+        return min(allowed or [self.steps], key=lambda n: (abs(n - self.steps * (1 - ratio)), -n))
+
+
+def plan(shape: ModelShape, cosine: list[float], config: PruneConfig) -> list[LayerPlan]:
+    """One LayerPlan a layer, from the dense model's layer cosines [L].
+
+    With ``pruning_ratio`` each layer's ratio is rounded on its own, as published. With ``target_sparsity`` the ratios
+    are scaled, heads rounded, and channels take up the rest, so that the decoder's parameters (biases that the
+    recovery adds included) meet the target to within half a channel (half of ``round_to`` channels).
+    Raises UserError where the pruned layers cannot give that much.
+    """
+    weights = layer_weights(cosine, config.pruned_layers, config.alpha, config.layer_ratio)
+    units = HeadUnits(shape, config.head_unit)
+    if config.target_sparsity is None:
+        return _from_ratios(shape, units, [config.pruning_ratio * weight for weight in weights], config.round_to)
+    return _for_target(shape, units, weights, config)
+
+
+def _from_ratios(shape, units, ratios, round_to) -> list[LayerPlan]:
+    plans = []
+    for ratio in ratios:
+        if not ratio:
+            plans.append(LayerPlan(0.0, shape.heads, shape.kv_heads, shape.channels))
+            continue
+        inside = min(ratio, 1.0)
+        heads = units.widths(units.kept_steps(inside, round_to))
+        channels = shape.channels - round(inside * shape.channels)
+        if round_to > 1:
+            channels = round(channels / round_to) * round_to
+        channels = min(max(channels, round_to), shape.channels)
+        clipped = round(inside * units.steps) >= units.steps or round(inside * shape.channels) >= shape.channels
+        plans.append(LayerPlan(ratio, *heads, channels, clipped))
+    return plans
+
+
+def removed_parameters(shape: ModelShape, plans: list[LayerPlan], new_bias: bool) -> int:
+    """Decoder parameters that the plans remove; ``new_bias`` counts the biases that a recovery gives pruned projections."""
+    kept = sum(
+        shape.layer_parameters(
+            p.heads, p.kv_heads, p.channels,
+            o_bias=shape.o_bias or (new_bias and p.heads < shape.heads),
+            down_bias=shape.mlp_bias or (new_bias and p.channels < shape.channels),
+        )
+        for p in plans
+    )
+    return shape.decoder_parameters - kept
+
+
+def _for_target(shape, units, weights, config) -> list[LayerPlan]:
+    target = config.target_sparsity * shape.decoder_parameters
+    new_bias = config.recovery != "none"
+
+    def planned(scale):
+        return _from_ratios(shape, units, [scale * weight for weight in weights], config.round_to)
+
+    low, high = 0.0, 1.0
+    while removed_parameters(shape, planned(high), new_bias) < target:
+        if high > 1e6:
+            most = removed_parameters(shape, planned(high), new_bias) / shape.decoder_parameters
+            raise UserError(
+                f"--target_sparsity {config.target_sparsity}: {config.pruned_layers} pruned layers can give up at most "
+                f"{most:.3f} of the decoder's parameters; raise --pruned_layers"
+            )
+        low, high = high, 2 * high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if removed_parameters(shape, planned(middle), new_bias) < target else (low, middle)
+    plans = planned(high)
+    _fill_with_channels(shape, plans, target, new_bias, config.round_to)
+    return plans
+
+
+def _fill_with_channels(shape, plans, target, new_bias, step) -> None:
+    """Moves the kept channels of the pruned layers, in steps, until the removed parameters are nearest to ``target``.
+
+    The heads stay; the surplus is shared in proportion to what each layer loses, largest remainder first.
+    """
+    pruned = [p for p in plans if p.ratio and p.channels < shape.channels]
+    cost = shape.channel_parameters * step
+    surplus = round((removed_parameters(shape, plans, new_bias) - target) / cost)  # steps to give back (or to take)
+    while surplus and pruned:
+        share = sum(p.ratio for p in pruned)
+        parts = [surplus * p.ratio / share for p in pruned]
+        whole = [int(part) for part in parts]
+        rest = sorted(range(len(parts)), key=lambda i: -abs(parts[i] - whole[i]))
+        for i in rest[: abs(surplus - sum(whole))]:
+            whole[i] += 1 if surplus > 0 else -1
+        for p, steps in zip(pruned, whole):
+            allowed = range(step, shape.channels, step)
+            moved = min(max(p.channels + steps * step, allowed[0]), allowed[-1])
+            surplus -= (moved - p.channels) // step
+            p.channels = moved
+        pruned = [p for p in pruned if step < p.channels < allowed[-1]]

@@ -1,0 +1,197 @@
+"""Which models can be pruned, where a family keeps its parts, and how a model is read from disk or the hub."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from .config import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Family:
+    """Attribute names of a decoder; another family is another entry in FAMILIES and in modeling.SLIM_MODELS.
+
+    ``qkv_bias``, ``o_bias``, ``mlp_bias``: the name of the config flag for that bias, or the fixed answer.
+    """
+
+    model_type: str
+    decoder: str = "model"
+    layers: str = "layers"
+    attention: str = "self_attn"
+    attention_norm: str = "input_layernorm"
+    mlp: str = "mlp"
+    mlp_norm: str = "post_attention_layernorm"
+    qkv_bias: str | bool = "attention_bias"
+    o_bias: str | bool = "attention_bias"
+    mlp_bias: str | bool = False
+    qk_norm: bool = False
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("llama", mlp_bias="mlp_bias"),
+        Family("mistral", qkv_bias=False, o_bias=False),
+        Family("qwen2", qkv_bias=True, o_bias=False),
+        Family("qwen3", qk_norm=True),
+    )
+}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes that decide what pruning can do, from a config alone."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    channels: int
+    vocab: int
+    tied: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+
+    def layer_parameters(self, heads, kv_heads, channels, o_bias=None, down_bias=None) -> int:
+        """Parameters of one decoder layer of these widths; a bias that is not mentioned is as in the dense model."""
+        o_bias = self.o_bias if o_bias is None else o_bias
+        down_bias = self.mlp_bias if down_bias is None else down_bias
+        wide, narrow = heads * self.head_dim, kv_heads * self.head_dim
+        attention = self.hidden * (2 * wide + 2 * narrow) + self.qkv_bias * (wide + 2 * narrow) + o_bias * self.hidden
+        mlp = channels * self.channel_parameters + down_bias * self.hidden
+        return attention + mlp + 2 * self.hidden + self.qk_norm * 2 * self.head_dim
+
+    @property
+    def channel_parameters(self) -> int:
+        """Parameters that one feed-forward channel holds."""
+        return 3 * self.hidden + 2 * self.mlp_bias
+
+    @property
+    def decoder_parameters(self) -> int:
+        return self.layers * self.layer_parameters(self.heads, self.kv_heads, self.channels)
+
+    @property
+    def other_parameters(self) -> int:
+        """Embeddings, final norm and (untied) output head."""
+        return self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden
+
+
+def family_of(config) -> Family:
+    """The family of a transformers config. Raises UserError naming the supported model_types."""
+    model_type = config.model_type
+    if model_type.startswith("slim_") and model_type[5:] in FAMILIES:
+        raise UserError(f"model_type {model_type}: this model is pruned already; prune the dense model it came from")
+    if model_type not in FAMILIES:
+        raise UserError(f"model_type {model_type}: supported are {', '.join(FAMILIES)}{nearest(model_type, FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+def shape_of(config, family: Family) -> ModelShape:
+    def flag(value):
+        return bool(getattr(config, value, False)) if isinstance(value, str) else value
+
+    heads = config.num_attention_heads
+    return ModelShape(
+        layers=config.num_hidden_layers, hidden=config.hidden_size, heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        channels=config.intermediate_size, vocab=config.vocab_size, tied=config.tie_word_embeddings,
+        qkv_bias=flag(family.qkv_bias), o_bias=flag(family.o_bias), mlp_bias=flag(family.mlp_bias), qk_norm=family.qk_norm,
+    )
+
+
+def _source(base_model: str) -> tuple[str, dict]:
+    """(folder or hub name, keyword arguments) for from_pretrained. Raises UserError for a path that is no model."""
+    if base_model.endswith(".gguf"):
+        if not os.path.isfile(base_model):
+            raise UserError(f"--base_model {base_model}: no such file")
+        folder, name = os.path.split(os.path.abspath(base_model))
+        return folder, {"gguf_file": name}
+    if os.path.isdir(base_model):
+        if not os.path.isfile(os.path.join(base_model, "config.json")):
+            raise UserError(f"--base_model {base_model}: the folder has no config.json")
+    elif os.path.exists(base_model):
+        raise UserError(f"--base_model {base_model}: not a model folder, a hub name or a .gguf file")
+    elif base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
+        raise UserError(f"--base_model {base_model}: no such folder")
+    return base_model, {}
+
+
+def _read(what: str, base_model: str, read):
+    """Runs ``read``; what goes wrong inside the libraries becomes one line that names the model."""
+    try:
+        return read()
+    except UserError:
+        raise
+    except SafetensorError as error:
+        raise UserError(f"--base_model {base_model}: a safetensors file is broken ({error}); copy or download it again") from None
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"--base_model {base_model}: cannot read the {what}: {first}") from None
+
+
+def load_config(base_model: str):
+    """The model's transformers config. Raises UserError for a missing or unsupported model."""
+    source, kwargs = _source(base_model)
+    config = _read("config", base_model, lambda: AutoConfig.from_pretrained(source, **kwargs))
+    family_of(config)
+    return config
+
+
+def load_tokenizer(base_model: str):
+    source, kwargs = _source(base_model)
+    return _read("tokenizer", base_model, lambda: AutoTokenizer.from_pretrained(source, **kwargs))
+
+
+def load_model(base_model: str, dtype: torch.dtype):
+    """The model in ``dtype`` on the CPU. Raises UserError where weights are missing, broken or unsupported."""
+    source, kwargs = _source(base_model)
+
+    def read():
+        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **kwargs)
+        if info["missing_keys"] or info["mismatched_keys"]:
+            wrong = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
+            raise UserError(f"--base_model {base_model}: {len(wrong)} weights are missing or of the wrong shape, the first {wrong[0]}")
+        return model
+
+    # transformers lists missing weights in a table of its own; the one line above says it
+    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
+    model = _read("weights", base_model, read).eval()
+    if getattr(model.config, "quantization_config", None) is not None:
+        if not kwargs:
+            raise UserError(f"--base_model {base_model}: the weights are quantized; prune the unquantized model")
+        # a .gguf file's weights are dequantized as they are read; only the labels remain, and they forbid saving
+        del model.config.quantization_config
+        for label in ("hf_quantizer", "quantization_method", "is_quantized"):
+            model.__dict__.pop(label, None)
+    return model
+
+
+def with_multi_head_attention(model):
+    """The same model with each key/value head repeated for every query head that uses it (in place).
+
+    For comparison with implementations that know multi-head attention only; the outputs stay the same.
+    """
+    attention_of = FAMILIES[model.config.model_type].attention
+    for layer in model.model.layers:
+        attention = getattr(layer, attention_of)
+        for name in ("k_proj", "v_proj"):
+            linear = getattr(attention, name)
+            for parameter in (linear.weight, linear.bias):
+                if parameter is not None:
+                    blocks = parameter.data.unflatten(0, (-1, attention.head_dim))
+                    parameter.data = blocks.repeat_interleave(attention.num_key_value_groups, 0).flatten(0, 1)
+            linear.out_features = linear.weight.shape[0]
+        attention.num_key_value_groups = 1
+    model.config.num_key_value_heads = model.config.num_attention_heads
+    return model

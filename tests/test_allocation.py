@@ -1,0 +1,87 @@
+import math
+
+import pytest
+
+from slimllm.allocation import HeadUnits, plan, removed_parameters
+from slimllm.config import UserError
+from slimllm.families import FAMILIES, shape_of
+from tests.conftest import FAMILY_CASES, make_config, make_model
+
+COSINE = [0.1, 0.9, 0.95, 0.5, 0.92, 0.93]
+
+
+def shape(case="llama_gqa", **sizes):
+    model = make_model(case, num_hidden_layers=6, **sizes)
+    return shape_of(model.config, FAMILIES[model.config.model_type]), model
+
+
+@pytest.mark.parametrize("case", FAMILY_CASES)
+def test_parameter_counts_are_the_model_s(case):
+    counted, model = shape(case)
+    assert counted.decoder_parameters == sum(p.numel() for p in model.model.layers.parameters())
+    assert counted.decoder_parameters + counted.other_parameters == model.num_parameters()
+
+
+def test_ratio_is_rounded_layer_by_layer_as_published():
+    counted, _ = shape("llama_mha", intermediate_size=1536, num_attention_heads=8, num_key_value_heads=8, hidden_size=64)
+    plans = plan(counted, COSINE, make_config(layers=6, pruned_layers=4, pruning_ratio=0.25, alpha=10))
+    weights = [math.exp(10 * c) for c in (0.9, 0.95, 0.92, 0.93)]
+    ratios = dict(zip((1, 2, 4, 5), (0.25 * 4 * w / sum(weights) for w in weights)))
+    for index, p in enumerate(plans):
+        r = ratios.get(index, 0)
+        assert (p.ratio, p.heads, p.channels) == (pytest.approx(r), 8 - round(r * 8), 1536 - round(r * 1536))
+    assert plans[0].ratio == plans[3].ratio == 0
+
+
+@pytest.mark.parametrize("case", ["llama_mha", "llama_gqa", "llama_biases", "qwen3"])
+@pytest.mark.parametrize("head_unit", ["group", "query"])
+@pytest.mark.parametrize("recovery", ["none", "linear"])
+@pytest.mark.parametrize("target", [0.0, 0.05, 0.2, 0.37, 0.5])
+def test_target_sparsity_is_met_to_within_one_channel(case, head_unit, recovery, target):
+    counted, _ = shape(case, intermediate_size=100)
+    config = make_config(layers=6, target_sparsity=target, head_unit=head_unit, recovery=recovery)
+    plans = plan(counted, COSINE, config)
+    removed = removed_parameters(counted, plans, recovery != "none")
+    assert abs(removed - target * counted.decoder_parameters) <= counted.channel_parameters
+    for p in plans:
+        assert p.heads >= 1 and p.channels >= 1 and p.heads % p.kv_heads == 0
+
+
+def test_target_beyond_reach_says_how_much_is_possible():
+    counted, _ = shape()
+    with pytest.raises(UserError, match=r"--target_sparsity 0.9: 2 pruned layers can give up at most 0\.\d+"):
+        plan(counted, COSINE, make_config(layers=6, target_sparsity=0.9, pruned_layers=2))
+
+
+def test_a_layer_keeps_a_head_group_and_a_channel():
+    counted, _ = shape()
+    plans = plan(counted, COSINE, make_config(layers=6, pruning_ratio=0.9, pruned_layers=6, alpha=10))
+    clipped = [p for p in plans if p.clipped]
+    assert clipped and all(p.heads >= 1 and p.kv_heads >= 1 and p.channels >= 1 for p in plans)
+
+
+def test_round_to_keeps_multiples():
+    counted, _ = shape(intermediate_size=100)
+    for settings in (dict(pruning_ratio=0.4), dict(target_sparsity=0.3)):
+        plans = plan(counted, COSINE, make_config(layers=6, round_to=16, **settings))
+        for p in plans:
+            assert p.channels % 16 == 0 or p.channels == 100
+            assert p.heads * counted.head_dim % 16 == 0
+    removed = removed_parameters(counted, plans, True)
+    assert abs(removed - 0.3 * counted.decoder_parameters) <= 16 * counted.channel_parameters
+
+
+@pytest.mark.parametrize("case, unit, steps, units, classes", [
+    ("llama_mha", "group", 4, 4, 1), ("llama_mha", "query", 4, 4, 1),
+    ("llama_gqa", "group", 2, 2, 1), ("llama_gqa", "query", 2, 4, 2),
+    ("llama_mqa", "group", 1, 1, 1), ("llama_mqa", "query", 4, 4, 1),
+])
+def test_head_units(case, unit, steps, units, classes):
+    found = HeadUnits(shape(case)[0], unit)
+    assert (found.steps, found.units, found.classes) == (steps, units, classes)
+
+
+@pytest.mark.parametrize("layers, ratio, pruned, alpha", [(32, 0.25, 26, 10), (32, 0.55, 30, 7), (30, 0.25, 24, 10), (30, 0.55, 28, 7), (2, 0.25, 2, 10)])
+def test_depth_defaults_are_the_paper_s_scaled(layers, ratio, pruned, alpha):
+    config = make_config(layers=layers, pruned_layers=None, pruning_ratio=ratio)
+    assert (config.pruned_layers, config.alpha) == (pruned, alpha)

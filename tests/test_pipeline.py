@@ -1,0 +1,136 @@
+import copy
+
+import pytest
+import torch
+
+from slimllm import families, pipeline
+from slimllm.config import HEAD_UNITS, UserError
+from slimllm.families import FAMILIES, shape_of
+from slimllm.recovery import RECOVERIES
+from tests import plain
+from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model
+
+
+@pytest.mark.parametrize("case", FAMILY_CASES)
+def test_ratio_zero_leaves_the_logits_unchanged(case):
+    model, ids = make_model(case), make_ids()
+    before = logits(model, ids)
+    reports = pipeline.prune(model, ids, make_config(pruning_ratio=0.0))
+    assert torch.equal(logits(model, ids), before)
+    assert all(len(r.channels) == 48 and r.mlp_error is None for r in reports)
+
+
+def masked(dense, reports):
+    """The dense model with the columns of removed heads and channels set to zero in its output projections."""
+    model = copy.deepcopy(dense)
+    for layer, report in zip(model.model.layers, reports):
+        width = layer.self_attn.head_dim
+        mask = torch.zeros(layer.self_attn.o_proj.in_features)
+        for head in report.heads:
+            mask[head * width : (head + 1) * width] = 1
+        layer.self_attn.o_proj.weight.data *= mask
+        mask = torch.zeros(layer.mlp.down_proj.in_features)
+        mask[report.channels] = 1
+        layer.mlp.down_proj.weight.data *= mask
+    return model
+
+
+@pytest.mark.parametrize("head_unit", HEAD_UNITS)
+@pytest.mark.parametrize("case", FAMILY_CASES)
+def test_slicing_equals_masking(case, head_unit):
+    dense, ids = make_model(case), make_ids()
+    model = copy.deepcopy(dense)
+    reports = pipeline.prune(model, ids, make_config(recovery="none", head_unit=head_unit, layer_ratio="uniform"))
+    torch.testing.assert_close(logits(model, ids), logits(masked(dense, reports), ids), rtol=1e-4, atol=1e-4)
+    assert model.model.layers[0].mlp.gate_proj.weight.shape[0] == len(reports[0].channels) < 48
+
+
+@pytest.mark.parametrize("recovery", RECOVERIES)
+@pytest.mark.parametrize("head_unit", HEAD_UNITS)
+@pytest.mark.parametrize("case", FAMILY_CASES)
+def test_every_recovery_lowers_the_error_of_each_part(case, head_unit, recovery):
+    model, ids = make_model(case), make_ids(samples=12)
+    for report in pipeline.prune(model, ids, make_config(recovery=recovery, head_unit=head_unit, layer_ratio="uniform")):
+        for error in (report.attention_error, report.mlp_error):
+            assert error is None or error[1] <= error[0] * (1 + 1e-4)
+    assert logits(model, ids).isfinite().all()
+
+
+@pytest.mark.parametrize("recovery", ["linear", "least_squares"])
+def test_reported_error_is_the_layer_s_real_error(recovery):
+    """The streamed error of the last layer's feed-forward part, against running the module on the same input."""
+    dense, ids = make_model("llama_mha"), make_ids(samples=12)
+    model = copy.deepcopy(dense)
+    report = pipeline.prune(model, ids, make_config(recovery=recovery))[-1]
+    seen = {}
+    model.model.layers[-1].mlp.register_forward_hook(lambda _, args, output: seen.update(x=args[0], y=output))
+    logits(model, ids)
+    wanted = dense.model.layers[-1].mlp(seen["x"]).flatten(0, 1)
+    error = (seen["y"].flatten(0, 1) - wanted).square().mean(0).sum() / wanted.var(0, correction=0).sum()
+    assert report.mlp_error[1] == pytest.approx(error.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_pipeline_decides_as_the_plain_transcription(ratio, seed):
+    model, ids = make_model("llama_mha", seed=seed, num_hidden_layers=4), make_ids(samples=12, seed=seed)
+    twin = copy.deepcopy(model)
+    cosine, kept = plain.prune(twin, ids, ratio, 3, 2.0)
+    reports = pipeline.prune(model, ids, make_config(layers=4, pruned_layers=3, pruning_ratio=ratio, alpha=2.0, keep_lowest=0.01))
+    assert [r.cosine for r in reports] == pytest.approx(cosine, abs=1e-5)
+    for index, (heads, channels) in kept.items():
+        assert reports[index].heads == heads and reports[index].channels == channels
+    torch.testing.assert_close(logits(model, ids), logits(twin, ids), rtol=1e-2, atol=1e-2)
+
+
+def test_samples_in_batches_and_on_disk_decide_the_same(monkeypatch):
+    model, ids = make_model(), make_ids(samples=10)
+    twin = copy.deepcopy(model)
+    reports = pipeline.prune(model, ids, make_config(recovery="least_squares"))
+    monkeypatch.setattr(pipeline, "TOKENS_PER_BATCH", 48)
+    monkeypatch.setattr(pipeline, "MIN_ACTIVATION_BYTES", 0)
+    again = pipeline.prune(twin, ids, make_config(recovery="least_squares"))
+    assert [(r.heads, r.channels) for r in reports] == [(r.heads, r.channels) for r in again]
+    torch.testing.assert_close(logits(model, ids), logits(twin, ids), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    model, ids = make_model().to(dtype), make_ids()
+    pipeline.prune(model, ids, make_config(recovery="least_squares"))
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert logits(model, ids).isfinite().all()
+
+
+def test_values_that_are_not_finite_are_named():
+    model = make_model()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match="layer 1 gives values that are not finite"):
+        pipeline.prune(model, make_ids(), make_config())
+
+
+def test_an_unpruned_layer_between_pruned_ones_is_left_whole():
+    model, ids = make_model(num_hidden_layers=4), make_ids()
+    weights = copy.deepcopy(model.state_dict())
+    reports = pipeline.prune(model, ids, make_config(layers=4, pruned_layers=2))
+    whole = [r.index for r in reports if not r.ratio]
+    assert len(whole) == 2
+    for index in whole:
+        for name, value in model.model.layers[index].state_dict().items():
+            assert torch.equal(value, weights[f"model.layers.{index}.{name}"])
+
+
+def test_heads_that_stay_while_channels_go():
+    """A small ratio can round to no head at all; the feed-forward part is pruned all the same."""
+    model, ids = make_model("llama_gqa"), make_ids()
+    reports = pipeline.prune(model, ids, make_config(pruning_ratio=0.1, layer_ratio="uniform"))
+    assert all(len(r.heads) == 4 and r.attention_error is None and len(r.channels) < 48 for r in reports)
+    assert model.model.layers[0].self_attn.o_proj.bias is None
+
+
+def test_repeating_kv_heads_leaves_the_logits_unchanged():
+    model, ids = make_model("qwen2"), make_ids()
+    before = logits(model, ids)
+    families.with_multi_head_attention(model)
+    torch.testing.assert_close(logits(model, ids), before, rtol=1e-4, atol=1e-4)
+    assert shape_of(model.config, FAMILIES["qwen2"]).kv_heads == 4
