@@ -1,0 +1,176 @@
+"""Prunes a Llama-family model with SlimLLM: flags -> settings -> pipeline -> save, evaluate, record."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+OUTPUT = Path("prune_log")
+log = logging.getLogger("slimllm")
+
+
+def main(argv=None) -> int:
+    """Exit status: 0, 2 for a user's mistake (one line on stderr), 130 when interrupted."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        from slimllm.config import UserError, parse_args
+
+        try:
+            run(parse_args(argv))
+        except UserError as error:
+            print(f"hf_prune.py: error: {error}", file=sys.stderr)
+            return 2
+    except KeyboardInterrupt:
+        print("hf_prune.py: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(config) -> None:
+    """One run, as its settings say. Raises UserError for what the user can mend."""
+    from transformers.utils import logging as transformers_logging
+
+    from slimllm import allocation, calibration, checkpoint, families, report
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    handlers = _start_log()
+    try:
+        calibration.check_source(config.calibration)
+        model_config = families.load_config(config.base_model)
+        shape = families.shape_of(model_config, families.family_of(model_config))
+        config.resolve_depth(shape.layers)
+        device, eval_device = _device("device", config.device), _device("eval_device", config.eval_device)
+        dtype = _dtype(config.dtype, device, model_config)
+        if config.dry_run:
+            uniform = dataclasses.replace(config, layer_ratio="uniform")
+            plans = allocation.plan(shape, [0.0] * shape.layers, uniform)
+            log.info("%s", report.dry_run(shape, plans, uniform, dtype))
+            return
+        if config.target_sparsity is not None:  # fails before anything is read if it cannot be met
+            allocation.plan(shape, [0.0] * shape.layers, config)
+        target = OUTPUT / config.save_ckpt_log_name
+        with checkpoint.staged(target, config.overwrite) as folder:
+            handlers.append(logging.FileHandler(folder / "log.txt", encoding="utf-8"))
+            log.addHandler(handlers[-1])
+            result = _prune_into(folder, config, shape, device, eval_device, dtype)
+        log.info("\n%s\n\neverything lies in %s/", report.table([(config.save_ckpt_log_name, result)]), target)
+    finally:
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()
+
+
+def _prune_into(folder: Path, config, shape, device, eval_device, dtype) -> dict:
+    """The run itself; everything is written to ``folder``. Returns the record."""
+    from tqdm.auto import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from slimllm import calibration, checkpoint, evaluation, families, pipeline, record, report
+
+    timed = record.Stopwatch()
+    log.info("%s", record.command())
+    texts = evaluation.load_texts(config.eval_data)
+    with timed("loading"):
+        tokenizer = families.load_tokenizer(config.base_model)
+        blocks = [evaluation.blocks_of(text, tokenizer, config.max_seq_len, config.eval_limit) for text in texts]
+        model = families.load_model(config.base_model, dtype)
+    log.info("%s: %s, %d layers, %.1f M parameters, %s", config.base_model, model.config.model_type, shape.layers, model.num_parameters() / 1e6, dtype)
+    with timed("calibration"):
+        samples = calibration.load(config, model, tokenizer)
+    samples.save(folder)
+    log.info("calibration: %d samples of %d tokens, %s, sha256 %s", *samples.ids.shape, samples.source, samples.sha256[:12])
+
+    def evaluate(stage: str) -> list[float]:
+        with timed("evaluation"), evaluation.evaluating(model, eval_device):
+            if config.test_after_train:
+                for text in evaluation.continuations(model, tokenizer, config):
+                    log.info("[%s] %s", stage, text)
+            values = [evaluation.perplexity(model, b, f"{t.name} ({stage})") for t, b in zip(texts, blocks)]
+        for text, value in zip(texts, values):
+            log.info("%s: %s perplexity %.3f", stage, text.name, value)
+        return values
+
+    dense = evaluate("dense")
+    sizes = [model.num_parameters(), shape.decoder_parameters]
+    with timed("pruning"), logging_redirect_tqdm([log]), tqdm(total=shape.layers, desc="pruning", unit="layer", disable=None) as bar:
+
+        def on_layer(layer):
+            log.info("%s", report.layer_line(layer, shape))
+            bar.update()
+
+        layers = pipeline.prune(model, samples.ids, config, device, on_layer)
+    checkpoint.as_slim_model(model)
+    removed = sizes[0] - model.num_parameters()
+    if config.save_model:
+        with timed("saving"):
+            checkpoint.save(model, tokenizer, folder)
+            model = checkpoint.reload_and_compare(model, folder, samples.ids[:2, :64])
+        log.info("saved, loaded again and compared: the same logits")
+    pruned = evaluate("pruned")
+    eval_dtype = evaluation.evaluation_dtype(dtype, eval_device)
+    result = {
+        "format": record.FORMAT,
+        "command": record.command(),
+        "environment": record.environment(),
+        "config": config.to_dict(),
+        "model": {"name": Path(config.base_model).name, "type": model.config.model_type, "dtype": str(dtype).removeprefix("torch."),
+                  "device": str(device), "shape": dataclasses.asdict(shape)},
+        "calibration": samples.to_dict(),
+        "parameters": {"dense": sizes[0], "pruned": model.num_parameters(), "dense_decoder": sizes[1],
+                       "decoder_removed": removed / sizes[1], "removed": removed / sizes[0]},
+        "evaluation": [
+            {"data": t.name, "split": t.split, "sha256": t.sha256, "seq_len": config.max_seq_len, "blocks": len(b),
+             "limited": config.eval_limit is not None, "dtype": str(eval_dtype).removeprefix("torch."), "dense": d, "pruned": p}
+            for t, b, d, p in zip(texts, blocks, dense, pruned)
+        ],
+        "seconds": timed.seconds,
+        "peak_memory": record.peak_memory(),
+        "layers": [dataclasses.asdict(layer) for layer in layers],
+    }
+    (folder / "pruning.json").write_text(record.dumps(result), encoding="utf-8")
+    report.figures(result, folder / "figures")
+    return result
+
+
+def _start_log() -> list[logging.Handler]:
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    console = logging.StreamHandler(sys.stdout)
+    log.addHandler(console)
+    return [console]
+
+
+def _device(flag: str, name: str):
+    import torch
+
+    from slimllm.config import UserError
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--{flag} {name}: no such device here; use cpu{', cuda' if torch.cuda.is_available() else ''} or auto") from None
+    return device
+
+
+def _dtype(name: str, device, model_config):
+    """What the weights are loaded, computed and saved in."""
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu":
+        return torch.float32
+    return getattr(model_config, "dtype", None) or torch.float16
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""What a run did: everything that is needed to get its figures again, as JSON."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+FORMAT = 1
+PACKAGES = ("torch", "transformers", "datasets", "safetensors", "numpy", "peft")
+
+
+def environment() -> dict:
+    """Versions of the interpreter and the packages, the commit of this code, the machine's compute."""
+    import slimllm
+
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
+    return {
+        "slimllm": slimllm.__version__, "commit": _commit(), "python": platform.python_version(), **versions,
+        "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.processor()), "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _commit() -> str | None:
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if found.returncode:
+        return None
+    return found.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
+
+
+def command() -> str:
+    return " ".join(["python", *sys.argv])
+
+
+def peak_memory() -> dict:
+    """Peak bytes of this process so far: resident memory, and GPU memory where one is in use."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    peak = {"cpu_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        peak["gpu_bytes"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+class Stopwatch:
+    """Seconds of each named phase of a run."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str):
+        started = time.perf_counter()
+        yield
+        self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.perf_counter() - started, 3)
+
+
+def dumps(record: dict) -> str:
+    """JSON with one line for each short list, so that lists of indices do not fill the page."""
+    text = json.dumps(record, indent=1, allow_nan=False, default=str)
+    return re.sub(r"\[[^\[\]{}]*\]", lambda m: re.sub(r"\s+", " ", m.group()), text) + "\n"
+
+
+def read(folder: str | os.PathLike) -> dict:
+    """The record of a run: pruning.json in its folder. Raises ValueError or FileNotFoundError."""
+    path = Path(folder) / "pruning.json"
+    record = json.loads(path.read_text())
+    if record.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {record.get('format')}, expected {FORMAT}")
+    return record

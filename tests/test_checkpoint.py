@@ -1,0 +1,143 @@
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from slimllm import checkpoint, pipeline
+from slimllm.config import UserError
+from slimllm.recovery import RECOVERIES
+from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model
+
+
+def pruned(case="llama_gqa", **settings):
+    model = make_model(case)
+    settings = {"recovery": "least_squares", "layer_ratio": "uniform", **settings}
+    pipeline.prune(model, make_ids(), make_config(**settings))
+    return checkpoint.as_slim_model(model)
+
+
+@pytest.mark.parametrize("recovery", RECOVERIES)
+@pytest.mark.parametrize("case", FAMILY_CASES)
+def test_saved_and_reloaded_logits_are_equal(case, recovery, tmp_path):
+    model = pruned(case, recovery=recovery, head_unit="query")
+    model.save_pretrained(tmp_path)
+    for kwargs in ({"trust_remote_code": True}, {}):  # the file beside the weights, and plain ``import slimllm``
+        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, **kwargs)
+        assert torch.equal(logits(reloaded, make_ids()), logits(model, make_ids()))
+    assert not list(tmp_path.glob("*.bin")) and not list(tmp_path.glob("*.pt"))
+
+
+def test_a_model_that_was_not_pruned_round_trips(tmp_path):
+    model = make_model()
+    before = logits(model, make_ids())
+    checkpoint.as_slim_model(model).save_pretrained(tmp_path)
+    assert torch.equal(logits(checkpoint.load(tmp_path), make_ids()), before)
+
+
+LOAD_ALONE = """
+import sys, json, torch
+from transformers import AutoModelForCausalLM
+try:
+    import slimllm
+    sys.exit("slimllm can be imported here: the test proves nothing")
+except ImportError:
+    pass
+folder, again, dtype = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=getattr(torch, dtype), device_map="cpu")
+assert model.dtype == getattr(torch, dtype)
+ids = torch.arange(12)[None]
+with torch.no_grad():
+    print(json.dumps(model(ids).logits.float().flatten().tolist()))
+    cached = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, use_cache=True)
+    assert torch.equal(cached, model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, use_cache=False))
+model.save_pretrained(again)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loads_where_the_project_cannot_be_imported_and_saves_again(dtype, tmp_path):
+    model = pruned()
+    model.save_pretrained(tmp_path / "first")
+    for source, again in (("first", "second"), ("second", "third")):
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", LOAD_ALONE, tmp_path / source, tmp_path / again, dtype],
+            cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        found = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+        expected = logits(copy.deepcopy(model).to(getattr(torch, dtype)), torch.arange(12)[None]).float().flatten()
+        tolerance = 1e-4 if dtype == "float32" else 0.2
+        assert (found - expected).abs().max() < tolerance * max(1, expected.abs().max())
+    assert (tmp_path / "second" / "modeling.py").is_file()
+
+
+@pytest.mark.parametrize("case", ["llama_gqa", "mistral_window", "qwen2_window", "qwen3"])
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_generates_with_a_kv_cache(case, cache):
+    model = pruned(case)
+    ids = make_ids(2, 10)
+    with torch.no_grad():
+        plain = model.generate(ids, max_new_tokens=12, do_sample=False, use_cache=False, pad_token_id=0, eos_token_id=None)
+        cached = model.generate(ids, max_new_tokens=12, do_sample=False, cache_implementation=cache, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(plain, cached)
+
+
+def test_batches_with_padding_give_what_single_rows_give():
+    model = pruned()
+    ids = make_ids(1, 10)
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], 1)
+    mask = (torch.arange(14) >= 4).long()[None]
+    with torch.no_grad():
+        found = model(padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)).logits[:, 4:]
+    torch.testing.assert_close(found, logits(model, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_takes_peft():
+    from peft import LoraConfig, get_peft_model
+
+    model = pruned()
+    before = logits(model, make_ids())
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
+    torch.testing.assert_close(logits(wrapped, make_ids()), before)
+    loss = wrapped(make_ids(), labels=make_ids()).loss
+    loss.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in wrapped.parameters())
+
+
+def test_large_checkpoints_are_sharded(tmp_path):
+    model = pruned()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file() and len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert torch.equal(logits(checkpoint.load(tmp_path), make_ids()), logits(model, make_ids()))
+
+
+def test_a_checkpoint_that_is_another_model_fails_the_run(tmp_path):
+    model = pruned()
+    model.save_pretrained(tmp_path)
+    model.model.layers[1].mlp.down_proj.weight.data += 0.1
+    with pytest.raises(RuntimeError, match="does not load as the model that was saved"):
+        checkpoint.reload_and_compare(model, tmp_path, make_ids())
+
+
+def test_staged_moves_into_place_and_leaves_nothing_behind(tmp_path):
+    target = tmp_path / "log" / "run"
+    with checkpoint.staged(target, overwrite=False) as folder:
+        (folder / "a").write_text("1")
+        assert not target.exists()
+    assert [p.name for p in target.parent.iterdir()] == ["run"] and (target / "a").read_text() == "1"
+    with pytest.raises(UserError, match="--overwrite"):
+        with checkpoint.staged(target, overwrite=False):
+            pass
+    with pytest.raises(KeyboardInterrupt):
+        with checkpoint.staged(target, overwrite=True) as folder:
+            (folder / "a").write_text("2")
+            raise KeyboardInterrupt
+    assert [p.name for p in target.parent.iterdir()] == ["run"] and (target / "a").read_text() == "1"
+    with checkpoint.staged(target, overwrite=True) as folder:
+        (folder / "a").write_text("3")
+    assert [p.name for p in target.parent.iterdir()] == ["run"] and (target / "a").read_text() == "3"

@@ -1,0 +1,266 @@
+import errno
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import hf_prune
+from slimllm import checkpoint, pipeline
+from tests.conftest import ROOT, logits, make_ids, make_model, run_cli
+
+
+@pytest.fixture
+def cli(tmp_path, tiny_folder, text_file, monkeypatch, capsys):
+    """Runs hf_prune in this process on the tiny model. Returns (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    small = ["--calibration", text_file, "--eval_data", text_file, "--num_examples", "8", "--seq_len", "16", "--max_seq_len", "16", "--eval_limit", "8"]
+
+    def run(*args, model=tiny_folder, defaults=True):
+        status = hf_prune.main([str(a) for a in ["--base_model", model, *(small if defaults else []), *args]])
+        out = capsys.readouterr()
+        return status, out.out, out.err
+
+    run.folder = tmp_path
+    return run
+
+
+def test_a_run_leaves_a_whole_checkpoint(cli):
+    status, out, err = cli("--target_sparsity", "0.3", "--save_ckpt_log_name", "run", "--slimllm", "--test_after_train")
+    assert status == 0, err
+    folder = cli.folder / "prune_log" / "run"
+    names = {p.name for p in folder.iterdir()}
+    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "modeling.py", "pruning.json",
+            "calibration.safetensors", "log.txt", "figures"} <= names
+    assert (folder / "figures" / "layers.png").stat().st_size > 1000
+    assert [p.name for p in folder.parent.iterdir()] == ["run"]
+    assert all(p.stat().st_mode & 0o044 == 0o044 for p in folder.iterdir())
+    record = json.loads((folder / "pruning.json").read_text())
+    model = checkpoint.load(folder)
+    assert record["parameters"]["pruned"] == model.num_parameters()
+    dense = make_model()
+    decoder = sum(p.numel() for p in dense.model.layers.parameters())
+    removed = decoder - sum(p.numel() for p in model.model.layers.parameters())
+    assert record["parameters"]["decoder_removed"] == pytest.approx(removed / decoder)
+    assert abs(removed - 0.3 * decoder) <= 3 * 32
+    for layer, reported in zip(model.model.layers, record["layers"]):
+        assert layer.mlp.down_proj.in_features == len(reported["channels"])
+        assert layer.self_attn.q_proj.out_features == 8 * len(reported["heads"])
+    figure, = record["evaluation"]
+    assert figure["limited"] and figure["blocks"] == 8 and figure["seq_len"] == 16 and len(figure["sha256"]) == 64
+    assert len(load_file(folder / "calibration.safetensors")["calibration_ids"]) == 8
+    assert record["calibration"]["sha256"] and record["environment"]["torch"] == torch.__version__
+    assert f"{removed / decoder:.2%}" in out and "limited" in out and "everything lies in prune_log/run/" in out
+    assert "layer   1" in (folder / "log.txt").read_text() and "[pruned]" in out
+
+
+def test_same_seed_same_bytes(cli):
+    for name in ("a", "b"):
+        assert cli("--save_ckpt_log_name", name, "--calibration", "self", "--recipe", "best")[0] == 0
+    for file in ("model.safetensors", "calibration.safetensors", "config.json"):
+        assert (cli.folder / "prune_log/a" / file).read_bytes() == (cli.folder / "prune_log/b" / file).read_bytes(), file
+    assert cli("--save_ckpt_log_name", "c", "--calibration", "prune_log/a/calibration.safetensors", "--recipe", "best")[0] == 0
+    assert (cli.folder / "prune_log/a/model.safetensors").read_bytes() == (cli.folder / "prune_log/c/model.safetensors").read_bytes()
+
+
+def test_an_existing_checkpoint_is_replaced_only_on_request(cli):
+    assert cli("--save_ckpt_log_name", "a")[0] == 0
+    before = (cli.folder / "prune_log/a/model.safetensors").read_bytes()
+    status, _, err = cli("--save_ckpt_log_name", "a", "--pruning_ratio", "0.5")
+    assert status == 2 and "--overwrite" in err
+    assert (cli.folder / "prune_log/a/model.safetensors").read_bytes() == before
+    assert cli("--save_ckpt_log_name", "a", "--pruning_ratio", "0.5", "--overwrite")[0] == 0
+    assert (cli.folder / "prune_log/a/model.safetensors").read_bytes() != before
+
+
+def test_no_save_model_leaves_the_record_only(cli):
+    assert cli("--no_save_model", "--eval_data", "none")[0] == 0
+    names = {p.name for p in (cli.folder / "prune_log/llama_prune").iterdir()}
+    assert names == {"pruning.json", "calibration.safetensors", "log.txt", "figures"}
+
+
+def test_dry_run_reads_no_weights_and_writes_nothing(cli, tiny_folder):
+    (tiny_folder / "model.safetensors").unlink()
+    status, out, _ = cli("--dry_run", "--target_sparsity", "0.3")
+    assert status == 0 and not (cli.folder / "prune_log").exists()
+    for word in ("parameters", "KV cache a token", "peak memory", "uniform ratios"):
+        assert word in out
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--pruning_ratio", "1.5"], "--pruning_ratio 1.5: must be from 0 to below 1"),
+    (["--pruning_ratio", "-0.1"], "--pruning_ratio -0.1: must be from 0"),
+    (["--pruning_ratio", "much"], "--pruning_ratio: invalid float value: 'much'"),
+    (["--target_sparsity", "1"], "--target_sparsity 1.0: must be from 0 to below 1"),
+    (["--target_sparsity", "0.2", "--pruning_ratio", "0.2"], "give one of them"),
+    (["--target_sparsity", "0.9", "--pruned_layers", "1"], "can give up at most"),
+    (["--pruned_layers", "3"], "--pruned_layers 3: the model has 2 layers"),
+    (["--pruned_layers", "0"], "--pruned_layers 0: must be at least 1"),
+    (["--recovery", "liner"], "did you mean 'linear'?"),
+    (["--head_unit", "groups"], "did you mean 'group'?"),
+    (["--recipe", "bets"], "did you mean 'best'?"),
+    (["--layer_ratio", "unifrom"], "did you mean 'uniform'?"),
+    (["--dtype", "float23"], "did you mean 'float32'?"),
+    (["--ridge", "0"], "--ridge 0.0: must be above 0"),
+    (["--keep_lowest", "1"], "--keep_lowest 1.0"),
+    (["--num_examples", "0"], "--num_examples 0: must be at least 1"),
+    (["--round_to", "0"], "--round_to 0"),
+    (["--seq_len", "1"], "--seq_len 1"),
+    (["--top_p", "2"], "--top_p 2.0"),
+    (["--device", "gpu"], "--device gpu: no such device here"),
+    (["--eval_device", "cuda:77"], "--eval_device cuda:77: no such device here"),
+    (["--save_ckpt_log_name", "../x"], "--save_ckpt_log_name ../x"),
+    (["--prunning_ratio", "0.2"], "unknown argument --prunning_ratio; did you mean '--pruning_ratio'?"),
+    (["--num_examples", "10000"], "too few for 10000 samples"),
+    (["--calibration", "nowhere.txt"], "--calibration nowhere.txt: no such file"),
+    (["--eval_data", "nowhere.txt"], "--eval_data nowhere.txt: no such file"),
+    (["--max_seq_len", "100000"], "do not fill one block"),
+])
+def test_a_bad_flag_is_one_line_and_status_2(cli, args, message):
+    status, _, err = cli(*args)
+    assert status == 2 and message in err
+    assert len(err.strip().splitlines()) == 1 and err.startswith("hf_prune.py: error: ")
+    assert not any((cli.folder / "prune_log").glob("*")) and not any((cli.folder / "prune_log").glob(".*"))
+
+
+def break_model(folder, how):
+    if how == "family":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    elif how == "unknown":
+        (folder / "config.json").write_text('{"model_type": "lama"}')
+    elif how == "json":
+        (folder / "config.json").write_text("{")
+    elif how == "config":
+        (folder / "config.json").unlink()
+    elif how == "truncated":
+        data = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    elif how == "garbage":
+        (folder / "model.safetensors").write_bytes(b"x" * 1000)
+    elif how == "weights":
+        (folder / "model.safetensors").unlink()
+    elif how == "missing":
+        from safetensors.torch import save_file
+
+        weights = load_file(folder / "model.safetensors")
+        del weights["model.layers.1.mlp.up_proj.weight"]
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    elif how == "slim":
+        model = make_model()
+        pipeline.prune(model, make_ids(), hf_prune_config())
+        checkpoint.as_slim_model(model).save_pretrained(folder)
+
+
+def hf_prune_config():
+    from tests.conftest import make_config
+
+    return make_config()
+
+
+@pytest.mark.parametrize("how, message", [
+    ("family", "supported are llama, mistral, qwen2, qwen3"), ("unknown", "lama"), ("json", "cannot read the config"),
+    ("config", "the folder has no config.json"), ("truncated", "safetensors file is broken"), ("garbage", "safetensors file is broken"),
+    ("weights", "cannot read the weights"), ("missing", "1 weights are missing or of the wrong shape, the first model.layers.1.mlp.up_proj.weight"),
+    ("slim", "pruned already"),
+])
+def test_a_bad_model_is_one_line_and_status_2(cli, tiny_folder, how, message):
+    break_model(tiny_folder, how)
+    status, _, err = cli()
+    assert status == 2 and message in err and len(err.strip().splitlines()) == 1
+    assert not any((cli.folder / "prune_log").glob(".*"))
+
+
+@pytest.mark.parametrize("name, message", [("nowhere/", "cannot read the config"), ("./nowhere", "no such folder"), ("nowhere.gguf", "no such file"), ("", "--base_model is required")])
+def test_a_model_that_is_not_there(cli, name, message):
+    status, _, err = cli(model=name)
+    assert status == 2 and message in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_read_only_folder(cli, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    status, _, err = cli()
+    assert status == 2 and "prune_log/llama_prune: cannot be written (Read-only file system)" in err
+
+
+def test_a_file_where_the_output_folder_should_be(cli):
+    (cli.folder / "prune_log").write_text("")
+    status, _, err = cli()
+    assert status == 2 and "cannot be written" in err
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(cli, tiny_folder, text_file):
+    """A limit on the size of files stands in for a full disk: the weights do not fit."""
+    assert cli("--save_ckpt_log_name", "a")[0] == 0
+    before = (cli.folder / "prune_log/a/model.safetensors").read_bytes()
+    done = subprocess.run(
+        [sys.executable, ROOT / "hf_prune.py", "--base_model", tiny_folder, "--calibration", text_file, "--eval_data", "none",
+         "--num_examples", "8", "--seq_len", "16", "--save_ckpt_log_name", "a", "--overwrite"],
+        cwd=cli.folder, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)),
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("hf_prune.py: error: prune_log/a: cannot be written")
+    assert "Traceback" not in done.stderr
+    assert [p.name for p in (cli.folder / "prune_log").iterdir()] == ["a"]
+    assert (cli.folder / "prune_log/a/model.safetensors").read_bytes() == before
+
+
+def test_interrupted_in_the_middle_leaves_the_old_checkpoint(cli, monkeypatch):
+    assert cli("--save_ckpt_log_name", "a")[0] == 0
+    before = (cli.folder / "prune_log/a/model.safetensors").read_bytes()
+    prune = pipeline.prune
+
+    def interrupted(model, ids, config, device, on_layer):
+        def stop(report):
+            on_layer(report)
+            raise KeyboardInterrupt
+
+        return prune(model, ids, config, device, stop)
+
+    monkeypatch.setattr(pipeline, "prune", interrupted)
+    status, out, err = cli("--save_ckpt_log_name", "a", "--overwrite")
+    assert status == 130 and err.strip().endswith("hf_prune.py: interrupted; nothing was written") and "layer   0" in out
+    assert [p.name for p in (cli.folder / "prune_log").iterdir()] == ["a"]
+    assert (cli.folder / "prune_log/a/model.safetensors").read_bytes() == before
+
+
+def test_a_save_that_fails_to_load_fails_the_run(cli, monkeypatch):
+    save = checkpoint.save
+
+    def wrong(model, tokenizer, folder):
+        save(model, tokenizer, folder)
+        model.model.norm.weight.data += 1
+
+    monkeypatch.setattr(checkpoint, "save", wrong)
+    with pytest.raises(RuntimeError, match="does not load as the model that was saved"):
+        cli()
+    assert not any((cli.folder / "prune_log").iterdir())
+
+
+def test_help_names_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        hf_prune.main(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for flag in ("--base_model --pruning_ratio --pruned_layers --alpha --num_examples --save_ckpt_log_name --save_model --device "
+                 "--eval_device --seed --max_seq_len --test_after_train --temperature --top_p --slimllm --target_sparsity "
+                 "--recovery --ridge --keep_lowest --head_unit --no_greedy --layer_ratio --calibration --seq_len --eval_data "
+                 "--dtype --round_to --dry_run --recipe --eval_limit --overwrite").split():
+        assert flag in text
+    assert "[42]" in text and "[128]" in text and "[32]" in text
+
+
+def test_the_script_runs_from_any_folder(tiny_folder, text_file, tmp_path):
+    done = run_cli("--base_model", tiny_folder, "--calibration", text_file, "--eval_data", "none", "--num_examples", 8, "--seq_len", 16, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert logits(checkpoint.load(tmp_path / "prune_log/llama_prune"), make_ids()).isfinite().all()
+    assert "\r" not in (tmp_path / "prune_log/llama_prune/log.txt").read_text() and os.path.getsize(tmp_path / "prune_log/llama_prune/log.txt")
