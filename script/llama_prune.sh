@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Prunes a model at the paper's two settings and prints one table.
+#
+#   bash script/llama_prune.sh                  the embedded SmolLM2-135M-Instruct, 20 % and 50 % of its decoder
+#   bash script/llama_prune.sh MODEL [flags]    a local folder, .gguf file or hub name, ratios 0.25 and 0.55 as in the paper
+#
+# Flags go to hf_prune.py; one that says how much to remove (--pruning_ratio, --target_sparsity) makes it a single run.
+# NAME=... sets the name under prune_log/.
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+name="${NAME:-llama_prune}"
+install packages -r requirement.txt
+
+if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
+    model="$1"
+    shift
+    first=(--pruning_ratio 0.25) second=(--pruning_ratio 0.55) extra=()
+else
+    install_embedded_model
+    model="$(embedded_model)"
+    first=(--target_sparsity 0.2) second=(--target_sparsity 0.5) extra=(--eval_limit 256)
+fi
+
+prune() { .venv/bin/python hf_prune.py --base_model "$model" --overwrite "$@"; }
+
+case " $* " in
+*" --pruning_ratio"* | *" --target_sparsity"* | *" --help "* | *" -h "* | *" --dry_run "*)
+    prune "${extra[@]}" --save_ckpt_log_name "$name" "$@"
+    exit
+    ;;
+esac
+case " $* " in
+*" --calibration"*) same=() ;;
+*) same=(--calibration "prune_log/${name}_20/calibration.safetensors") ;; # both runs see the same tokens
+esac
+prune "${extra[@]}" "${first[@]}" --save_ckpt_log_name "${name}_20" "$@"
+prune "${extra[@]}" "${second[@]}" "${same[@]}" --save_ckpt_log_name "${name}_50" "$@"
+echo
+.venv/bin/python -m slimllm.report "prune_log/${name}_20" "prune_log/${name}_50"
+echo
+echo "checkpoints, records, logs and figures: $PWD/prune_log/${name}_20 and $PWD/prune_log/${name}_50"
