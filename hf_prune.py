@@ -32,9 +32,11 @@ def main(argv=None) -> int:
 
 def run(config) -> None:
     """One run, as its settings say. Raises UserError for what the user can mend."""
+    import torch
     from transformers.utils import logging as transformers_logging
 
     from slimllm import allocation, calibration, checkpoint, families, report
+    from slimllm.config import UserError
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -59,6 +61,8 @@ def run(config) -> None:
             log.addHandler(handlers[-1])
             result = _prune_into(folder, config, shape, device, eval_device, dtype)
         log.info("\n%s\n\neverything lies in %s/", report.table([(config.save_ckpt_log_name, result)]), target)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of memory on the GPU ({str(error).splitlines()[0]}); use --device cpu, --eval_device cpu or --dtype bfloat16") from None
     finally:
         for handler in handlers:
             log.removeHandler(handler)

@@ -45,8 +45,11 @@ class HeadUnits:
         wanted = self.steps - round(ratio * self.steps)
         if round_to == 1:
             return max(1, wanted)
-        allowed = [n for n in range(1, self.steps + 1) if self.widths(n)[0] * self._shape.head_dim % round_to == 0]
-        return min(allowed or [self.steps], key=lambda n: (abs(n - self.steps * (1 - ratio)), -n))
+        return min(self.allowed_steps(round_to), key=lambda n: (abs(n - self.steps * (1 - ratio)), -n))
+
+    def allowed_steps(self, round_to: int) -> list[int]:
+        """The numbers of steps at which heads x head size is a multiple of ``round_to``."""
+        return [n for n in range(1, self.steps + 1) if self.widths(n)[0] * self._shape.head_dim % round_to == 0]
 
 
 def plan(shape: ModelShape, cosine: list[float], config: PruneConfig) -> list[LayerPlan]:
@@ -59,6 +62,11 @@ def plan(shape: ModelShape, cosine: list[float], config: PruneConfig) -> list[La
     """
     weights = layer_weights(cosine, config.pruned_layers, config.alpha, config.layer_ratio)
     units = HeadUnits(shape, config.head_unit)
+    if config.round_to > shape.channels or not units.allowed_steps(config.round_to):
+        raise UserError(
+            f"--round_to {config.round_to}: the model's {shape.heads} heads of size {shape.head_dim} and {shape.channels} channels "
+            "allow no such multiple"
+        )
     if config.target_sparsity is None:
         return _from_ratios(shape, units, [config.pruning_ratio * weight for weight in weights], config.round_to)
     return _for_target(shape, units, weights, config)
@@ -123,9 +131,9 @@ def _fill_with_channels(shape, plans, target, new_bias, step) -> None:
 
     The heads stay; the surplus is shared in proportion to what each layer loses, largest remainder first.
     """
-    pruned = [p for p in plans if p.ratio and p.channels < shape.channels]
-    cost = shape.channel_parameters * step
-    surplus = round((removed_parameters(shape, plans, new_bias) - target) / cost)  # steps to give back (or to take)
+    lowest, highest = step, (shape.channels - 1) // step * step
+    pruned = [p for p in plans if p.channels < shape.channels]
+    surplus = round((removed_parameters(shape, plans, new_bias) - target) / (shape.channel_parameters * step))  # steps to give back
     while surplus and pruned:
         share = sum(p.ratio for p in pruned)
         parts = [surplus * p.ratio / share for p in pruned]
@@ -134,8 +142,12 @@ def _fill_with_channels(shape, plans, target, new_bias, step) -> None:
         for i in rest[: abs(surplus - sum(whole))]:
             whole[i] += 1 if surplus > 0 else -1
         for p, steps in zip(pruned, whole):
-            allowed = range(step, shape.channels, step)
-            moved = min(max(p.channels + steps * step, allowed[0]), allowed[-1])
+            moved = min(max(p.channels + steps * step, lowest), highest)
             surplus -= (moved - p.channels) // step
             p.channels = moved
-        pruned = [p for p in pruned if step < p.channels < allowed[-1]]
+        pruned = [p for p in pruned if (p.channels < highest if surplus > 0 else p.channels > lowest)]
+    if surplus:
+        raise UserError(
+            f"--target_sparsity {target / shape.decoder_parameters:.4g}: the heads come in steps too coarse for this, "
+            f"{surplus * step} channels too {'few' if surplus > 0 else 'many'} would stay; choose another share, --pruned_layers or --head_unit"
+        )

@@ -151,7 +151,7 @@ def perplexity(model, blocks: torch.Tensor, description: str = "perplexity") -> 
     """
     total = 0.0
     batch = max(1, TOKENS_PER_BATCH // blocks.shape[1])
-    for ids in tqdm(blocks.split(batch), desc=description, leave=False):
+    for ids in tqdm(blocks.split(batch), desc=description, leave=False, disable=None):
         ids = ids.to(model.device)
         states = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
         targets = ids[:, 1:].flatten()

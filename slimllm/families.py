@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from . import hub
 from .config import UserError, nearest
 
 
@@ -124,6 +125,8 @@ def _source(base_model: str) -> tuple[str, dict]:
         raise UserError(f"--base_model {base_model}: not a model folder, a hub name or a .gguf file")
     elif base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
         raise UserError(f"--base_model {base_model}: no such folder")
+    else:
+        hub.reachable()  # without a network, look in the cache at once
     return base_model, {}
 
 

@@ -248,9 +248,15 @@ class Sublayer:
         weight, bias = self.weight, self.projection.bias
         bias = None if bias is None else bias.float()
         before, after = (PairMoments(len(weight), weight.device) for _ in range(2))
-        kept = weight[:, keep]
+        gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+        gone[keep] = False
+        columns = gone.nonzero().flatten() if len(keep) > len(gone) / 2 else keep  # the smaller product of the two
+        part = weight[:, columns]
         for x, y in zip(self.inputs, self.outputs):
-            pruned = nn.functional.linear(x[:, keep].float(), kept, bias)
+            if columns is keep:
+                pruned = nn.functional.linear(x[:, keep].float(), part, bias)
+            else:
+                pruned = y.float() - x[:, columns].float() @ part.T
             before.update(pruned, y.float())
             self._pruned.append(pruned)
         recovered = RECOVERIES[config.recovery](weight, bias, keep, before, self.input_covariance, config.ridge)

@@ -71,6 +71,12 @@ def test_round_to_keeps_multiples():
     assert abs(removed - 0.3 * counted.decoder_parameters) <= 16 * counted.channel_parameters
 
 
+@pytest.mark.parametrize("round_to", [7, 101])
+def test_round_to_that_cannot_be(round_to):
+    with pytest.raises(UserError, match=f"--round_to {round_to}: the model's 4 heads of size 8 and 100 channels"):
+        plan(shape(intermediate_size=100)[0], COSINE, make_config(layers=6, round_to=round_to))
+
+
 @pytest.mark.parametrize("case, unit, steps, units, classes", [
     ("llama_mha", "group", 4, 4, 1), ("llama_mha", "query", 4, 4, 1),
     ("llama_gqa", "group", 2, 2, 1), ("llama_gqa", "query", 2, 4, 2),

@@ -47,7 +47,7 @@ try:
 except ImportError:
     pass
 folder, again, dtype = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=getattr(torch, dtype), device_map="cpu")
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=getattr(torch, dtype), device_map="auto")
 assert model.dtype == getattr(torch, dtype)
 ids = torch.arange(12)[None]
 with torch.no_grad():

@@ -1,0 +1,115 @@
+"""The command line on the real model."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from slimllm import calibration, evaluation, families
+from slimllm.benchmark import main as benchmark
+from tests.conftest import ROOT, make_config, run_cli
+
+
+@pytest.fixture(scope="module")
+def run(gguf_file, tmp_path_factory):
+    """One run from the .gguf file with no network and nothing named but the amount. Returns (folder, record, stdout)."""
+    home = tmp_path_factory.mktemp("run")
+    done = run_cli("--base_model", gguf_file, "--target_sparsity", 0.2, "--num_examples", 8, "--eval_limit", 16, "--save_ckpt_log_name", "real", cwd=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = home / "prune_log" / "real"
+    return folder, json.loads((folder / "pruning.json").read_text()), done.stdout
+
+
+def test_twenty_percent_is_twenty_percent(run):
+    _, record, out = run
+    channel = 3 * 576
+    assert abs(record["parameters"]["decoder_removed"] - 0.2) * record["parameters"]["dense_decoder"] <= channel
+    assert "20.00%" in out
+    assert record["parameters"]["removed"] == pytest.approx(1 - record["parameters"]["pruned"] / record["parameters"]["dense"])
+
+
+def test_without_network_calibration_and_evaluation_are_named(run):
+    _, record, out = run
+    assert record["calibration"]["source"] == "self" and record["evaluation"][0]["data"] == "python_manual"
+    assert "--calibration self" in out and "--eval_data python_manual" in out
+
+
+def test_peak_memory_is_at_most_the_model_and_a_gigabyte(run):
+    _, record, _ = run
+    assert record["peak_memory"]["cpu_bytes"] <= 4 * record["parameters"]["dense"] + 1e9
+
+
+def test_the_pruned_model_still_works(run, smollm2):
+    folder, record, _ = run
+    figure, = record["evaluation"]
+    assert figure["dense"] < figure["pruned"] < 4 * figure["dense"]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.get_vocab() == families.load_tokenizer(str(smollm2)).get_vocab() and tokenizer.chat_template
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert output.shape[1] == inputs.input_ids.shape[1] + 8
+    text, = evaluation.load_texts(("python_manual",))
+    blocks = evaluation.blocks_of(text, tokenizer, 128, limit=16)
+    assert evaluation.perplexity(model, blocks) == pytest.approx(figure["pruned"], rel=0.02)
+
+
+def test_ctrl_c_in_the_middle_of_pruning(smollm2, text_file, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-u", ROOT / "hf_prune.py", "--base_model", smollm2, "--calibration", text_file, "--seq_len", "32", "--num_examples", "16", "--eval_data", "none"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("layer   3"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert err.strip().splitlines()[-1] == "hf_prune.py: interrupted; nothing was written"
+    assert list((tmp_path / "prune_log").iterdir()) == []
+
+
+PEAK = """
+import sys, torch
+from slimllm import families, pipeline, record
+from tests.conftest import make_config
+model = families.load_model(sys.argv[1], torch.float32)
+ids = torch.randint(1000, (int(sys.argv[2]), 128), generator=torch.Generator().manual_seed(0))
+pipeline.prune(model, ids, make_config(layers=len(model.model.layers), recovery="least_squares", pruning_ratio=0.25))
+print(record.peak_memory()["cpu_bytes"])
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_samples(smollm2, tmp_path):
+    """The first two layers of the real model, so that 512 samples take seconds; less model makes the bound stricter."""
+    model = families.load_model(str(smollm2), torch.float32)
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    model.save_pretrained(tmp_path / "two")
+    peaks = []
+    for samples in (32, 512):
+        done = subprocess.run([sys.executable, "-c", PEAK, tmp_path / "two", str(samples)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        peaks.append(int(done.stdout.split()[-1]))
+    assert peaks[1] <= 1.1 * peaks[0], peaks
+
+
+def test_self_samples_read_like_text(smollm2):
+    model, tokenizer = families.load_model(str(smollm2), torch.float32), families.load_tokenizer(str(smollm2))
+    ids = calibration.sample_from_model(model, tokenizer, make_config(num_examples=8, seq_len=24))
+    assert ids.shape == (8, 24)
+    random = torch.randint(1000, 40000, (8, 24), generator=torch.Generator().manual_seed(0))
+    assert evaluation.perplexity(model, ids) < 0.01 * evaluation.perplexity(model, random)
+
+
+def test_the_benchmark_runs(smollm2, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("slimllm.benchmark.SAMPLES", 1)
+    monkeypatch.setattr("slimllm.benchmark.LENGTH", 48)
+    monkeypatch.setattr("slimllm.benchmark.LLAMA_7B", dict(hidden_size=64, intermediate_size=96, num_attention_heads=4))
+    assert benchmark(["--base_model", str(smollm2), "--repeats", "1", "--json", str(tmp_path / "b.json")]) == 0
+    assert "speed-up" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "b.json").read_text())["results"]) == 2
