@@ -62,7 +62,9 @@ def run(config) -> None:
             result = _prune_into(folder, config, shape, device, eval_device, dtype)
         log.info("\n%s\n\neverything lies in %s/", report.table([(config.save_ckpt_log_name, result)]), target)
     except torch.OutOfMemoryError as error:
-        raise UserError(f"out of memory on the GPU ({str(error).splitlines()[0]}); use --device cpu, --eval_device cpu or --dtype bfloat16") from None
+        raise UserError(
+            f"out of memory on the GPU ({str(error).splitlines()[0]}); use --device cpu, --eval_device cpu or --dtype bfloat16"
+        ) from None
     finally:
         for handler in handlers:
             log.removeHandler(handler)
@@ -83,7 +85,14 @@ def _prune_into(folder: Path, config, shape, device, eval_device, dtype) -> dict
         tokenizer = families.load_tokenizer(config.base_model)
         blocks = [evaluation.blocks_of(text, tokenizer, config.max_seq_len, config.eval_limit) for text in texts]
         model = families.load_model(config.base_model, dtype)
-    log.info("%s: %s, %d layers, %.1f M parameters, %s", config.base_model, model.config.model_type, shape.layers, model.num_parameters() / 1e6, dtype)
+    log.info(
+        "%s: %s, %d layers, %.1f M parameters, %s",
+        config.base_model,
+        model.config.model_type,
+        shape.layers,
+        model.num_parameters() / 1e6,
+        dtype,
+    )
     with timed("calibration"):
         samples = calibration.load(config, model, tokenizer)
     samples.save(folder)
@@ -122,14 +131,33 @@ def _prune_into(folder: Path, config, shape, device, eval_device, dtype) -> dict
         "command": record.command(),
         "environment": record.environment(),
         "config": config.to_dict(),
-        "model": {"name": Path(config.base_model).name, "type": model.config.model_type, "dtype": str(dtype).removeprefix("torch."),
-                  "device": str(device), "shape": dataclasses.asdict(shape)},
+        "model": {
+            "name": Path(config.base_model).name,
+            "type": model.config.model_type,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": str(device),
+            "shape": dataclasses.asdict(shape),
+        },
         "calibration": samples.to_dict(),
-        "parameters": {"dense": sizes[0], "pruned": model.num_parameters(), "dense_decoder": sizes[1],
-                       "decoder_removed": removed / sizes[1], "removed": removed / sizes[0]},
+        "parameters": {
+            "dense": sizes[0],
+            "pruned": model.num_parameters(),
+            "dense_decoder": sizes[1],
+            "decoder_removed": removed / sizes[1],
+            "removed": removed / sizes[0],
+        },
         "evaluation": [
-            {"data": t.name, "split": t.split, "sha256": t.sha256, "seq_len": config.max_seq_len, "blocks": len(b),
-             "limited": config.eval_limit is not None, "dtype": str(eval_dtype).removeprefix("torch."), "dense": d, "pruned": p}
+            {
+                "data": t.name,
+                "split": t.split,
+                "sha256": t.sha256,
+                "seq_len": config.max_seq_len,
+                "blocks": len(b),
+                "limited": config.eval_limit is not None,
+                "dtype": str(eval_dtype).removeprefix("torch."),
+                "dense": d,
+                "pruned": p,
+            }
             for t, b, d, p in zip(texts, blocks, dense, pruned)
         ],
         "seconds": timed.seconds,

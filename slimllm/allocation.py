@@ -93,7 +93,9 @@ def removed_parameters(shape: ModelShape, plans: list[LayerPlan], new_bias: bool
     """Decoder parameters that the plans remove; ``new_bias`` counts the biases that a recovery gives pruned projections."""
     kept = sum(
         shape.layer_parameters(
-            p.heads, p.kv_heads, p.channels,
+            p.heads,
+            p.kv_heads,
+            p.channels,
             o_bias=shape.o_bias or (new_bias and p.heads < shape.heads),
             down_bias=shape.mlp_bias or (new_bias and p.channels < shape.channels),
         )
@@ -149,5 +151,6 @@ def _fill_with_channels(shape, plans, target, new_bias, step) -> None:
     if surplus:
         raise UserError(
             f"--target_sparsity {target / shape.decoder_parameters:.4g}: the heads come in steps too coarse for this, "
-            f"{surplus * step} channels too {'few' if surplus > 0 else 'many'} would stay; choose another share, --pruned_layers or --head_unit"
+            f"{surplus * step} channels too {'few' if surplus > 0 else 'many'} would stay; "
+            "choose another share, --pruned_layers or --head_unit"
         )

@@ -84,9 +84,13 @@ def compare(name: str, make_model, ids: torch.Tensor, repeats: int, opponent_rep
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m slimllm.benchmark", description=__doc__.split("\n")[0])
-    parser.add_argument("--base_model", help="the small multi-head or grouped-query Llama model; without it only the single layer is measured")
+    parser.add_argument(
+        "--base_model", help="the small multi-head or grouped-query Llama model; without it only the single layer is measured"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="runs of the package in each case [3]")
-    parser.add_argument("--plain_repeats", type=int, default=1, help="runs of the plain transcription of the large layer; the small model has --repeats [1]")
+    parser.add_argument(
+        "--plain_repeats", type=int, default=1, help="runs of the plain transcription of the large layer; the small model has --repeats [1]"
+    )
     parser.add_argument("--skip_layer", action="store_true", help="leave the layer of LLaMA-7B's shape out")
     parser.add_argument("--json", help="write the measurements to this file as well")
     args = parser.parse_args(argv)
@@ -106,10 +110,15 @@ def main(argv=None) -> int:
         results.append(compare("one LLaMA-7B layer", llama_7b_layer, ids, args.repeats, args.plain_repeats))
     rows = [["case", "plain, median s", "slimllm, median s", "speed-up", "floor, s"]]
     for r in results:
-        rows.append([
-            r["case"], f"{statistics.median(r['plain']):.1f} (n={len(r['plain'])})",
-            f"{statistics.median(r['slimllm']):.1f} (n={len(r['slimllm'])})", f"{r['speedup']:.1f} x", f"{r['floor']:.1f}",
-        ])
+        rows.append(
+            [
+                r["case"],
+                f"{statistics.median(r['plain']):.1f} (n={len(r['plain'])})",
+                f"{statistics.median(r['slimllm']):.1f} (n={len(r['slimllm'])})",
+                f"{r['speedup']:.1f} x",
+                f"{r['floor']:.1f}",
+            ]
+        )
     print("\n".join(aligned(rows)))
     if args.json:
         with open(args.json, "w") as file:

@@ -76,7 +76,9 @@ def load(config: PruneConfig, model, tokenizer) -> Calibration:
 def check_source(name: str | None) -> None:
     """Raises UserError early, before a model is read, where ``--calibration`` names nothing that exists."""
     if name is not None and name not in CALIBRATION_NAMES and not os.path.exists(name):
-        raise UserError(f"--calibration {name}: no such file or folder, and not one of {', '.join(CALIBRATION_NAMES)}{nearest(name, CALIBRATION_NAMES)}")
+        raise UserError(
+            f"--calibration {name}: no such file or folder, and not one of {', '.join(CALIBRATION_NAMES)}{nearest(name, CALIBRATION_NAMES)}"
+        )
 
 
 def _from_file(path: str, vocab_size: int) -> Calibration:
@@ -174,8 +176,14 @@ def sample_from_model(model, tokenizer, config: PruneConfig) -> torch.Tensor:
     special = sorted({i for i in tokenizer.all_special_ids if i < vocab} | set(range(len(tokenizer), vocab)))
     words = torch.tensor(sorted(set(range(vocab)) - set(special)))
     settings = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=config.seq_len - 1, pad_token_id=0,
-        eos_token_id=None, bos_token_id=None,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=config.seq_len - 1,
+        pad_token_id=0,
+        eos_token_id=None,
+        bos_token_id=None,
     )
     suppress = LogitsProcessorList([SuppressTokensLogitsProcessor(special, device=device)] if special else [])
     devices = [device] if device.type == "cuda" else []

@@ -65,7 +65,9 @@ def _file_text(name: str | None, path: Path) -> EvalText:
 
 def _python_manual() -> EvalText:
     topics = pydoc_data.topics.topics
-    return EvalText("python_manual", "\n\n".join(topics[key] for key in sorted(topics)), f"pydoc_data.topics of Python {platform.python_version()}")
+    return EvalText(
+        "python_manual", "\n\n".join(topics[key] for key in sorted(topics)), f"pydoc_data.topics of Python {platform.python_version()}"
+    )
 
 
 def _hub_text(name: str) -> EvalText:
@@ -166,7 +168,11 @@ def perplexity(model, blocks: torch.Tensor, description: str = "perplexity") -> 
 @torch.no_grad()
 def continuations(model, tokenizer, config: PruneConfig) -> list[str]:
     """Prompts of the published scripts with 64 sampled tokens each; temperature 0 is greedy."""
-    prompts = ("I believe the meaning of life is", "Simply put, the theory of relativity states that", "Building a website can be done in 10 simple steps:\n")
+    prompts = (
+        "I believe the meaning of life is",
+        "Simply put, the theory of relativity states that",
+        "Building a website can be done in 10 simple steps:\n",
+    )
     sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p} if config.temperature else {"do_sample": False}
     texts = []
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):

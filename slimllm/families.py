@@ -103,11 +103,18 @@ def shape_of(config, family: Family) -> ModelShape:
 
     heads = config.num_attention_heads
     return ModelShape(
-        layers=config.num_hidden_layers, hidden=config.hidden_size, heads=heads,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        channels=config.intermediate_size, vocab=config.vocab_size, tied=config.tie_word_embeddings,
-        qkv_bias=flag(family.qkv_bias), o_bias=flag(family.o_bias), mlp_bias=flag(family.mlp_bias), qk_norm=family.qk_norm,
+        channels=config.intermediate_size,
+        vocab=config.vocab_size,
+        tied=config.tie_word_embeddings,
+        qkv_bias=flag(family.qkv_bias),
+        o_bias=flag(family.o_bias),
+        mlp_bias=flag(family.mlp_bias),
+        qk_norm=family.qk_norm,
     )
 
 

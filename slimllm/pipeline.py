@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from . import allocation, surgery
 from .config import PruneConfig, UserError
@@ -71,14 +72,19 @@ def prune(model, ids: torch.Tensor, config: PruneConfig, device="cpu", on_layer=
     for index, layer_plan in enumerate(plans):
         started = time.perf_counter()
         report = LayerReport(
-            index, cosine[index], layer_plan.ratio, list(range(shape.heads)), list(range(shape.kv_heads)),
-            list(range(shape.channels)), clipped=layer_plan.clipped,
+            index,
+            cosine[index],
+            layer_plan.ratio,
+            list(range(shape.heads)),
+            list(range(shape.kv_heads)),
+            list(range(shape.channels)),
+            clipped=layer_plan.clipped,
         )
         if pruned and index <= pruned[-1]:  # what follows the last pruned layer need not run
             with runner.layer(index) as layer:
                 if index in pruned:
                     _prune_layer(runner, hidden, layer, layer_plan, shape, config, report)
-                elif index < pruned[-1]:
+                else:
                     runner.advance(hidden, layer, index)
         report.seconds = time.perf_counter() - started
         reports.append(report)
@@ -129,8 +135,12 @@ def _choose_heads(sub, plan, shape, config) -> tuple[torch.Tensor, torch.Tensor]
 
 def _choose_channels(sub, mlp, plan, shape, config) -> torch.Tensor:
     scores = channel_scores(
-        sub.output_covariance.matrix(), sub.weight, mlp.gate_proj.weight.float(), mlp.up_proj.weight.float(),
-        sub.input_norm.norm(), sub.block_input_norm.norm(),
+        sub.output_covariance.matrix(),
+        sub.weight,
+        mlp.gate_proj.weight.float(),
+        mlp.up_proj.weight.float(),
+        sub.input_norm.norm(),
+        sub.block_input_norm.norm(),
     )
     return select_channels(scores, shape.channels - plan.channels, config.keep_lowest)
 
@@ -183,13 +193,13 @@ class LayerRunner:
     def layer_cosines(self) -> list[float]:
         """c_l of each layer of the model as it is (Eq. 11)."""
         hidden, cosine = self.embed(), []
-        for index in range(len(self.layers)):
+        for index in tqdm(range(len(self.layers)), desc="layer importance", unit="layer", leave=False, disable=None):
             with self.layer(index) as layer:
                 cosine.append(self.advance(hidden, layer, index))
         hidden.close()
-        if not torch.tensor(cosine).isfinite().all():
-            bad = next(i for i, c in enumerate(cosine) if c != c or abs(c) == float("inf"))
-            raise UserError(f"layer {bad} gives values that are not finite on the calibration tokens; try --dtype float32 or bfloat16")
+        bad = (~torch.tensor(cosine).isfinite()).nonzero().flatten().tolist()
+        if bad:
+            raise UserError(f"layer {bad[0]} gives values that are not finite on the calibration tokens; try --dtype float32 or bfloat16")
         return cosine
 
 

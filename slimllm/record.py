@@ -26,8 +26,12 @@ def environment() -> dict:
 
     versions = {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
     return {
-        "slimllm": slimllm.__version__, "commit": _commit(), "python": platform.python_version(), **versions,
-        "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.processor()), "threads": torch.get_num_threads(),
+        "slimllm": slimllm.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **versions,
+        "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
+        "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
@@ -44,7 +48,9 @@ def _commit() -> str | None:
     here = Path(__file__).parent
     try:
         found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
-        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, timeout=10)
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     if found.returncode:

@@ -22,10 +22,17 @@ def table(records: list[tuple[str, dict]]) -> str:
         size = r["parameters"]
         figures = {f["data"]: f"{f['dense']:.2f} / {f['pruned']:.2f}{'*' if f['limited'] else ''}" for f in r["evaluation"]}
         memory = " + ".join(f"{value / 1e9:.2f} GB {kind[:3].upper()}" for kind, value in r["peak_memory"].items())
-        rows.append([
-            name, f"{size['dense'] / 1e6:.1f} M -> {size['pruned'] / 1e6:.1f} M", f"{size['decoder_removed']:.2%}",
-            f"{size['removed']:.2%}", *(figures.get(t, "-") for t in texts), f"{r['seconds']['pruning']:.1f} s", memory,
-        ])
+        rows.append(
+            [
+                name,
+                f"{size['dense'] / 1e6:.1f} M -> {size['pruned'] / 1e6:.1f} M",
+                f"{size['decoder_removed']:.2%}",
+                f"{size['removed']:.2%}",
+                *(figures.get(t, "-") for t in texts),
+                f"{r['seconds']['pruning']:.1f} s",
+                memory,
+            ]
+        )
     lines = aligned(rows)
     limited = {(f["blocks"], f["seq_len"]) for _, r in records for f in r["evaluation"] if f["limited"]}
     for blocks, seq_len in sorted(limited):
@@ -51,20 +58,37 @@ def dry_run(shape, plans, config, dtype) -> str:
     """The plan in words: widths at uniform ratios, parameters, bytes, KV cache a token, memory of a run (estimated)."""
     dense, removed = shape.decoder_parameters + shape.other_parameters, removed_parameters(shape, plans, config.recovery != "none")
     widths = {(p.heads, p.kv_heads, p.channels) for p in plans if p.ratio}
-    kv = [sum(2 * p * shape.head_dim * dtype.itemsize for p in kept) for kept in ([shape.kv_heads] * shape.layers, [p.kv_heads for p in plans])]
+    kv = [
+        sum(2 * p * shape.head_dim * dtype.itemsize for p in kept)
+        for kept in ([shape.kv_heads] * shape.layers, [p.kv_heads for p in plans])
+    ]
     widest = max([shape.heads * shape.head_dim, shape.channels if config.recovery in NEEDS_INPUT_COVARIANCE else 0])
     layer_bytes = shape.layer_parameters(shape.heads, shape.kv_heads, shape.channels) * dtype.itemsize
     working = 4 * 4 * widest**2 + 8 * shape.heads**2 * shape.hidden + 2 * max(layer_bytes, MIN_ACTIVATION_BYTES)
     rows = [
         ["", "dense", "pruned"],
         ["parameters", f"{dense / 1e6:.2f} M", f"{(dense - removed) / 1e6:.2f} M ({removed / dense:.2%} less)"],
-        ["decoder parameters", f"{shape.decoder_parameters / 1e6:.2f} M", f"{(shape.decoder_parameters - removed) / 1e6:.2f} M ({removed / shape.decoder_parameters:.2%} less)"],
-        [f"weights in {str(dtype).removeprefix('torch.')}", f"{dense * dtype.itemsize / 1e9:.3f} GB", f"{(dense - removed) * dtype.itemsize / 1e9:.3f} GB"],
+        [
+            "decoder parameters",
+            f"{shape.decoder_parameters / 1e6:.2f} M",
+            f"{(shape.decoder_parameters - removed) / 1e6:.2f} M ({removed / shape.decoder_parameters:.2%} less)",
+        ],
+        [
+            f"weights in {str(dtype).removeprefix('torch.')}",
+            f"{dense * dtype.itemsize / 1e9:.3f} GB",
+            f"{(dense - removed) * dtype.itemsize / 1e9:.3f} GB",
+        ],
         ["KV cache a token", f"{kv[0]} bytes", f"{kv[1]} bytes"],
-        ["heads / KV heads / channels", f"{shape.heads} / {shape.kv_heads} / {shape.channels}", ", ".join("%d / %d / %d" % w for w in sorted(widths, reverse=True))],
+        [
+            "heads / KV heads / channels",
+            f"{shape.heads} / {shape.kv_heads} / {shape.channels}",
+            ", ".join("%d / %d / %d" % w for w in sorted(widths, reverse=True)),
+        ],
         ["peak memory of a run, about", "", f"{(dense * dtype.itemsize + working + BASE_BYTES) / 1e9:.2f} GB"],
     ]
-    return f"dry run, uniform ratios over {sum(p.ratio > 0 for p in plans)} of {shape.layers} layers; no weights read\n" + "\n".join(aligned(rows))
+    return f"dry run, uniform ratios over {sum(p.ratio > 0 for p in plans)} of {shape.layers} layers; no weights read\n" + "\n".join(
+        aligned(rows)
+    )
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
@@ -89,7 +113,11 @@ def figures(run: dict, folder: Path) -> list[Path]:
     for offset, what, total in ((-0.2, "heads", dense["heads"]), (0.2, "channels", dense["channels"])):
         kept = [len(layer[what]) / total for layer in layers]
         axes[0].bar([i + offset for i in index], kept, 0.4, label=f"{what} (of {total})", color=colours[what])
-    axes[0].set(ylabel="share kept", ylim=(0, 1.05), title=f"{run['model']['name']}: {run['parameters']['decoder_removed']:.1%} of the decoder removed")
+    axes[0].set(
+        ylabel="share kept",
+        ylim=(0, 1.05),
+        title=f"{run['model']['name']}: {run['parameters']['decoder_removed']:.1%} of the decoder removed",
+    )
     axes[0].legend(loc="lower left", ncols=2)
     axes[1].plot(index, [layer["cosine"] for layer in layers], "o-", color="#444444", markersize=4)
     axes[1].set(ylabel="cosine of input and output\n(high: matters less)")

@@ -32,7 +32,9 @@ transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(2)
 
-SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8, max_position_embeddings=64)
+SIZES = dict(
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8, max_position_embeddings=64
+)
 
 FAMILY_CASES = {
     "llama_mha": (LlamaForCausalLM, LlamaConfig, dict(num_key_value_heads=4)),
@@ -40,14 +42,30 @@ FAMILY_CASES = {
     "llama_mqa": (LlamaForCausalLM, LlamaConfig, dict(num_key_value_heads=1)),
     "llama_tied": (LlamaForCausalLM, LlamaConfig, dict(num_key_value_heads=2, tie_word_embeddings=True)),
     "llama_biases": (LlamaForCausalLM, LlamaConfig, dict(num_key_value_heads=2, attention_bias=True, mlp_bias=True)),
-    "llama3_rope": (LlamaForCausalLM, LlamaConfig, dict(num_key_value_heads=2, rope_parameters={
-        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32})),
+    "llama3_rope": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        dict(
+            num_key_value_heads=2,
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        ),
+    ),
     "llama_wide_heads": (LlamaForCausalLM, LlamaConfig, dict(num_key_value_heads=2, head_dim=16)),
     "mistral": (MistralForCausalLM, MistralConfig, dict(num_key_value_heads=2)),
     "mistral_window": (MistralForCausalLM, MistralConfig, dict(num_key_value_heads=2, sliding_window=6)),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, dict(num_key_value_heads=2)),
-    "qwen2_window": (Qwen2ForCausalLM, Qwen2Config, dict(num_key_value_heads=2, use_sliding_window=True, sliding_window=6, max_window_layers=1)),
+    "qwen2_window": (
+        Qwen2ForCausalLM,
+        Qwen2Config,
+        dict(num_key_value_heads=2, use_sliding_window=True, sliding_window=6, max_window_layers=1),
+    ),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, dict(num_key_value_heads=2)),
     "qwen3_biases": (Qwen3ForCausalLM, Qwen3Config, dict(num_key_value_heads=2, attention_bias=True)),
 }
@@ -72,7 +90,9 @@ def make_ids(samples=6, length=16, vocab=97, seed=1):
 
 
 def make_config(layers=2, **settings):
-    config = PruneConfig(base_model="test", **{"pruning_ratio": None if "target_sparsity" in settings else 0.5, "pruned_layers": layers, **settings})
+    config = PruneConfig(
+        base_model="test", **{"pruning_ratio": None if "target_sparsity" in settings else 0.5, "pruned_layers": layers, **settings}
+    )
     config.resolve_depth(layers)
     return config
 
@@ -136,6 +156,10 @@ def smollm2(gguf_file, tmp_path_factory):
 def run_cli(*args, cwd, env=None, timeout=600):
     """Runs ``hf_prune.py`` as a user would. Returns the finished process, stdout and stderr as text."""
     return subprocess.run(
-        [sys.executable, str(ROOT / "hf_prune.py"), *map(str, args)], cwd=cwd, capture_output=True, text=True,
-        timeout=timeout, env={**os.environ, **(env or {})},
+        [sys.executable, str(ROOT / "hf_prune.py"), *map(str, args)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **(env or {})},
     )

@@ -77,17 +77,25 @@ def test_round_to_that_cannot_be(round_to):
         plan(shape(intermediate_size=100)[0], COSINE, make_config(layers=6, round_to=round_to))
 
 
-@pytest.mark.parametrize("case, unit, steps, units, classes", [
-    ("llama_mha", "group", 4, 4, 1), ("llama_mha", "query", 4, 4, 1),
-    ("llama_gqa", "group", 2, 2, 1), ("llama_gqa", "query", 2, 4, 2),
-    ("llama_mqa", "group", 1, 1, 1), ("llama_mqa", "query", 4, 4, 1),
-])
+@pytest.mark.parametrize(
+    "case, unit, steps, units, classes",
+    [
+        ("llama_mha", "group", 4, 4, 1),
+        ("llama_mha", "query", 4, 4, 1),
+        ("llama_gqa", "group", 2, 2, 1),
+        ("llama_gqa", "query", 2, 4, 2),
+        ("llama_mqa", "group", 1, 1, 1),
+        ("llama_mqa", "query", 4, 4, 1),
+    ],
+)
 def test_head_units(case, unit, steps, units, classes):
     found = HeadUnits(shape(case)[0], unit)
     assert (found.steps, found.units, found.classes) == (steps, units, classes)
 
 
-@pytest.mark.parametrize("layers, ratio, pruned, alpha", [(32, 0.25, 26, 10), (32, 0.55, 30, 7), (30, 0.25, 24, 10), (30, 0.55, 28, 7), (2, 0.25, 2, 10)])
+@pytest.mark.parametrize(
+    "layers, ratio, pruned, alpha", [(32, 0.25, 26, 10), (32, 0.55, 30, 7), (30, 0.25, 24, 10), (30, 0.55, 28, 7), (2, 0.25, 2, 10)]
+)
 def test_depth_defaults_are_the_paper_s_scaled(layers, ratio, pruned, alpha):
     config = make_config(layers=layers, pruned_layers=None, pruning_ratio=ratio)
     assert (config.pruned_layers, config.alpha) == (pruned, alpha)

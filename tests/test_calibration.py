@@ -73,21 +73,24 @@ def test_hub_sources_join_rows(name, tiny_tokenizer, monkeypatch):
     assert asked["split"] == "train" and asked["column"] == "text" and "/" in asked["path"]
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda p: "bookcorpus", "--calibration bookcorpus: hub data set"),
-    (lambda p: "bookcorpsu", "did you mean 'bookcorpus'"),
-    (lambda p: p / "missing.txt", "no such file"),
-    (lambda p: p / "empty.txt", "0 tokens are too few"),
-    (lambda p: p / "short.txt", "too few for 4 samples of 16"),
-    (lambda p: p / "bad.jsonl", "bad.jsonl, line 2: not a JSON object with a text field"),
-    (lambda p: p / "latin.txt", "not UTF-8"),
-    (lambda p: p / "nothing", "holds no .txt or .jsonl file"),
-    (lambda p: p / "image.png", "not a .txt, .jsonl or .safetensors file"),
-    (lambda p: p / "broken.safetensors", "not a calibration file"),
-    (lambda p: p / "other.safetensors", "not a calibration file"),
-    (lambda p: p / "float.safetensors", "not int64"),
-    (lambda p: p / "vocab.safetensors", "outside the model's vocabulary"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda p: "bookcorpus", "--calibration bookcorpus: hub data set"),
+        (lambda p: "bookcorpsu", "did you mean 'bookcorpus'"),
+        (lambda p: p / "missing.txt", "no such file"),
+        (lambda p: p / "empty.txt", "0 tokens are too few"),
+        (lambda p: p / "short.txt", "too few for 4 samples of 16"),
+        (lambda p: p / "bad.jsonl", "bad.jsonl, line 2: not a JSON object with a text field"),
+        (lambda p: p / "latin.txt", "not UTF-8"),
+        (lambda p: p / "nothing", "holds no .txt or .jsonl file"),
+        (lambda p: p / "image.png", "not a .txt, .jsonl or .safetensors file"),
+        (lambda p: p / "broken.safetensors", "not a calibration file"),
+        (lambda p: p / "other.safetensors", "not a calibration file"),
+        (lambda p: p / "float.safetensors", "not int64"),
+        (lambda p: p / "vocab.safetensors", "outside the model's vocabulary"),
+    ],
+)
 def test_bad_sources_are_named(make, message, tmp_path, tiny_tokenizer):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("a few words")

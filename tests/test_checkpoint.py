@@ -65,7 +65,10 @@ def test_loads_where_the_project_cannot_be_imported_and_saves_again(dtype, tmp_p
     for source, again in (("first", "second"), ("second", "third")):
         done = subprocess.run(
             [sys.executable, "-I", "-c", LOAD_ALONE, tmp_path / source, tmp_path / again, dtype],
-            cwd=tmp_path, capture_output=True, text=True, timeout=300,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         assert done.returncode == 0, done.stderr[-2000:]
         found = torch.tensor(json.loads(done.stdout.splitlines()[-1]))

@@ -19,7 +19,20 @@ from tests.conftest import ROOT, logits, make_ids, make_model, run_cli
 def cli(tmp_path, tiny_folder, text_file, monkeypatch, capsys):
     """Runs hf_prune in this process on the tiny model. Returns (exit status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
-    small = ["--calibration", text_file, "--eval_data", text_file, "--num_examples", "8", "--seq_len", "16", "--max_seq_len", "16", "--eval_limit", "8"]
+    small = [
+        "--calibration",
+        text_file,
+        "--eval_data",
+        text_file,
+        "--num_examples",
+        "8",
+        "--seq_len",
+        "16",
+        "--max_seq_len",
+        "16",
+        "--eval_limit",
+        "8",
+    ]
 
     def run(*args, model=tiny_folder, defaults=True):
         status = hf_prune.main([str(a) for a in ["--base_model", model, *(small if defaults else []), *args]])
@@ -35,8 +48,17 @@ def test_a_run_leaves_a_whole_checkpoint(cli):
     assert status == 0, err
     folder = cli.folder / "prune_log" / "run"
     names = {p.name for p in folder.iterdir()}
-    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "modeling.py", "pruning.json",
-            "calibration.safetensors", "log.txt", "figures"} <= names
+    assert {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "modeling.py",
+        "pruning.json",
+        "calibration.safetensors",
+        "log.txt",
+        "figures",
+    } <= names
     assert (folder / "figures" / "layers.png").stat().st_size > 1000
     assert [p.name for p in folder.parent.iterdir()] == ["run"]
     assert all(p.stat().st_mode & 0o044 == 0o044 for p in folder.iterdir())
@@ -51,7 +73,7 @@ def test_a_run_leaves_a_whole_checkpoint(cli):
     for layer, reported in zip(model.model.layers, record["layers"]):
         assert layer.mlp.down_proj.in_features == len(reported["channels"])
         assert layer.self_attn.q_proj.out_features == 8 * len(reported["heads"])
-    figure, = record["evaluation"]
+    (figure,) = record["evaluation"]
     assert figure["limited"] and figure["blocks"] == 8 and figure["seq_len"] == 16 and len(figure["sha256"]) == 64
     assert len(load_file(folder / "calibration.safetensors")["calibration_ids"]) == 8
     assert record["calibration"]["sha256"] and record["environment"]["torch"] == torch.__version__
@@ -92,35 +114,38 @@ def test_dry_run_reads_no_weights_and_writes_nothing(cli, tiny_folder):
         assert word in out
 
 
-@pytest.mark.parametrize("args, message", [
-    (["--pruning_ratio", "1.5"], "--pruning_ratio 1.5: must be from 0 to below 1"),
-    (["--pruning_ratio", "-0.1"], "--pruning_ratio -0.1: must be from 0"),
-    (["--pruning_ratio", "much"], "--pruning_ratio: invalid float value: 'much'"),
-    (["--target_sparsity", "1"], "--target_sparsity 1.0: must be from 0 to below 1"),
-    (["--target_sparsity", "0.2", "--pruning_ratio", "0.2"], "give one of them"),
-    (["--target_sparsity", "0.9", "--pruned_layers", "1"], "can give up at most"),
-    (["--pruned_layers", "3"], "--pruned_layers 3: the model has 2 layers"),
-    (["--pruned_layers", "0"], "--pruned_layers 0: must be at least 1"),
-    (["--recovery", "liner"], "did you mean 'linear'?"),
-    (["--head_unit", "groups"], "did you mean 'group'?"),
-    (["--recipe", "bets"], "did you mean 'best'?"),
-    (["--layer_ratio", "unifrom"], "did you mean 'uniform'?"),
-    (["--dtype", "float23"], "did you mean 'float32'?"),
-    (["--ridge", "0"], "--ridge 0.0: must be above 0"),
-    (["--keep_lowest", "1"], "--keep_lowest 1.0"),
-    (["--num_examples", "0"], "--num_examples 0: must be at least 1"),
-    (["--round_to", "0"], "--round_to 0"),
-    (["--seq_len", "1"], "--seq_len 1"),
-    (["--top_p", "2"], "--top_p 2.0"),
-    (["--device", "gpu"], "--device gpu: no such device here"),
-    (["--eval_device", "cuda:77"], "--eval_device cuda:77: no such device here"),
-    (["--save_ckpt_log_name", "../x"], "--save_ckpt_log_name ../x"),
-    (["--prunning_ratio", "0.2"], "unknown argument --prunning_ratio; did you mean '--pruning_ratio'?"),
-    (["--num_examples", "10000"], "too few for 10000 samples"),
-    (["--calibration", "nowhere.txt"], "--calibration nowhere.txt: no such file"),
-    (["--eval_data", "nowhere.txt"], "--eval_data nowhere.txt: no such file"),
-    (["--max_seq_len", "100000"], "do not fill one block"),
-])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--pruning_ratio", "1.5"], "--pruning_ratio 1.5: must be from 0 to below 1"),
+        (["--pruning_ratio", "-0.1"], "--pruning_ratio -0.1: must be from 0"),
+        (["--pruning_ratio", "much"], "--pruning_ratio: invalid float value: 'much'"),
+        (["--target_sparsity", "1"], "--target_sparsity 1.0: must be from 0 to below 1"),
+        (["--target_sparsity", "0.2", "--pruning_ratio", "0.2"], "give one of them"),
+        (["--target_sparsity", "0.9", "--pruned_layers", "1"], "can give up at most"),
+        (["--pruned_layers", "3"], "--pruned_layers 3: the model has 2 layers"),
+        (["--pruned_layers", "0"], "--pruned_layers 0: must be at least 1"),
+        (["--recovery", "liner"], "did you mean 'linear'?"),
+        (["--head_unit", "groups"], "did you mean 'group'?"),
+        (["--recipe", "bets"], "did you mean 'best'?"),
+        (["--layer_ratio", "unifrom"], "did you mean 'uniform'?"),
+        (["--dtype", "float23"], "did you mean 'float32'?"),
+        (["--ridge", "0"], "--ridge 0.0: must be above 0"),
+        (["--keep_lowest", "1"], "--keep_lowest 1.0"),
+        (["--num_examples", "0"], "--num_examples 0: must be at least 1"),
+        (["--round_to", "0"], "--round_to 0"),
+        (["--seq_len", "1"], "--seq_len 1"),
+        (["--top_p", "2"], "--top_p 2.0"),
+        (["--device", "gpu"], "--device gpu: no such device here"),
+        (["--eval_device", "cuda:77"], "--eval_device cuda:77: no such device here"),
+        (["--save_ckpt_log_name", "../x"], "--save_ckpt_log_name ../x"),
+        (["--prunning_ratio", "0.2"], "unknown argument --prunning_ratio; did you mean '--pruning_ratio'?"),
+        (["--num_examples", "10000"], "too few for 10000 samples"),
+        (["--calibration", "nowhere.txt"], "--calibration nowhere.txt: no such file"),
+        (["--eval_data", "nowhere.txt"], "--eval_data nowhere.txt: no such file"),
+        (["--max_seq_len", "100000"], "do not fill one block"),
+    ],
+)
 def test_a_bad_flag_is_one_line_and_status_2(cli, args, message):
     status, _, err = cli(*args)
     assert status == 2 and message in err
@@ -163,12 +188,20 @@ def hf_prune_config():
     return make_config()
 
 
-@pytest.mark.parametrize("how, message", [
-    ("family", "supported are llama, mistral, qwen2, qwen3"), ("unknown", "lama"), ("json", "cannot read the config"),
-    ("config", "the folder has no config.json"), ("truncated", "safetensors file is broken"), ("garbage", "safetensors file is broken"),
-    ("weights", "cannot read the weights"), ("missing", "1 weights are missing or of the wrong shape, the first model.layers.1.mlp.up_proj.weight"),
-    ("slim", "pruned already"),
-])
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("family", "supported are llama, mistral, qwen2, qwen3"),
+        ("unknown", "lama"),
+        ("json", "cannot read the config"),
+        ("config", "the folder has no config.json"),
+        ("truncated", "safetensors file is broken"),
+        ("garbage", "safetensors file is broken"),
+        ("weights", "cannot read the weights"),
+        ("missing", "1 weights are missing or of the wrong shape, the first model.layers.1.mlp.up_proj.weight"),
+        ("slim", "pruned already"),
+    ],
+)
 def test_a_bad_model_is_one_line_and_status_2(cli, tiny_folder, how, message):
     break_model(tiny_folder, how)
     status, _, err = cli()
@@ -176,7 +209,15 @@ def test_a_bad_model_is_one_line_and_status_2(cli, tiny_folder, how, message):
     assert not any((cli.folder / "prune_log").glob(".*"))
 
 
-@pytest.mark.parametrize("name, message", [("nowhere/", "cannot read the config"), ("./nowhere", "no such folder"), ("nowhere.gguf", "no such file"), ("", "--base_model is required")])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("nowhere/", "cannot read the config"),
+        ("./nowhere", "no such folder"),
+        ("nowhere.gguf", "no such file"),
+        ("", "--base_model is required"),
+    ],
+)
 def test_a_model_that_is_not_there(cli, name, message):
     status, _, err = cli(model=name)
     assert status == 2 and message in err and len(err.strip().splitlines()) == 1
@@ -202,9 +243,26 @@ def test_a_full_disk_leaves_the_old_checkpoint(cli, tiny_folder, text_file):
     assert cli("--save_ckpt_log_name", "a")[0] == 0
     before = (cli.folder / "prune_log/a/model.safetensors").read_bytes()
     done = subprocess.run(
-        [sys.executable, ROOT / "hf_prune.py", "--base_model", tiny_folder, "--calibration", text_file, "--eval_data", "none",
-         "--num_examples", "8", "--seq_len", "16", "--save_ckpt_log_name", "a", "--overwrite"],
-        cwd=cli.folder, capture_output=True, text=True,
+        [
+            sys.executable,
+            ROOT / "hf_prune.py",
+            "--base_model",
+            tiny_folder,
+            "--calibration",
+            text_file,
+            "--eval_data",
+            "none",
+            "--num_examples",
+            "8",
+            "--seq_len",
+            "16",
+            "--save_ckpt_log_name",
+            "a",
+            "--overwrite",
+        ],
+        cwd=cli.folder,
+        capture_output=True,
+        text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)),
     )
     assert done.returncode == 2, done.stderr
@@ -251,16 +309,22 @@ def test_help_names_every_flag_with_its_default(capsys):
         hf_prune.main(["--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    for flag in ("--base_model --pruning_ratio --pruned_layers --alpha --num_examples --save_ckpt_log_name --save_model --device "
-                 "--eval_device --seed --max_seq_len --test_after_train --temperature --top_p --slimllm --target_sparsity "
-                 "--recovery --ridge --keep_lowest --head_unit --no_greedy --layer_ratio --calibration --seq_len --eval_data "
-                 "--dtype --round_to --dry_run --recipe --eval_limit --overwrite").split():
+    for flag in (
+        "--base_model --pruning_ratio --pruned_layers --alpha --num_examples --save_ckpt_log_name --save_model --device "
+        "--eval_device --seed --max_seq_len --test_after_train --temperature --top_p --slimllm --target_sparsity "
+        "--recovery --ridge --keep_lowest --head_unit --no_greedy --layer_ratio --calibration --seq_len --eval_data "
+        "--dtype --round_to --dry_run --recipe --eval_limit --overwrite"
+    ).split():
         assert flag in text
     assert "[42]" in text and "[128]" in text and "[32]" in text
 
 
 def test_the_script_runs_from_any_folder(tiny_folder, text_file, tmp_path):
-    done = run_cli("--base_model", tiny_folder, "--calibration", text_file, "--eval_data", "none", "--num_examples", 8, "--seq_len", 16, cwd=tmp_path)
+    done = run_cli(
+        "--base_model", tiny_folder, "--calibration", text_file, "--eval_data", "none", "--num_examples", 8, "--seq_len", 16, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert logits(checkpoint.load(tmp_path / "prune_log/llama_prune"), make_ids()).isfinite().all()
-    assert "\r" not in (tmp_path / "prune_log/llama_prune/log.txt").read_text() and os.path.getsize(tmp_path / "prune_log/llama_prune/log.txt")
+    assert "\r" not in (tmp_path / "prune_log/llama_prune/log.txt").read_text() and os.path.getsize(
+        tmp_path / "prune_log/llama_prune/log.txt"
+    )

@@ -18,7 +18,19 @@ from tests.conftest import ROOT, make_config, run_cli
 def run(gguf_file, tmp_path_factory):
     """One run from the .gguf file with no network and nothing named but the amount. Returns (folder, record, stdout)."""
     home = tmp_path_factory.mktemp("run")
-    done = run_cli("--base_model", gguf_file, "--target_sparsity", 0.2, "--num_examples", 8, "--eval_limit", 16, "--save_ckpt_log_name", "real", cwd=home)
+    done = run_cli(
+        "--base_model",
+        gguf_file,
+        "--target_sparsity",
+        0.2,
+        "--num_examples",
+        8,
+        "--eval_limit",
+        16,
+        "--save_ckpt_log_name",
+        "real",
+        cwd=home,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     folder = home / "prune_log" / "real"
     return folder, json.loads((folder / "pruning.json").read_text()), done.stdout
@@ -45,7 +57,7 @@ def test_peak_memory_is_at_most_the_model_and_a_gigabyte(run):
 
 def test_the_pruned_model_still_works(run, smollm2):
     folder, record, _ = run
-    figure, = record["evaluation"]
+    (figure,) = record["evaluation"]
     assert figure["dense"] < figure["pruned"] < 4 * figure["dense"]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -53,15 +65,32 @@ def test_the_pruned_model_still_works(run, smollm2):
     inputs = tokenizer("The capital of France is", return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     assert output.shape[1] == inputs.input_ids.shape[1] + 8
-    text, = evaluation.load_texts(("python_manual",))
+    (text,) = evaluation.load_texts(("python_manual",))
     blocks = evaluation.blocks_of(text, tokenizer, 128, limit=16)
     assert evaluation.perplexity(model, blocks) == pytest.approx(figure["pruned"], rel=0.02)
 
 
 def test_ctrl_c_in_the_middle_of_pruning(smollm2, text_file, tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "-u", ROOT / "hf_prune.py", "--base_model", smollm2, "--calibration", text_file, "--seq_len", "32", "--num_examples", "16", "--eval_data", "none"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [
+            sys.executable,
+            "-u",
+            ROOT / "hf_prune.py",
+            "--base_model",
+            smollm2,
+            "--calibration",
+            text_file,
+            "--seq_len",
+            "32",
+            "--num_examples",
+            "16",
+            "--eval_data",
+            "none",
+        ],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     for line in process.stdout:
         if line.startswith("layer   3"):

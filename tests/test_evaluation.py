@@ -43,23 +43,23 @@ def test_evaluating_casts_weights_only_for_a_while(monkeypatch):
 def test_wikitext_file_is_joined_as_the_hub_s_rows(tmp_path):
     path = tmp_path / "wiki.test.raw"
     path.write_text(" \n = Title = \n \n A sentence . \n")
-    text, = evaluation.load_texts((str(path),))
+    (text,) = evaluation.load_texts((str(path),))
     assert text.name == "wikitext2" and text.text == "\n\n".join(["", " = Title = \n", "", " A sentence . \n"])
-    named, = evaluation.load_texts((f"wikitext2={path}",))
+    (named,) = evaluation.load_texts((f"wikitext2={path}",))
     assert named.sha256 == text.sha256
 
 
 def test_ptb_file_is_joined_sentence_by_sentence(tmp_path):
     path = tmp_path / "ptb.valid.txt"
     path.write_text(" one <unk> \n two N \n")
-    text, = evaluation.load_texts((str(path),))
+    (text,) = evaluation.load_texts((str(path),))
     assert text.name == "ptb" and text.text == "one <unk>\n\ntwo N"
 
 
 def test_any_text_is_taken_as_it_is(tmp_path):
     path = tmp_path / "novel.txt"
     path.write_text("a\nb\n")
-    text, = evaluation.load_texts((str(path),))
+    (text,) = evaluation.load_texts((str(path),))
     assert (text.name, text.text) == ("novel", "a\nb\n")
 
 
@@ -73,7 +73,7 @@ def test_blocks_are_cut_from_one_stream_and_limited(tiny_tokenizer):
 
 def test_nothing_named_and_no_hub_takes_the_python_manual(caplog):
     with caplog.at_level("INFO", logger="slimllm"):
-        text, = evaluation.load_texts(None)
+        (text,) = evaluation.load_texts(None)
     assert text.name == "python_manual" and len(text.text) > 100_000 and "Python" in text.split
     assert "--eval_data python_manual" in caplog.text
 
@@ -84,10 +84,16 @@ def test_nothing_named_takes_both_sets_of_the_hub(monkeypatch):
     assert evaluation.load_texts(("none",)) == []
 
 
-@pytest.mark.parametrize("item, message", [
-    ("wikitext", "did you mean 'wikitext2'"), ("missing.txt", "no such file"), ("ptb=missing", "no such file"),
-    ("wikitext2", "give a local file as wikitext2=FILE"), ("empty.txt", "the file is empty"),
-])
+@pytest.mark.parametrize(
+    "item, message",
+    [
+        ("wikitext", "did you mean 'wikitext2'"),
+        ("missing.txt", "no such file"),
+        ("ptb=missing", "no such file"),
+        ("wikitext2", "give a local file as wikitext2=FILE"),
+        ("empty.txt", "the file is empty"),
+    ],
+)
 def test_bad_texts_are_named(item, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n")

@@ -23,7 +23,7 @@ def dense(folder):
 
 
 def manual_ids(folder, samples, length=128):
-    text, = evaluation.load_texts(("python_manual",))
+    (text,) = evaluation.load_texts(("python_manual",))
     return evaluation.blocks_of(text, families.load_tokenizer(str(folder)), length, limit=samples)
 
 
@@ -56,10 +56,10 @@ def test_the_published_decisions(published, smollm2):
 
 
 def test_least_squares_beats_the_published_recovery(published, smollm2):
-    """At the same kept parameters; with --recipe best, whose --keep_lowest is 0."""
+    """At the same kept parameters and the same calibration tokens."""
     settings, ids, eval_ids, _, kept, perplexity = published
     model = dense(smollm2)
-    reports = pipeline.prune(model, ids, make_config(layers=30, recipe="best", **settings))
+    reports = pipeline.prune(model, ids, make_config(layers=30, recovery="least_squares", **settings))
     assert all(len(reports[i].channels) == len(channels) and len(reports[i].heads) == len(heads) for i, (heads, channels) in kept.items())
     bound = {0.25: 0.87, 0.55: 0.80}[settings["pruning_ratio"]]
     assert evaluation.perplexity(model, eval_ids) <= bound * perplexity
@@ -78,4 +78,3 @@ def test_the_plain_transcription_decides_the_same_on_the_real_model(smollm2):
         assert len(set(channels) & set(reports[index].channels)) >= 0.999 * len(channels)
     blocks = manual_ids(smollm2, 12)[6:]
     assert evaluation.perplexity(model, blocks) == pytest.approx(evaluation.perplexity(twin, blocks), rel=1e-3)
-

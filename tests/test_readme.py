@@ -11,7 +11,10 @@ from tests.conftest import ROOT
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 COMMANDS = [
-    re.sub(r"\s+#.*", "", line) for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")
+    re.sub(r"\s+#.*", "", line)
+    for block in BLOCKS
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip() and not line.startswith("#")
 ]
 
 
@@ -40,14 +43,19 @@ def test_a_command_names_flags_and_files_that_exist(command):
 def test_the_tree_is_the_tree():
     listed = set(re.findall(r"^([\w./]+)  +\S", re.search(r"```text\n(.*?)```", README, re.S).group(1), re.M))
     there = {
-        str(path.relative_to(ROOT)) for pattern in ("*.py", "slimllm/*.py", "slimllm/importance/*.py", "script/*.sh", "requirement.txt") for path in ROOT.glob(pattern)
+        str(path.relative_to(ROOT))
+        for pattern in ("*.py", "slimllm/*.py", "slimllm/importance/*.py", "script/*.sh", "requirement.txt")
+        for path in ROOT.glob(pattern)
     }
     assert there - {"slimllm/__init__.py", "slimllm/importance/__init__.py"} <= listed
     assert all((ROOT / name).exists() for name in listed)
 
 
 def test_the_table_of_flags_is_complete():
-    flags = {option for action in build_parser()._actions for option in action.option_strings if option.startswith("--")} - {"--help", "--no_save_model"}
+    flags = {option for action in build_parser()._actions for option in action.option_strings if option.startswith("--")} - {
+        "--help",
+        "--no_save_model",
+    }
     missing = [flag for flag in flags if f"`{flag}" not in README]
     assert not missing
 

@@ -1,0 +1,37 @@
+import pytest
+
+from slimllm.config import UserError, parse_args
+
+
+def config(*flags):
+    return parse_args(["--base_model", "m", *flags])
+
+
+def test_defaults_are_the_paper_s():
+    c = config()
+    c.resolve_depth(32)
+    assert (c.pruning_ratio, c.pruned_layers, c.alpha, c.num_examples, c.seq_len, c.max_seq_len) == (0.25, 26, 10.0, 32, 128, 128)
+    assert (c.recovery, c.keep_lowest, c.layer_ratio, c.no_greedy) == ("linear", 0.01, "importance", False)
+
+
+@pytest.mark.parametrize(
+    "flags, recovery, keep_lowest",
+    [
+        (["--recipe", "best"], "least_squares", 0.0),
+        (["--recovery", "least_squares"], "least_squares", 0.0),
+        (["--recipe", "best", "--recovery", "bias"], "bias", 0.01),
+        (["--recipe", "best", "--keep_lowest", "0.02"], "least_squares", 0.02),
+    ],
+)
+def test_a_recipe_sets_only_what_the_user_left_open(flags, recovery, keep_lowest):
+    c = config(*flags)
+    assert (c.recovery, c.keep_lowest) == (recovery, keep_lowest)
+
+
+def test_save_model_can_be_said_both_ways():
+    assert config("--save_model").save_model and config().save_model and not config("--no_save_model").save_model
+
+
+def test_flags_are_not_abbreviated():
+    with pytest.raises(UserError, match="unknown argument --pruned; did you mean '--pruned_layers'"):
+        config("--pruned", "3")
