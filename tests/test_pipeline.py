@@ -134,3 +134,26 @@ def test_repeating_kv_heads_leaves_the_logits_unchanged():
     families.with_multi_head_attention(model)
     torch.testing.assert_close(logits(model, ids), before, rtol=1e-4, atol=1e-4)
     assert shape_of(model.config, FAMILIES["qwen2"]).kv_heads == 4
+
+
+def outputs_of(model, ids, module):
+    seen = []
+    hook = module.register_forward_hook(lambda _, args, output: seen.append(output))
+    logits(model, ids)
+    hook.remove()
+    return seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+
+
+@pytest.mark.parametrize("case", FAMILY_CASES)
+def test_layers_run_as_in_the_whole_model(case):
+    """Masks (sliding windows too) and positions are the model's own: cosines and the first attention's error say so."""
+    dense, ids = make_model(case), make_ids(samples=12)
+    model = copy.deepcopy(dense)
+    reports = pipeline.prune(model, ids, make_config(layer_ratio="uniform"))
+    states = [outputs_of(dense, ids, module) for module in (dense.model.embed_tokens, *dense.model.layers)]
+    cosine = [torch.cosine_similarity(a, b, dim=-1).mean().item() for a, b in zip(states, states[1:])]
+    assert [r.cosine for r in reports] == pytest.approx(cosine, abs=1e-5)
+    if reports[0].attention_error:
+        wanted, found = (outputs_of(m, ids, m.model.layers[0].self_attn.o_proj).flatten(0, 1) for m in (dense, model))
+        error = (wanted - found).square().mean(0).sum() / wanted.var(0, correction=0).sum()
+        assert reports[0].attention_error[1] == pytest.approx(error.item(), rel=1e-3)
