@@ -73,10 +73,7 @@ def run(config) -> None:
 
 def _prune_into(folder: Path, config, shape, device, eval_device, dtype) -> dict:
     """The run itself; everything is written to ``folder``. Returns the record."""
-    from tqdm.auto import tqdm
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
-    from slimllm import calibration, checkpoint, evaluation, families, pipeline, record, report
+    from slimllm import calibration, checkpoint, evaluation, families, record, report
 
     timed = record.Stopwatch()
     log.info("%s", record.command())
@@ -85,14 +82,8 @@ def _prune_into(folder: Path, config, shape, device, eval_device, dtype) -> dict
         tokenizer = families.load_tokenizer(config.base_model)
         blocks = [evaluation.blocks_of(text, tokenizer, config.max_seq_len, config.eval_limit) for text in texts]
         model = families.load_model(config.base_model, dtype)
-    log.info(
-        "%s: %s, %d layers, %.1f M parameters, %s",
-        config.base_model,
-        model.config.model_type,
-        shape.layers,
-        model.num_parameters() / 1e6,
-        dtype,
-    )
+    size, family = model.num_parameters(), model.config.model_type
+    log.info("%s: %s, %d layers, %.1f M parameters, %s", config.base_model, family, shape.layers, size / 1e6, dtype)
     with timed("calibration"):
         samples = calibration.load(config, model, tokenizer)
     samples.save(folder)
@@ -103,62 +94,43 @@ def _prune_into(folder: Path, config, shape, device, eval_device, dtype) -> dict
             if config.test_after_train:
                 for text in evaluation.continuations(model, tokenizer, config):
                     log.info("[%s] %s", stage, text)
-            values = [evaluation.perplexity(model, b, f"{t.name} ({stage})") for t, b in zip(texts, blocks)]
+            values = [evaluation.perplexity(model, ids, f"{text.name} ({stage})") for text, ids in zip(texts, blocks)]
         for text, value in zip(texts, values):
             log.info("%s: %s perplexity %.3f", stage, text.name, value)
         return values
 
     dense = evaluate("dense")
-    sizes = [model.num_parameters(), shape.decoder_parameters]
-    with timed("pruning"), logging_redirect_tqdm([log]), tqdm(total=shape.layers, desc="pruning", unit="layer", disable=None) as bar:
-
-        def on_layer(layer):
-            log.info("%s", report.layer_line(layer, shape))
-            bar.update()
-
-        layers = pipeline.prune(model, samples.ids, config, device, on_layer)
+    with timed("pruning"):
+        layers = _prune(model, samples.ids, config, device, shape)
     checkpoint.as_slim_model(model)
-    removed = sizes[0] - model.num_parameters()
     if config.save_model:
         with timed("saving"):
             checkpoint.save(model, tokenizer, folder)
             model = checkpoint.reload_and_compare(model, folder, samples.ids[:2, :64])
         log.info("saved, loaded again and compared: the same logits")
     pruned = evaluate("pruned")
-    eval_dtype = evaluation.evaluation_dtype(dtype, eval_device)
     result = {
-        "format": record.FORMAT,
-        "command": record.command(),
-        "environment": record.environment(),
-        "config": config.to_dict(),
+        **record.of_run(config),
         "model": {
             "name": Path(config.base_model).name,
-            "type": model.config.model_type,
-            "dtype": str(dtype).removeprefix("torch."),
+            "type": family,
+            "dtype": record.name_of(dtype),
             "device": str(device),
             "shape": dataclasses.asdict(shape),
         },
         "calibration": samples.to_dict(),
-        "parameters": {
-            "dense": sizes[0],
-            "pruned": model.num_parameters(),
-            "dense_decoder": sizes[1],
-            "decoder_removed": removed / sizes[1],
-            "removed": removed / sizes[0],
-        },
+        "parameters": record.parameters(size, model.num_parameters(), shape.decoder_parameters),
         "evaluation": [
             {
-                "data": t.name,
-                "split": t.split,
-                "sha256": t.sha256,
+                **text.to_dict(),
                 "seq_len": config.max_seq_len,
-                "blocks": len(b),
+                "blocks": len(ids),
                 "limited": config.eval_limit is not None,
-                "dtype": str(eval_dtype).removeprefix("torch."),
-                "dense": d,
-                "pruned": p,
+                "dtype": record.name_of(evaluation.evaluation_dtype(dtype, eval_device)),
+                "dense": before,
+                "pruned": after,
             }
-            for t, b, d, p in zip(texts, blocks, dense, pruned)
+            for text, ids, before, after in zip(texts, blocks, dense, pruned)
         ],
         "seconds": timed.seconds,
         "peak_memory": record.peak_memory(),
@@ -167,6 +139,22 @@ def _prune_into(folder: Path, config, shape, device, eval_device, dtype) -> dict
     (folder / "pruning.json").write_text(record.dumps(result), encoding="utf-8")
     report.figures(result, folder / "figures")
     return result
+
+
+def _prune(model, ids, config, device, shape) -> list:
+    """Prunes ``model`` with a line and a step of the bar for each layer."""
+    from tqdm.auto import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from slimllm import pipeline, report
+
+    with logging_redirect_tqdm([log]), tqdm(total=shape.layers, desc="pruning", unit="layer", disable=None) as bar:
+
+        def on_layer(layer):
+            log.info("%s", report.layer_line(layer, shape))
+            bar.update()
+
+        return pipeline.prune(model, ids, config, device, on_layer)
 
 
 def _start_log() -> list[logging.Handler]:

@@ -29,6 +29,12 @@ case " $* " in
     ;;
 esac
 case " $* " in
+*" --save_ckpt_log_name"*)
+    echo "llama_prune.sh: two runs need two names: use NAME=... bash $0 instead of --save_ckpt_log_name" >&2
+    exit 2
+    ;;
+esac
+case " $* " in
 *" --calibration"*) same=() ;;
 *) same=(--calibration "prune_log/${name}_20/calibration.safetensors") ;; # both runs see the same tokens
 esac

@@ -41,6 +41,9 @@ class EvalText:
     def sha256(self) -> str:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
+    def to_dict(self) -> dict:
+        return {"data": self.name, "split": self.split, "sha256": self.sha256}
+
 
 def wikitext_rows(raw: str) -> list[str]:
     """The hub's rows of a wiki.test.raw file: a blank line is an empty row, any other keeps its newline."""

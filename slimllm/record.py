@@ -62,6 +62,27 @@ def command() -> str:
     return " ".join(["python", *sys.argv])
 
 
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def of_run(config) -> dict:
+    """The part of a record that says how to repeat the run. ``config`` is its PruneConfig."""
+    return {"format": FORMAT, "command": command(), "environment": environment(), "config": config.to_dict()}
+
+
+def parameters(dense: int, pruned: int, dense_decoder: int) -> dict:
+    """Counts, and the shares of the decoder layers' and of all parameters that were removed."""
+    removed = dense - pruned
+    return {
+        "dense": dense,
+        "pruned": pruned,
+        "dense_decoder": dense_decoder,
+        "decoder_removed": removed / dense_decoder,
+        "removed": removed / dense,
+    }
+
+
 def peak_memory() -> dict:
     """Peak bytes of this process so far: resident memory, and GPU memory where one is in use."""
     scale = 1 if sys.platform == "darwin" else 1024

@@ -74,7 +74,7 @@ def dry_run(shape, plans, config, dtype) -> str:
             f"{(shape.decoder_parameters - removed) / 1e6:.2f} M ({removed / shape.decoder_parameters:.2%} less)",
         ],
         [
-            f"weights in {str(dtype).removeprefix('torch.')}",
+            f"weights in {record.name_of(dtype)}",
             f"{dense * dtype.itemsize / 1e9:.3f} GB",
             f"{(dense - removed) * dtype.itemsize / 1e9:.3f} GB",
         ],
