@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from . import hub
 from .config import CALIBRATION_NAMES, PruneConfig, UserError, nearest
+from .record import return_free_memory
 
 log = logging.getLogger("slimllm")
 
@@ -26,7 +27,7 @@ HUB_SOURCES = {
 }
 TEXT_SUFFIXES = (".txt", ".jsonl")
 MAX_CHARACTERS = 8_000_000  # enough for over ten thousand samples of 128 tokens; more is not read
-SELF_SAMPLE_BATCH = 32
+SELF_SAMPLE_BATCH = 16
 
 
 @dataclass
@@ -194,4 +195,5 @@ def sample_from_model(model, tokenizer, config: PruneConfig) -> torch.Tensor:
             model.generate(start, attention_mask=torch.ones_like(start), generation_config=settings, logits_processor=suppress)
             for start in first.split(SELF_SAMPLE_BATCH)
         ]
+    return_free_memory()
     return torch.cat(parts).cpu()

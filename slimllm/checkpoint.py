@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from .config import UserError
 from .families import family_of
 from .modeling import SLIM_MODELS
+from .record import return_free_memory
 
 
 def as_slim_model(model):
@@ -53,6 +54,7 @@ def reload_and_compare(model, folder: str | os.PathLike, ids: torch.Tensor):
     """
     dtype, expected = model.dtype, model(ids, use_cache=False).logits.float()
     model.to("meta")
+    return_free_memory()
     reloaded = load(folder, dtype)
     difference = float((expected - reloaded(ids, use_cache=False).logits.float()).abs().max())
     if not difference <= (1e-5 if dtype == torch.float32 else 1e-2) * float(expected.abs().max()):

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from . import hub
 from .calibration import read_text
 from .config import EVAL_NAMES, PruneConfig, UserError, nearest
+from .record import return_free_memory
 
 log = logging.getLogger("slimllm")
 
@@ -145,6 +146,7 @@ def evaluating(model, device: torch.device):
     finally:
         for tensor, data in originals:
             tensor.data = data
+        return_free_memory()
 
 
 @torch.no_grad()

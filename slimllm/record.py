@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import json
 import os
@@ -90,6 +91,14 @@ def peak_memory() -> dict:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         peak["gpu_bytes"] = torch.cuda.max_memory_allocated()
     return peak
+
+
+def return_free_memory() -> None:
+    """Gives what the C allocator holds free back to the system: glibc would keep it resident."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        pass  # another C library: it does as it sees fit
 
 
 class Stopwatch:
