@@ -115,10 +115,10 @@ def figures(run: dict, folder: Path) -> list[Path]:
         axes[0].bar([i + offset for i in index], kept, 0.4, label=f"{what} (of {total})", color=colours[what])
     axes[0].set(
         ylabel="share kept",
-        ylim=(0, 1.05),
+        ylim=(0, 1.2),
         title=f"{run['model']['name']}: {run['parameters']['decoder_removed']:.1%} of the decoder removed",
     )
-    axes[0].legend(loc="lower left", ncols=2)
+    axes[0].legend(loc="upper center", ncols=2)
     axes[1].plot(index, [layer["cosine"] for layer in layers], "o-", color="#444444", markersize=4)
     axes[1].set(ylabel="cosine of input and output\n(high: matters less)")
     for what, part in (("heads", "attention_error"), ("channels", "mlp_error")):
