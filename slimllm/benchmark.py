@@ -18,6 +18,7 @@ import time
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from . import families, pipeline
 from .config import PruneConfig, UserError
@@ -94,6 +95,8 @@ def main(argv=None) -> int:
     parser.add_argument("--skip_layer", action="store_true", help="leave the layer of LLaMA-7B's shape out")
     parser.add_argument("--json", help="write the measurements to this file as well")
     args = parser.parse_args(argv)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     results = []
     try:
         if args.base_model:

@@ -1,6 +1,6 @@
-"""The package against what the paper's published code decided on the real model, recorded in ../shared/parity.
+"""The package against what the paper's published code decided on the real model, recorded in a folder beside the repository.
 
-Where that folder is absent, the plain transcription of the equations (tests/plain.py) decides instead, on the same
+Where that is absent, the plain transcription of the equations (tests/plain.py) decides instead, on the same
 model and on tokens of the Python manual.
 """
 
