@@ -98,8 +98,6 @@ def _from_file(path: str, vocab_size: int) -> Calibration:
 def _from_hub(name: str, config: PruneConfig, tokenizer) -> Calibration:
     source = dict(HUB_SOURCES[name])
     column = source.pop("column")
-    if not hub.reachable():
-        log.debug("the hub cannot be reached; looking for %s in the cache", name)
     parts, size = [], 0
     for text in hub.rows(source.pop("path"), column, **source):
         parts.append(text)
