@@ -77,7 +77,7 @@ def test_search_never_ends_below_its_start_and_mostly_finds_the_best_set():
         assert similarity(gram, end) >= similarity(gram, start) - 1e-9
         best = max(itertools.combinations(range(6), 6 - removed), key=lambda s: similarity(gram, list(s)))
         found += tuple(end) == best
-    assert found >= 50, f"equals exhaustive search in {found} of 60 cases"  # measured: 56
+    assert found >= 56, f"equals exhaustive search in {found} of 60 cases"  # measured: 58
 
 
 def test_search_in_classes_takes_the_same_number_from_each():
