@@ -21,6 +21,7 @@ from .families import Family, ModelShape, family_of, shape_of
 from .importance.channels import channel_scores, select_channels
 from .importance.heads import greedy_search, output_gram
 from .importance.layers import cosine_sum
+from .record import return_free_memory
 from .recovery import NEEDS_INPUT_COVARIANCE, RECOVERIES
 from .statistics import ActivationStore, Covariance, MemoryBudget, PairMoments, SquareSum
 
@@ -89,6 +90,7 @@ def prune(model, ids: torch.Tensor, config: PruneConfig, device="cpu", on_layer=
         report.seconds = time.perf_counter() - started
         reports.append(report)
         on_layer(report)
+        return_free_memory()  # batches come and go; without this the holes they leave add up over the layers
     return reports
 
 
