@@ -53,8 +53,7 @@ def run(config) -> None:
             plans = allocation.plan(shape, [0.0] * shape.layers, uniform)
             log.info("%s", report.dry_run(shape, plans, uniform, dtype))
             return
-        if config.target_sparsity is not None:  # fails before anything is read if it cannot be met
-            allocation.plan(shape, [0.0] * shape.layers, config)
+        allocation.plan(shape, [0.0] * shape.layers, config)  # a budget that cannot be met fails before anything is read
         target = OUTPUT / config.save_ckpt_log_name
         with checkpoint.staged(target, config.overwrite) as folder:
             handlers.append(logging.FileHandler(folder / "log.txt", encoding="utf-8"))

@@ -6,7 +6,6 @@ pruned layers before it give. Attention goes first, then the feed-forward part (
 
 from __future__ import annotations
 
-import logging
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,8 +23,6 @@ from .importance.layers import cosine_sum
 from .record import return_free_memory
 from .recovery import NEEDS_INPUT_COVARIANCE, RECOVERIES
 from .statistics import ActivationStore, Covariance, MemoryBudget, PairMoments, SquareSum
-
-log = logging.getLogger("slimllm")
 
 TOKENS_PER_BATCH = 2048
 MIN_ACTIVATION_BYTES = 64 << 20

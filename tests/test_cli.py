@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import hf_prune
 from slimllm import checkpoint, pipeline
-from tests.conftest import ROOT, logits, make_ids, make_model, run_cli
+from tests.conftest import ROOT, logits, make_config, make_ids, make_model, run_cli
 
 
 @pytest.fixture
@@ -178,14 +178,8 @@ def break_model(folder, how):
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
     elif how == "slim":
         model = make_model()
-        pipeline.prune(model, make_ids(), hf_prune_config())
+        pipeline.prune(model, make_ids(), make_config())
         checkpoint.as_slim_model(model).save_pretrained(folder)
-
-
-def hf_prune_config():
-    from tests.conftest import make_config
-
-    return make_config()
 
 
 @pytest.mark.parametrize(
