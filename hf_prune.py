@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
-import signal
 import sys
 from pathlib import Path
+
+from slimllm.cli import device_of, guarded, logging_to_console, memory_errors
 
 OUTPUT = Path("prune_log")
 log = logging.getLogger("slimllm")
@@ -15,38 +15,25 @@ log = logging.getLogger("slimllm")
 
 def main(argv=None) -> int:
     """Exit status: 0, 2 for a user's mistake (one line on stderr), 130 when interrupted."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        from slimllm.config import UserError, parse_args
 
-        try:
-            run(parse_args(argv))
-        except UserError as error:
-            print(f"hf_prune.py: error: {error}", file=sys.stderr)
-            return 2
-    except KeyboardInterrupt:
-        print("hf_prune.py: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    def prune():
+        from slimllm.config import parse_args
+
+        run(parse_args(argv))
+
+    return guarded("hf_prune.py", prune)
 
 
 def run(config) -> None:
     """One run, as its settings say. Raises UserError for what the user can mend."""
-    import torch
-    from transformers.utils import logging as transformers_logging
-
     from slimllm import allocation, calibration, checkpoint, families, report
-    from slimllm.config import UserError
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    handlers = _start_log()
-    try:
+    with logging_to_console() as lines, memory_errors("use --device cpu, --eval_device cpu or --dtype bfloat16"):
         calibration.check_source(config.calibration)
         model_config = families.load_config(config.base_model)
         shape = families.shape_of(model_config, families.family_of(model_config))
         config.resolve_depth(shape.layers)
-        device, eval_device = _device("device", config.device), _device("eval_device", config.eval_device)
+        device, eval_device = device_of("device", config.device), device_of("eval_device", config.eval_device)
         dtype = _dtype(config.dtype, device, model_config)
         if config.dry_run:
             uniform = dataclasses.replace(config, layer_ratio="uniform")
@@ -55,19 +42,10 @@ def run(config) -> None:
             return
         allocation.plan(shape, [0.0] * shape.layers, config)  # a budget that cannot be met fails before anything is read
         target = OUTPUT / config.save_ckpt_log_name
-        with checkpoint.staged(target, config.overwrite) as folder:
-            handlers.append(logging.FileHandler(folder / "log.txt", encoding="utf-8"))
-            log.addHandler(handlers[-1])
+        with checkpoint.staged(target, config.overwrite, "choose another --save_ckpt_log_name") as folder:
+            lines.to_file(folder / "log.txt")
             result = _prune_into(folder, config, shape, device, eval_device, dtype)
         log.info("\n%s\n\neverything lies in %s/", report.table([(config.save_ckpt_log_name, result)]), target)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory on the GPU ({str(error).splitlines()[0]}); use --device cpu, --eval_device cpu or --dtype bfloat16"
-        ) from None
-    finally:
-        for handler in handlers:
-            log.removeHandler(handler)
-            handler.close()
 
 
 def _prune_into(folder: Path, config, shape, device, eval_device, dtype) -> dict:
@@ -156,29 +134,6 @@ def _prune(model, ids, config, device, shape) -> list:
         return pipeline.prune(model, ids, config, device, on_layer)
 
 
-def _start_log() -> list[logging.Handler]:
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    console = logging.StreamHandler(sys.stdout)
-    log.addHandler(console)
-    return [console]
-
-
-def _device(flag: str, name: str):
-    import torch
-
-    from slimllm.config import UserError
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--{flag} {name}: no such device here; use cpu{', cuda' if torch.cuda.is_available() else ''} or auto") from None
-    return device
-
-
 def _dtype(name: str, device, model_config):
     """What the weights are loaded, computed and saved in."""
     import torch
@@ -191,5 +146,4 @@ def _dtype(name: str, device, model_config):
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.exit(main())

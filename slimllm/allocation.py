@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .config import PruneConfig, UserError
+from .cli import UserError
+from .config import PruneConfig
 from .families import ModelShape
 from .importance.layers import layer_weights
 

@@ -21,7 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from . import families, pipeline
-from .config import PruneConfig, UserError
+from .cli import UserError
+from .config import PruneConfig
 from .report import aligned
 
 SAMPLES, LENGTH = 32, 128

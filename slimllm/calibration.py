@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from . import hub
-from .config import CALIBRATION_NAMES, PruneConfig, UserError, nearest
+from .cli import UserError, nearest
+from .config import CALIBRATION_NAMES, PruneConfig
 from .record import return_free_memory
 
 log = logging.getLogger("slimllm")

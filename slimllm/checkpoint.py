@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
-from .config import UserError
+from .cli import UserError
 from .families import family_of
 from .modeling import SLIM_MODELS
 from .record import return_free_memory
@@ -63,23 +63,10 @@ def reload_and_compare(model, folder: str | os.PathLike, ids: torch.Tensor):
 
 
 @contextmanager
-def staged(target: Path, overwrite: bool):
-    """A temporary folder beside ``target`` that takes its place when the block ends well, and is removed otherwise.
-
-    Raises UserError where ``target`` exists (without ``overwrite``) or cannot be written: a full disk, a read-only folder.
-    """
-    target = Path(target)
-    if target.exists() and not overwrite:
-        raise UserError(f"{target} exists: choose another --save_ckpt_log_name, or replace it with --overwrite")
-    staging = None
+def writing(target: Path):
+    """Turns what the disk refuses while ``target`` is written (full, read-only, not permitted) into a UserError that names it."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-        staging.chmod(0o777 & ~_umask())
-        yield staging
-        for path in staging.rglob("*"):  # safetensors writes files that only their owner can read
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
-        _replace(staging, target)
+        yield
     except SafetensorError as error:  # its I/O errors are no OSError
         if any(sign in str(error) for sign in ("os error", "I/O error", "No space")):
             raise UserError(f"{target}: cannot be written ({error})") from None
@@ -88,6 +75,28 @@ def staged(target: Path, overwrite: bool):
         if error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR, errno.EEXIST):
             raise UserError(f"{target}: cannot be written ({error.strerror})") from None
         raise
+
+
+@contextmanager
+def staged(target: Path, overwrite: bool, otherwise: str = "choose another name"):
+    """A temporary folder beside ``target`` that takes its place when the block ends well, and is removed otherwise.
+
+    Raises UserError where ``target`` exists (without ``overwrite``; ``otherwise`` is the other way out) or cannot be
+    written: a full disk, a read-only folder.
+    """
+    target = Path(target)
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} exists: {otherwise}, or replace it with --overwrite")
+    staging = None
+    try:
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+            staging.chmod(0o777 & ~_umask())
+            yield staging
+            for path in staging.rglob("*"):  # safetensors writes files that only their owner can read
+                path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
+            _replace(staging, target)
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)

@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 
 from . import hub
 from .calibration import read_text
-from .config import EVAL_NAMES, PruneConfig, UserError, nearest
+from .cli import UserError, nearest
+from .config import EVAL_NAMES, PruneConfig
 from .record import return_free_memory
 
 log = logging.getLogger("slimllm")
@@ -56,10 +57,10 @@ def ptb_rows(raw: str) -> list[str]:
     return [line.strip() for line in raw.splitlines() if line.strip()]
 
 
-def _file_text(name: str | None, path: Path) -> EvalText:
+def _file_text(name: str | None, path: Path, flag: str) -> EvalText:
     raw = read_text(path)
     if not raw.strip():
-        raise UserError(f"--eval_data {path}: the file is empty")
+        raise UserError(f"{flag} {path}: the file is empty")
     if name == "wikitext2" or (name is None and path.name.startswith("wiki.")):
         return EvalText("wikitext2", "\n\n".join(wikitext_rows(raw)), path.name)
     if name == "ptb" or (name is None and path.name.startswith("ptb.")):
@@ -80,8 +81,8 @@ def _hub_text(name: str) -> EvalText:
     return EvalText(name, "\n\n".join(hub.rows(source.pop("path"), column, **source)), split)
 
 
-def load_texts(eval_data: tuple | None) -> list[EvalText]:
-    """The texts that ``--eval_data`` names. Raises UserError for one that cannot be had.
+def load_texts(eval_data: tuple | None, flag: str = "--eval_data") -> list[EvalText]:
+    """The texts that ``--eval_data`` (or another ``flag``) names. Raises UserError for one that cannot be had.
 
     Nothing named: wikitext2 and ptb from the hub or, where it cannot be reached, the Python manual that comes with the
     interpreter (pydoc_data.topics).
@@ -90,25 +91,25 @@ def load_texts(eval_data: tuple | None) -> list[EvalText]:
         try:
             return [_hub_text(name) for name in HUB_TEXTS]
         except OSError as error:
-            log.info("evaluation: %s; using the text of the Python manual instead (--eval_data python_manual)", error)
+            log.info("evaluation: %s; using the text of the Python manual instead (%s python_manual)", error, flag)
             return [_python_manual()]
     if "none" in eval_data:
         return []
-    return [_named_text(item) for item in eval_data]
+    return [_named_text(item, flag) for item in eval_data]
 
 
-def _named_text(item: str) -> EvalText:
+def _named_text(item: str, flag: str) -> EvalText:
     if item == "python_manual":
         return _python_manual()
     if item in HUB_TEXTS:
         try:
             return _hub_text(item)
         except OSError as error:
-            raise UserError(f"--eval_data {item}: {error}; give a local file as {item}=FILE") from None
+            raise UserError(f"{flag} {item}: {error}; give a local file as {item}=FILE") from None
     name, _, path = item.rpartition("=")
     if not os.path.isfile(path):
-        raise UserError(f"--eval_data {item}: no such file, and not one of {', '.join(EVAL_NAMES)}{nearest(item, EVAL_NAMES)}")
-    return _file_text(name or None, Path(path))
+        raise UserError(f"{flag} {item}: no such file, and not one of {', '.join(EVAL_NAMES)}{nearest(item, EVAL_NAMES)}")
+    return _file_text(name or None, Path(path), flag)
 
 
 def blocks_of(text: EvalText, tokenizer, seq_len: int, limit: int | None = None) -> torch.Tensor:
@@ -116,7 +117,7 @@ def blocks_of(text: EvalText, tokenizer, seq_len: int, limit: int | None = None)
     ids = torch.tensor(tokenizer(text.text, verbose=False).input_ids, dtype=torch.long)
     blocks = len(ids) // seq_len
     if not blocks:
-        raise UserError(f"--eval_data {text.name}: {len(ids)} tokens do not fill one block of --max_seq_len {seq_len}")
+        raise UserError(f"{text.name}: {len(ids)} tokens do not fill one block of {seq_len} tokens")
     return ids[: blocks * seq_len].view(blocks, seq_len)[:limit]
 
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from . import hub
-from .config import UserError, nearest
+from .cli import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -118,68 +118,75 @@ def shape_of(config, family: Family) -> ModelShape:
     )
 
 
-def _source(base_model: str) -> tuple[str, dict]:
+def _source(base_model: str, flag: str) -> tuple[str, dict]:
     """(folder or hub name, keyword arguments) for from_pretrained. Raises UserError for a path that is no model."""
     if base_model.endswith(".gguf"):
         if not os.path.isfile(base_model):
-            raise UserError(f"--base_model {base_model}: no such file")
+            raise UserError(f"{flag} {base_model}: no such file")
         folder, name = os.path.split(os.path.abspath(base_model))
         return folder, {"gguf_file": name}
     if os.path.isdir(base_model):
         if not os.path.isfile(os.path.join(base_model, "config.json")):
-            raise UserError(f"--base_model {base_model}: the folder has no config.json")
+            raise UserError(f"{flag} {base_model}: the folder has no config.json")
     elif os.path.exists(base_model):
-        raise UserError(f"--base_model {base_model}: not a model folder, a hub name or a .gguf file")
+        raise UserError(f"{flag} {base_model}: not a model folder, a hub name or a .gguf file")
     elif base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
-        raise UserError(f"--base_model {base_model}: no such folder")
+        raise UserError(f"{flag} {base_model}: no such folder")
     else:
         hub.reachable()  # without a network, look in the cache at once
     return base_model, {}
 
 
-def _read(what: str, base_model: str, read):
+def _read(what: str, base_model: str, flag: str, read):
     """Runs ``read``; what goes wrong inside the libraries becomes one line that names the model."""
     try:
         return read()
     except UserError:
         raise
     except SafetensorError as error:
-        raise UserError(f"--base_model {base_model}: a safetensors file is broken ({error}); copy or download it again") from None
+        raise UserError(f"{flag} {base_model}: a safetensors file is broken ({error}); copy or download it again") from None
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, json.JSONDecodeError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"--base_model {base_model}: cannot read the {what}: {first}") from None
+        raise UserError(f"{flag} {base_model}: cannot read the {what}: {first}") from None
 
 
-def load_config(base_model: str):
-    """The model's transformers config. Raises UserError for a missing or unsupported model."""
-    source, kwargs = _source(base_model)
-    config = _read("config", base_model, lambda: AutoConfig.from_pretrained(source, **kwargs))
-    family_of(config)
+def load_config(base_model: str, flag: str = "--base_model", pruned: bool = False):
+    """The model's transformers config; ``flag`` is what errors name it by.
+
+    Raises UserError for a missing or unsupported model, and for one that is pruned already unless ``pruned`` allows it.
+    """
+    source, kwargs = _source(base_model, flag)
+    config = _read("config", base_model, flag, lambda: AutoConfig.from_pretrained(source, **kwargs))
+    if not (pruned and config.model_type.startswith("slim_")):
+        family_of(config)
     return config
 
 
-def load_tokenizer(base_model: str):
-    source, kwargs = _source(base_model)
-    return _read("tokenizer", base_model, lambda: AutoTokenizer.from_pretrained(source, **kwargs))
+def load_tokenizer(base_model: str, flag: str = "--base_model"):
+    source, kwargs = _source(base_model, flag)
+    return _read("tokenizer", base_model, flag, lambda: AutoTokenizer.from_pretrained(source, **kwargs))
 
 
-def load_model(base_model: str, dtype: torch.dtype):
-    """The model in ``dtype`` on the CPU. Raises UserError where weights are missing, broken or unsupported."""
-    source, kwargs = _source(base_model)
+def load_model(base_model: str, dtype: torch.dtype | str, flag: str = "--base_model"):
+    """The model, dense or pruned, in ``dtype`` ("auto": its own) on the CPU.
+
+    Raises UserError where weights are missing, broken or unsupported; ``flag`` is what it names the model by.
+    """
+    source, kwargs = _source(base_model, flag)
 
     def read():
         model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **kwargs)
         if info["missing_keys"] or info["mismatched_keys"]:
             wrong = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
-            raise UserError(f"--base_model {base_model}: {len(wrong)} weights are missing or of the wrong shape, the first {wrong[0]}")
+            raise UserError(f"{flag} {base_model}: {len(wrong)} weights are missing or of the wrong shape, the first {wrong[0]}")
         return model
 
     # transformers lists missing weights in a table of its own; the one line above says it
     logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
-    model = _read("weights", base_model, read).eval()
+    model = _read("weights", base_model, flag, read).eval()
     if getattr(model.config, "quantization_config", None) is not None:
         if not kwargs:
-            raise UserError(f"--base_model {base_model}: the weights are quantized; prune the unquantized model")
+            raise UserError(f"{flag} {base_model}: the weights are quantized; prune the unquantized model")
         # a .gguf file's weights are dequantized as they are read; only the labels remain, and they forbid saving
         del model.config.quantization_config
         for label in ("hf_quantizer", "quantization_method", "is_quantized"):

@@ -15,7 +15,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import allocation, surgery
-from .config import PruneConfig, UserError
+from .cli import UserError
+from .config import PruneConfig
 from .families import Family, ModelShape, family_of, shape_of
 from .importance.channels import channel_scores, select_channels
 from .importance.heads import greedy_search, output_gram

@@ -138,6 +138,27 @@ def figures(run: dict, folder: Path) -> list[Path]:
     return [path]
 
 
+def loss_curve(run: dict, folder: Path) -> Path:
+    """Draws the training and validation loss of a post-training record over the optimizer steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for key, label, style in (("loss", "training rows", "-"), ("eval_loss", "held-out rows", "o-")):
+        points = [(entry["step"], entry[key]) for entry in run["history"] if key in entry]
+        if points:
+            axes.plot(*zip(*points), style, label=label, color="#9db8d9" if key == "loss" else "#e08a2e", markersize=5)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats a token)", title=f"post-training of {Path(run['config']['prune_model']).name}")
+    axes.legend()
+    folder.mkdir(exist_ok=True)
+    path = folder / "loss.png"
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
 def main(argv=None) -> int:
     folders = argv if argv is not None else sys.argv[1:]
     if not folders or folders[0].startswith("-"):

@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from slimllm import checkpoint, pipeline
 from slimllm.config import PruneConfig
 
 ROOT = Path(__file__).parent.parent
@@ -102,8 +103,20 @@ def logits(model, ids):
         return model(ids, use_cache=False).logits
 
 
+def prune_to(folder, tokenizer, **sizes):
+    """Prunes a random grouped-query Llama to layers of different widths and saves it with its tokenizer; returns ``folder``."""
+    model = make_model(**sizes)
+    pipeline.prune(model, make_ids(), make_config(pruned_layers=1))
+    checkpoint.save(checkpoint.as_slim_model(model), tokenizer, folder)
+    return folder
+
+
 @pytest.fixture
 def tiny_tokenizer():
+    return tiny_tokenizer_of()
+
+
+def tiny_tokenizer_of():
     """One token a character; ids below 97, as the random models have."""
     alphabet = "\n abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?'\"()-_=*@/<>"
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{c: i + 3 for i, c in enumerate(alphabet)}}

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from slimllm.allocation import HeadUnits, plan, removed_parameters
-from slimllm.config import UserError
+from slimllm.cli import UserError
 from slimllm.families import FAMILIES, shape_of
 from tests.conftest import FAMILY_CASES, make_config, make_model
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from slimllm import calibration, hub
-from slimllm.config import UserError
+from slimllm.cli import UserError
 from tests.conftest import TEXT, make_config, make_model
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from slimllm import checkpoint, pipeline
-from slimllm.config import UserError
+from slimllm.cli import UserError
 from slimllm.recovery import RECOVERIES
 from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model
 

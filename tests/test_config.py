@@ -1,6 +1,7 @@
 import pytest
 
-from slimllm.config import UserError, parse_args
+from slimllm.cli import UserError
+from slimllm.config import parse_args
 
 
 def config(*flags):

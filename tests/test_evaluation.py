@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from slimllm import evaluation, hub
-from slimllm.config import UserError
+from slimllm.cli import UserError
 from tests.conftest import TEXT, logits, make_config, make_ids, make_model
 
 

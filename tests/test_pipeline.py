@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from slimllm import families, pipeline
-from slimllm.config import HEAD_UNITS, UserError
+from slimllm.cli import UserError
+from slimllm.config import HEAD_UNITS
 from slimllm.families import FAMILIES, shape_of
 from slimllm.recovery import RECOVERIES
 from tests import plain

@@ -1,0 +1,157 @@
+"""Recovers a pruned model with LoRA: flags -> settings -> data -> training -> adapter, merged model, record."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from slimllm.cli import device_of, guarded, logging_to_console, memory_errors
+
+log = logging.getLogger("slimllm")
+
+
+def main(argv=None) -> int:
+    """Exit status: 0, 2 for a user's mistake (one line on stderr), 130 when interrupted."""
+
+    def train():
+        from slimllm.lora import parse_args
+
+        run(parse_args(argv))
+
+    return guarded("post_training.py", train, "checkpoints in the output folder stay: go on with --resume_from_checkpoint last")
+
+
+def run(config) -> None:
+    """One run, as its settings say, on one process or on each of several. Raises UserError for what the user can mend."""
+    import torch
+
+    from slimllm import checkpoint, evaluation, families, lora, record
+
+    output = Path(config.output_dir)
+    advice = "lower --micro_batch_size or --cutoff_len"
+    with logging_to_console() as lines, checkpoint.writing(output), memory_errors(advice):
+        device = device_of("device", config.device)
+        model_config = families.load_config(config.prune_model, "--prune_model", pruned=True)
+        resume = _resume_point(config, output)
+        timed = record.Stopwatch()
+        tokenizer = families.load_tokenizer(config.prune_model, "--prune_model")
+        train, held_out, digest = lora.load_data(config, tokenizer)
+        dtype = lora.training_dtype(device, model_config.dtype or torch.float32)
+        arguments = lora.training_arguments(config, device, dtype, len(train), bool(held_out))
+        main_process = arguments.process_index == 0
+        if main_process:
+            output.mkdir(parents=True, exist_ok=True)
+            lines.to_file(output / "log.txt")
+        else:
+            log.setLevel(logging.ERROR)
+        log.info("%s", record.command())
+        texts = evaluation.load_texts(config.extra_val_dataset, "--extra_val_dataset")
+        blocks = [evaluation.blocks_of(text, tokenizer, 128, config.eval_limit) for text in texts]
+        with timed("loading"):
+            model = families.load_model(config.prune_model, dtype, "--prune_model")
+        lora.check_targets(model, config.target_modules)
+        trainer = lora.trainer_for(model, train, held_out, config, arguments)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        log.info("%s: %.2f M of %.1f M parameters are trained", config.prune_model, trained / 1e6, model.num_parameters() / 1e6)
+        log.info("%s: %d rows, %d held out; %s on %s", config.data_path, len(train), len(held_out), record.name_of(dtype), arguments.device)
+
+        def perplexities(stage: str) -> list[float]:
+            if not main_process:
+                return []
+            with timed("evaluation"):
+                model.eval()
+                values = [evaluation.perplexity(model, ids, f"{text.name} ({stage})") for text, ids in zip(texts, blocks)]
+            for text, value in zip(texts, values):
+                log.info("%s: %s perplexity %.3f", stage, text.name, value)
+            return values
+
+        with trainer.model.disable_adapter():
+            before = perplexities("before")
+        with timed("training"):
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        after = perplexities("after")
+        if not main_process:
+            return
+        history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+        validation = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+        result = {
+            **record.of_run(config),
+            "data": {"name": config.data_path, "rows": len(train), "held_out": len(held_out), "sha256": digest},
+            "parameters": {"trained": trained, "model": model.num_parameters() - trained},
+            "dtype": record.name_of(dtype),
+            "processes": arguments.world_size,
+            "evaluation": [
+                {**text.to_dict(), "seq_len": 128, "blocks": len(ids), "limited": config.eval_limit is not None, "before": b, "after": a}
+                for text, ids, b, a in zip(texts, blocks, before, after)
+            ],
+            "validation": {"before": math.exp(validation[0]), "after": math.exp(min(validation))} if validation else None,
+            "seconds": timed.seconds,
+            "peak_memory": record.peak_memory(),
+            "history": history,
+        }
+        _write(output, config, trainer, tokenizer, result)
+
+
+def _resume_point(config, output: Path) -> Path | None:
+    """The checkpoint to go on from. Raises UserError where there is none, or where a new run would mix with an old one."""
+    from slimllm import lora
+    from slimllm.cli import UserError
+
+    if config.resume_from_checkpoint == "last":
+        point = lora.last_checkpoint(output)
+        if point is None:
+            raise UserError(f"--resume_from_checkpoint last: {output} holds no finished checkpoint; start without the flag")
+        return point
+    if config.resume_from_checkpoint:
+        point = Path(config.resume_from_checkpoint)
+        if not (point / "trainer_state.json").is_file():
+            raise UserError(f"--resume_from_checkpoint {point}: not a finished checkpoint folder (checkpoint-N) or last")
+        return point
+    if int(os.environ.get("RANK", 0)):
+        return None  # the first process looks at the folder
+    if output.exists() and any(output.iterdir()) and not config.overwrite:
+        way = "go on with --resume_from_checkpoint last, " if lora.last_checkpoint(output) else ""
+        raise UserError(f"--output_dir {output}: not empty; {way}choose another, or replace it with --overwrite")
+    if config.overwrite and output.exists():
+        known = {"adapter", "merged", "figures", "log.txt", "post_training.json"}
+        strange = [path.name for path in output.iterdir() if path.name not in known and not path.name.startswith(("checkpoint-", "."))]
+        if strange:
+            raise UserError(f"--overwrite: {output} holds {strange[0]}, which no run of this program wrote; choose another --output_dir")
+        shutil.rmtree(output)
+    return None
+
+
+def _write(output: Path, config, trainer, tokenizer, result: dict) -> None:
+    """Adapter, merged model, picture and, last, the record."""
+    import torch
+
+    from slimllm import checkpoint, families, lora, record, report
+
+    with checkpoint.staged(output / "adapter", overwrite=True) as folder:
+        trainer.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    log.info("adapter: %s", output / "adapter")
+    if config.merge:
+        del trainer.model, trainer.model_wrapped
+        record.return_free_memory()
+        model = families.load_model(config.prune_model, "auto", "--prune_model")
+        ids = torch.tensor([trainer.train_dataset[0]["input_ids"][:64]])
+        with checkpoint.staged(output / "merged", overwrite=True) as folder:
+            model = lora.merged(model, output / "adapter", ids)
+            checkpoint.save(model, tokenizer, folder)
+            checkpoint.reload_and_compare(model, folder, ids)
+        log.info("merged model: %s (the same logits as model and adapter)", output / "merged")
+    report.loss_curve(result, output / "figures")
+    (output / "post_training.json").write_text(record.dumps(result), encoding="utf-8")
+    rows = [["text", "before", "after"]] + [[f["data"], f"{f['before']:.2f}", f"{f['after']:.2f}"] for f in result["evaluation"]]
+    if result["validation"]:
+        rows.append(["held-out rows", *(f"{result['validation'][when]:.2f}" for when in ("before", "after"))])
+    log.info("\nperplexity\n%s\n\neverything lies in %s/", "\n".join(report.aligned(rows)), output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

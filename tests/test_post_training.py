@@ -1,0 +1,299 @@
+"""LoRA post-training: the data as it is learned, and the command line on tiny models."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from slimllm import checkpoint, families, lora
+from slimllm.cli import UserError
+from slimllm.lora import IGNORED, TrainConfig
+from tests.conftest import ROOT, make_ids, make_model, prune_to
+
+ROWS = [{"instruction": f"say {i}", "input": "now" if i % 3 else "", "output": f"the number {i} it is, {i}."} for i in range(24)]
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(ROWS))
+    return path
+
+
+@pytest.fixture
+def pruned_folder(tmp_path, tiny_tokenizer):
+    """A tiny grouped-query checkpoint with layers of different widths."""
+    return prune_to(tmp_path / "pruned", tiny_tokenizer, max_position_embeddings=512)
+
+
+def settings(**kwargs):
+    return TrainConfig(**{"prune_model": "x", **kwargs})
+
+
+def post_train(*args, cwd, launcher=(sys.executable,), env=None):
+    flags = [str(a) for a in args]
+    return subprocess.run(
+        [*launcher, str(ROOT / "post_training.py"), *flags],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+    )
+
+
+def quick(folder, rows, *more):
+    """Flags of a run of 8 steps on rows; held-out rows and texts left out unless ``more`` asks for them."""
+    base = ["--prune_model", folder, "--data_path", rows, "--output_dir", "out", "--val_set_size", 0, "--extra_val_dataset", "none"]
+    return [*base, "--batch_size", 6, "--micro_batch_size", 3, "--learning_rate", 5e-3, "--cutoff_len", 280, *more]
+
+
+def losses(folder):
+    record = json.loads((folder / "post_training.json").read_text())
+    return [entry["loss"] for entry in record["history"] if "loss" in entry]
+
+
+# data
+
+
+def test_the_prompt_is_not_learned_and_the_response_is(tiny_tokenizer):
+    row = lora.tokenize(ROWS[1], tiny_tokenizer, settings(cutoff_len=400))
+    learned = [token for token, label in zip(row["input_ids"], row["labels"]) if label != IGNORED]
+    assert tiny_tokenizer.decode(learned).replace(" ", "") == ROWS[1]["output"].replace(" ", "")
+    assert [label for label in row["labels"] if label != IGNORED] == learned
+    everything = lora.tokenize(ROWS[1], tiny_tokenizer, settings(cutoff_len=400, train_on_inputs=True))
+    assert everything["labels"] == everything["input_ids"] == row["input_ids"]
+
+
+def test_an_input_changes_the_prompt(tiny_tokenizer):
+    def prompt(i, name):
+        return tiny_tokenizer.decode(
+            lora.tokenize(ROWS[i], tiny_tokenizer, settings(cutoff_len=400, prompt_template_name=name))["input_ids"]
+        )
+
+    assert "I n p u t" in prompt(1, "alpaca") and "I n p u t" not in prompt(0, "alpaca")
+    assert len(prompt(1, "alpaca_short")) < len(prompt(1, "alpaca"))
+
+
+def test_end_of_text_only_where_it_fits(tiny_tokenizer):
+    config = settings(add_eos_token=True, cutoff_len=400)
+    assert lora.tokenize(ROWS[0], tiny_tokenizer, config)["input_ids"][-1] == tiny_tokenizer.eos_token_id
+    assert (
+        lora.tokenize(ROWS[0], tiny_tokenizer, settings(add_eos_token=True, cutoff_len=20))["input_ids"][-1] != tiny_tokenizer.eos_token_id
+    )
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_plain_text_is_learned_whole(tiny_tokenizer, tmp_path, flag):
+    (tmp_path / "t.jsonl").write_text('{"text": "abc def"}\n{"text": "ghi"}\n{"text": "x"}\n')
+    train, held_out, _ = lora.load_data(settings(data_path=str(tmp_path / "t.jsonl"), no_instruction=flag, val_set_size=1), tiny_tokenizer)
+    assert len(train) == 1 and len(held_out) == 1  # one token alone has nothing to learn
+    assert all(row["labels"] == row["input_ids"] for row in train + held_out)
+
+
+def test_held_out_rows_are_not_trained_on_and_the_seed_decides_them(tiny_tokenizer, rows_file):
+    def split(**kwargs):
+        return lora.load_data(settings(data_path=str(rows_file), cutoff_len=400, **kwargs), tiny_tokenizer)
+
+    train, held_out, digest = split()
+    assert (len(train), len(held_out)) == (22, 2) and all(row not in train for row in held_out)
+    assert split()[2] == digest and split(seed=1)[1] != held_out
+    with pytest.raises(UserError, match="--val_set_size 24.*24 usable"):
+        split(val_set_size=24)
+
+
+def test_tokens_are_cached_until_the_file_changes(tiny_tokenizer, rows_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(lora, "CACHE", tmp_path / "cache")
+    config = settings(data_path=str(rows_file), cutoff_len=400, cache_dataset=True)
+    first = lora.load_data(config, tiny_tokenizer)
+    monkeypatch.setattr(lora, "tokenize", None)
+    assert lora.load_data(config, tiny_tokenizer) == first
+    os.utime(rows_file, (2e9, 2e9))
+    with pytest.raises(TypeError):
+        lora.load_data(config, tiny_tokenizer)
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("a.json", None, "no such file"),
+        ("a.json", "{", "not JSON"),
+        ("a.json", "[]", "empty"),
+        ("a.jsonl", '{"text": "a"}\nx\n', "not JSONL"),
+        ("a.json", '[{"instruction": "a"}]', "row 1: without instruction and output"),
+        ("a.json", '[{"text": "a"}, {"text": 3}]', "row 2: without text"),
+        ("a.txt", "text", "not a .json or .jsonl"),
+    ],
+)
+def test_bad_data_is_named(tmp_path, name, content, said):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=said):
+        lora.read_rows(settings(data_path=str(tmp_path / name)))
+
+
+def test_collate_pads_what_is_not_learned():
+    batch = lora.collate([{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}, {"input_ids": [8], "labels": [8]}])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (dict(prune_model=None), "--prune_model is required"),
+        (dict(batch_size=10, micro_batch_size=4), "multiple of --micro_batch_size"),
+        (dict(prompt_template_name="alpacca"), "did you mean 'alpaca'"),
+        (dict(learning_rate=0), "above 0"),
+        (dict(lora_dropout=1), "below 1"),
+        (dict(overwrite=True, resume_from_checkpoint="last"), "anew or continues"),
+    ],
+)
+def test_settings_are_checked(wrong, said):
+    with pytest.raises(UserError, match=said):
+        settings(**wrong)
+
+
+def test_unknown_target_modules_are_named():
+    with pytest.raises(UserError, match="q_prj.*did you mean 'q_proj'"):
+        lora.check_targets(make_model(), ["q_prj"])
+    lora.check_targets(make_model(), settings().target_modules)
+
+
+def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
+    assert lora.last_checkpoint(tmp_path) is None
+    for step, state in ((2, "{}"), (10, '{"global_step": 10}'), (9, '{"global_step": 9}'), (11, '{"glo')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-12").mkdir()
+    assert lora.last_checkpoint(tmp_path).name == "checkpoint-10"
+
+
+# the command
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, request):
+    """One whole run on a pruned tiny model: (working folder, finished process, pruned model's folder)."""
+    from tests.conftest import tiny_tokenizer_of
+
+    home = tmp_path_factory.mktemp("trained")
+    folder = prune_to(home / "pruned", tiny_tokenizer_of(), max_position_embeddings=512)
+    (home / "rows.json").write_text(json.dumps(ROWS))
+    (home / "text.txt").write_text("the number 7 it is, 7. " * 60)
+    flags = quick(folder, home / "rows.json", "--val_set_size", 6, "--extra_val_dataset", "seven=text.txt", "--merge", "--num_epochs", 8)
+    return home, post_train(*flags, cwd=home), folder
+
+
+def test_a_run_learns_and_says_so(trained):
+    home, done, _ = trained
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((home / "out" / "post_training.json").read_text())
+    (figure,) = record["evaluation"]
+    assert figure["data"] == "seven" and figure["after"] < 0.7 * figure["before"]
+    assert record["validation"]["after"] < 0.7 * record["validation"]["before"]
+    assert record["data"] | {"sha256": 0} == {"name": str(home / "rows.json"), "rows": 18, "held_out": 6, "sha256": 0}
+    assert "held-out rows" in done.stdout and "Traceback" not in done.stderr
+    assert (home / "out" / "figures" / "loss.png").stat().st_size > 5000
+    assert (home / "out" / "log.txt").read_text().count("validation loss") >= 5
+
+
+def test_merged_is_model_and_adapter(trained):
+    from peft import PeftModel
+
+    home, _, folder = trained
+    ids = make_ids(2, 24)
+    with torch.no_grad():
+        merged = checkpoint.load(home / "out" / "merged")(ids).logits
+        dense = checkpoint.load(folder)
+        before = dense(ids).logits
+        both = PeftModel.from_pretrained(dense, home / "out" / "adapter")(input_ids=ids).logits
+    assert torch.allclose(merged, both, atol=1e-4 * float(both.abs().max())) and not torch.allclose(merged, before, atol=0.05)
+    names = {path.name for path in (home / "out" / "merged").iterdir()}
+    assert {"config.json", "model.safetensors", "modeling.py", "tokenizer.json"} <= names and not any("adapter" in name for name in names)
+
+
+def test_merged_loads_without_the_package(trained):
+    home, _, _ = trained
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "torch.save(model(torch.arange(8)[None]).logits.detach(), sys.argv[2])"
+    )
+    subprocess.run([sys.executable, "-c", code, home / "out" / "merged", home / "l.pt"], cwd=home, check=True, capture_output=True)
+    with torch.no_grad():
+        assert torch.allclose(torch.load(home / "l.pt"), checkpoint.load(home / "out" / "merged")(torch.arange(8)[None]).logits, atol=1e-4)
+
+
+def test_a_killed_run_goes_on_to_the_same_losses(pruned_folder, rows_file, tmp_path):
+    flags = quick(pruned_folder, rows_file, "--num_epochs", 3)  # 12 steps, a checkpoint every 2
+    whole = post_train(*flags, "--output_dir", "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    code = (
+        "import os, signal, sys; sys.path.insert(0, %r)\n"
+        "from transformers import TrainerCallback; import post_training; from slimllm import lora\n"
+        "watch = lora._watch\n"
+        "def killing(config):\n"
+        "    w = watch(config); step_end = w.on_step_end\n"
+        "    def on_step_end(args, state, control, **kw):\n"
+        "        if state.global_step == 7: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return step_end(args, state, control, **kw)\n"
+        "    w.on_step_end = on_step_end; return w\n"
+        "lora._watch = killing\n"
+        "post_training.main(sys.argv[1:])" % str(ROOT)
+    )
+    killed = subprocess.run([sys.executable, "-c", code, *map(str, flags)], cwd=tmp_path, capture_output=True, timeout=200)
+    assert killed.returncode == -signal.SIGKILL
+    again = post_train(*flags, cwd=tmp_path)
+    assert again.returncode == 2 and "go on with --resume_from_checkpoint last" in again.stderr
+    done = post_train(*flags, "--resume_from_checkpoint", "last", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole") and len(losses(tmp_path / "out")) == 12
+    a, b = (lora.Path(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("out", "whole"))
+    assert a == b
+
+
+def test_two_processes_learn_what_one_learns(pruned_folder, rows_file, tmp_path):
+    flags = quick(pruned_folder, rows_file, "--lora_dropout", 0, "--num_epochs", 1)
+    one = post_train(*flags, "--output_dir", "one", cwd=tmp_path)
+    assert one.returncode == 0, one.stderr[-3000:]
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611")
+    two = post_train(*flags, "--output_dir", "two", cwd=tmp_path, launcher=launcher)
+    assert two.returncode == 0, two.stderr[-3000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+    assert two.stdout.count("adapter:") == 1
+    assert json.loads((tmp_path / "two" / "post_training.json").read_text())["processes"] == 2
+
+
+def test_a_lost_loss_stops_the_run_and_keeps_the_checkpoint(pruned_folder, rows_file, tmp_path):
+    done = post_train(*quick(pruned_folder, rows_file, "--learning_rate", 30, "--num_epochs", 8), cwd=tmp_path)
+    assert done.returncode == 2 and "lower --learning_rate (30)" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_mistakes_are_one_line(pruned_folder, rows_file, tmp_path):
+    for flags, said in (
+        (["--prune_model", "nowhere/at/all", "--data_path", rows_file], "--prune_model nowhere/at/all"),
+        (quick(pruned_folder, rows_file, "--resume_from_checkpoint", "last"), "holds no finished checkpoint"),
+        (quick(pruned_folder, rows_file, "--lora_rank", 4), "--lora_rank"),
+    ):
+        done = post_train(*flags, cwd=tmp_path)
+        assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / "thesis.tex").write_text("x")
+    done = post_train(*quick(pruned_folder, rows_file, "--overwrite"), cwd=tmp_path)
+    assert done.returncode == 2 and "thesis.tex" in done.stderr and (tmp_path / "out" / "thesis.tex").exists()
+
+
+def test_a_dense_model_can_be_trained_too(tiny_folder, tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": "abc def ghi"}\n' * 8)
+    done = post_train(*quick(tiny_folder, tmp_path / "t.jsonl", "--merge", "--num_epochs", 1), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged").config.model_type == "llama"
+    assert families.load_model(str(tmp_path / "out" / "merged"), "auto").dtype == torch.float32

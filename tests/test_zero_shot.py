@@ -1,0 +1,135 @@
+"""Our scores are stock lm-eval's: same definitions, same rows, one row of tokens a request there, shared contexts here."""
+
+import json
+
+import datasets
+import lm_eval
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from slimllm import zero_shot
+from slimllm.cli import UserError
+from tests.conftest import FAMILY_CASES, make_ids, make_model
+
+CHOICES = {"text": ["red", "a blue one", "green, and more", "no"], "label": ["A", "B", "C", "D"]}
+ROWS = {
+    "boolq": lambda i: {"idx": i, "passage": f"it is {i} o'clock", "question": f"is it {i % 5}", "label": i % 2},
+    "piqa": lambda i: {"goal": f"goal {i}", "sol1": f"do {i} things", "sol2": "wait", "label": i % 2},
+    "hellaswag": lambda i: {
+        "ind": i,
+        "activity_label": "Reading",
+        "ctx_a": f"He has {i} books.",
+        "ctx_b": "he",
+        "ctx": f"He has {i} books. he",
+        "endings": ["reads.", "sleeps all day.", "eats [step] one.", "runs away."],
+        "label": str(i % 4),
+    },
+    "winogrande": lambda i: {
+        "sentence": f"Ann met Bea {i} times as _ was late.",
+        "option1": "Ann",
+        "option2": "Bea",
+        "answer": str(i % 2 + 1),
+    },
+    "arc_easy": lambda i: {"id": str(i), "question": f"What is {i}?", "choices": CHOICES, "answerKey": "ABCD"[i % 4]},
+    "arc_challenge": lambda i: {"id": str(i), "question": f"Why is {i}?", "choices": CHOICES, "answerKey": "ABCD"[i % 3]},
+    "openbookqa": lambda i: {"id": str(i), "question_stem": f"the number {i} is", "choices": CHOICES, "answerKey": "ABCD"[i % 4]},
+}
+NUMBER = 12
+
+
+@pytest.fixture
+def model():
+    return make_model("llama_gqa", max_position_embeddings=256)
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    for name, row in ROWS.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in range(NUMBER)))
+    return tmp_path
+
+
+def stock(model, tokenizer, name, monkeypatch):
+    """lm-eval as installed, its task as defined; only the hub itself is replaced."""
+    asked = []
+
+    def hub(path, name=None, **_):
+        asked.append(path)
+        rows = [ROWS[task](i) for i in range(NUMBER)]
+        return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split in ("train", "validation", "test")})
+
+    task = name
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=3)
+    found = lm_eval.simple_evaluate(lm, tasks=[name], bootstrap_iters=0)
+    monkeypatch.undo()
+    assert asked
+    return found
+
+
+@pytest.mark.parametrize("name", zero_shot.TASKS)
+def test_scores_are_stock_scores(name, model, tiny_tokenizer, data_dir, monkeypatch):
+    theirs = stock(model, tiny_tokenizer, name, monkeypatch)
+    seen = {}
+    score_choices = zero_shot.score_choices
+
+    def record(model, pairs, longest, bar):
+        answers = score_choices(model, pairs, longest, bar)
+        seen.update(zip(pairs, answers))
+        return answers
+
+    monkeypatch.setattr(zero_shot, "score_choices", record)
+    ours = zero_shot.score(model, tiny_tokenizer, name, str(data_dir))
+    assert ours["questions"] == NUMBER and ours["version"] == theirs["versions"][name]
+    assert ours["metrics"]["acc"] == theirs["results"][name]["acc,none"]
+    assert ("acc_norm" in ours["metrics"]) == ("acc_norm,none" in theirs["results"][name])
+    if "acc_norm" in ours["metrics"]:
+        assert ours["metrics"]["acc_norm"] == theirs["results"][name]["acc_norm,none"]
+    assert zero_shot.TASKS[name].reported in ours["metrics"]
+    wanted = sorted(float(answer[0]) for sample in theirs["samples"][name] for (answer,) in sample["resps"])
+    assert len(wanted) >= 2 * NUMBER
+    assert sorted({a for a, _ in seen.values()}) == pytest.approx(sorted(set(wanted)), rel=1e-4)
+
+
+@pytest.mark.parametrize("case", [case for case in FAMILY_CASES if "window" not in case])
+def test_shared_contexts_change_no_number(case):
+    model = make_model(case)
+    ids = make_ids(3, 9)
+    pairs = [(tuple(row[:n].tolist()), tuple(row[n : n + m].tolist())) for row in ids for n, m in ((4, 1), (4, 3), (4, 5), (6, 2))]
+    found = zero_shot.score_choices(model, pairs, longest=12)
+    for (context, continuation), (likelihood, greedy) in zip(pairs, found):
+        with torch.no_grad():
+            logits = model(torch.tensor([context + continuation])).logits[0, len(context) - 1 : -1].log_softmax(-1)
+        alone = logits[torch.arange(len(continuation)), torch.tensor(continuation)].sum()
+        assert likelihood == pytest.approx(float(alone), rel=1e-4)
+        assert greedy == bool((logits.argmax(-1) == torch.tensor(continuation)).all())
+
+
+@pytest.mark.parametrize("case", ["mistral_window", "qwen2_window"])
+def test_a_sliding_window_is_left_to_lm_eval(case, tiny_tokenizer, data_dir, monkeypatch):
+    model = make_model(case, max_position_embeddings=256)
+    theirs = stock(model, tiny_tokenizer, "piqa", monkeypatch)["results"]["piqa"]
+    monkeypatch.setattr(zero_shot, "score_choices", None)
+    ours = zero_shot.score(model, tiny_tokenizer, "piqa", str(data_dir))
+    assert ours["metrics"]["acc"] == theirs["acc,none"]
+
+
+def test_limit(model, tiny_tokenizer, data_dir):
+    assert zero_shot.score(model, tiny_tokenizer, "piqa", str(data_dir), limit=5)["questions"] == 5
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [(None, "no piqa.jsonl"), ("", "empty"), ("{\n", "line 1: not JSON"), ("[1]\n", "not a JSON object"), ('{"goal": "x"}\n', "schema")],
+)
+def test_bad_data_is_named(model, tiny_tokenizer, tmp_path, content, said):
+    if content is not None:
+        (tmp_path / "piqa.jsonl").write_text(content)
+    with pytest.raises(UserError, match=said):
+        zero_shot.score(model, tiny_tokenizer, "piqa", str(tmp_path))
+
+
+def test_an_unreachable_hub_is_said(model, tiny_tokenizer):
+    with pytest.raises(UserError, match="piqa.*--data_dir"):
+        zero_shot.score(model, tiny_tokenizer, "piqa")
