@@ -63,6 +63,9 @@ def _prune_into(folder: Path, config, shape, device, eval_device, dtype) -> dict
     log.info("%s: %s, %d layers, %.1f M parameters, %s", config.base_model, family, shape.layers, size / 1e6, dtype)
     with timed("calibration"):
         samples = calibration.load(config, model, tokenizer)
+        if config.layer_ratio == "auto" and samples.held_back is None:
+            with evaluation.evaluating(model, eval_device):
+                samples.held_back = calibration.held_back(model, tokenizer, config)
     samples.save(folder)
     log.info("calibration: %d samples of %d tokens, %s, sha256 %s", *samples.ids.shape, samples.source, samples.sha256[:12])
 
@@ -78,7 +81,7 @@ def _prune_into(folder: Path, config, shape, device, eval_device, dtype) -> dict
 
     dense = evaluate("dense")
     with timed("pruning"):
-        layers = _prune(model, samples.ids, config, device, shape)
+        layers = _prune(model, samples, config, device, shape)
     checkpoint.as_slim_model(model)
     if config.save_model:
         with timed("saving"):
@@ -118,7 +121,7 @@ def _prune_into(folder: Path, config, shape, device, eval_device, dtype) -> dict
     return result
 
 
-def _prune(model, ids, config, device, shape) -> list:
+def _prune(model, samples, config, device, shape) -> list:
     """Prunes ``model`` with a line and a step of the bar for each layer."""
     from tqdm.auto import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
@@ -131,7 +134,7 @@ def _prune(model, ids, config, device, shape) -> list:
             log.info("%s", report.layer_line(layer, shape))
             bar.update()
 
-        return pipeline.prune(model, ids, config, device, on_layer)
+        return pipeline.prune(model, samples.ids, config, device, on_layer, samples.held_back)
 
 
 def _dtype(name: str, device, model_config):

@@ -29,11 +29,11 @@ def run(config) -> None:
     """One run, as its settings say, on one process or on each of several. Raises UserError for what the user can mend."""
     import torch
 
-    from slimllm import checkpoint, evaluation, families, lora, record
+    from slimllm import evaluation, families, lora, record
 
     output = Path(config.output_dir)
     advice = "lower --micro_batch_size or --cutoff_len"
-    with logging_to_console() as lines, checkpoint.writing(output), memory_errors(advice):
+    with logging_to_console() as lines, record.writing(output), memory_errors(advice):
         device = device_of("device", config.device)
         model_config = families.load_config(config.prune_model, "--prune_model", pruned=True)
         resume = _resume_point(config, output)

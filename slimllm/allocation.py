@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from .cli import UserError
 from .config import PruneConfig
 from .families import ModelShape
 from .importance.layers import layer_weights
+
+SPREAD = 4.0  # how evenly `auto` spreads the budget over the layers
+MAX_RATIO = 0.9  # of one layer, with `auto`
 
 
 @dataclass
@@ -53,15 +58,48 @@ class HeadUnits:
         return [n for n in range(1, self.steps + 1) if self.widths(n)[0] * self._shape.head_dim % round_to == 0]
 
 
-def plan(shape: ModelShape, cosine: list[float], config: PruneConfig) -> list[LayerPlan]:
-    """One LayerPlan a layer, from the dense model's layer cosines [L].
+def probe(shape: ModelShape, ratio: float, config: PruneConfig) -> list[LayerPlan]:
+    """Plans that take ``ratio`` of every layer."""
+    return _from_ratios(shape, HeadUnits(shape, config.head_unit), [ratio] * shape.layers, config.round_to)
+
+
+def spread(sensitivity: list[float], total: float) -> list[float]:
+    """Ratios [L] with the given sum for ``--layer_ratio auto``: r_l = (lambda - s_l / median(s)) / SPREAD, within 0 .. MAX_RATIO.
+
+    This minimises sum over l of s_l r_l + (SPREAD / 2) median(s) r_l^2: what pruning each layer alone costs, which is
+    nearly linear in r, and a quadratic term for what prunings of the same layer cost each other. lambda sets the sum.
+    """
+    s = torch.tensor(sensitivity, dtype=torch.float64)
+    s = s / s.median().clamp_min(torch.finfo(torch.float64).tiny)
+
+    def ratios(price):
+        return ((price - s) / SPREAD).clamp(0, MAX_RATIO)
+
+    low, high = float(s.min()), float(s.max()) + SPREAD * MAX_RATIO
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(ratios(middle).sum()) < total else (low, middle)
+    return ratios(high).tolist()
+
+
+def plan(shape: ModelShape, signal: list[float], config: PruneConfig) -> list[LayerPlan]:
+    """One LayerPlan a layer, from the dense model's layer cosines [L] or, with ``--layer_ratio auto``, its sensitivities.
 
     With ``pruning_ratio`` each layer's ratio is rounded on its own, as published. With ``target_sparsity`` the ratios
     are scaled, heads rounded, and channels take up the rest, so that the decoder's parameters (biases that the
     recovery adds included) meet the target to within half a channel (half of ``round_to`` channels).
     Raises UserError where the pruned layers cannot give that much.
     """
-    weights = layer_weights(cosine, config.pruned_layers, config.alpha, config.layer_ratio)
+    if config.layer_ratio == "auto":
+
+        def ratios(amount):
+            return spread(signal, amount * config.pruned_layers)
+    else:
+        weights = layer_weights(signal, config.pruned_layers, config.alpha, config.layer_ratio)
+
+        def ratios(amount):
+            return [amount * weight for weight in weights]
+
     units = HeadUnits(shape, config.head_unit)
     if config.round_to > shape.channels or not units.allowed_steps(config.round_to):
         raise UserError(
@@ -69,8 +107,8 @@ def plan(shape: ModelShape, cosine: list[float], config: PruneConfig) -> list[La
             "allow no such multiple"
         )
     if config.target_sparsity is None:
-        return _from_ratios(shape, units, [config.pruning_ratio * weight for weight in weights], config.round_to)
-    return _for_target(shape, units, weights, config)
+        return _from_ratios(shape, units, ratios(config.pruning_ratio), config.round_to)
+    return _for_target(shape, units, ratios, config)
 
 
 def _from_ratios(shape, units, ratios, round_to) -> list[LayerPlan]:
@@ -105,12 +143,12 @@ def removed_parameters(shape: ModelShape, plans: list[LayerPlan], new_bias: bool
     return shape.decoder_parameters - kept
 
 
-def _for_target(shape, units, weights, config) -> list[LayerPlan]:
+def _for_target(shape, units, ratios, config) -> list[LayerPlan]:
     target = config.target_sparsity * shape.decoder_parameters
     new_bias = config.recovery != "none"
 
     def planned(scale):
-        return _from_ratios(shape, units, [scale * weight for weight in weights], config.round_to)
+        return _from_ratios(shape, units, ratios(scale), config.round_to)
 
     low, high = 0.0, 1.0
     while removed_parameters(shape, planned(high), new_bias) < target:

@@ -20,7 +20,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from . import families, pipeline
+from . import families, pipeline, runner
 from .cli import UserError
 from .config import PruneConfig
 from .report import aligned
@@ -57,7 +57,7 @@ def floor(model, ids: torch.Tensor, pruned_layers: int) -> float:
 
     def least():
         for _ in range(2):
-            for batch in ids.split(pipeline.TOKENS_PER_BATCH // ids.shape[1]):
+            for batch in ids.split(runner.TOKENS_PER_BATCH // ids.shape[1]):
                 model.model(input_ids=batch, use_cache=False)
         for _ in range(pruned_layers):
             x.T @ x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -29,22 +30,30 @@ HUB_SOURCES = {
 TEXT_SUFFIXES = (".txt", ".jsonl")
 MAX_CHARACTERS = 8_000_000  # enough for over ten thousand samples of 128 tokens; more is not read
 SELF_SAMPLE_BATCH = 16
+HELD_BACK = 4
 
 
 @dataclass
 class Calibration:
-    """Token ids [samples, length] int64, where they came from, and their hash (SHA-256 of the int64 bytes)."""
+    """Token ids [samples, length] int64, where they came from, and their hash (SHA-256 of the int64 bytes).
+
+    ``held_back`` [samples, length]: text that ``--layer_ratio auto`` measures on, as from :func:`held_back`.
+    """
 
     ids: torch.Tensor
     source: str
     seed: int | None = None
+    held_back: torch.Tensor | None = None
 
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.ids.contiguous().numpy().tobytes()).hexdigest()
 
     def save(self, folder: Path) -> None:
-        save_file({"calibration_ids": self.ids.contiguous()}, folder / "calibration.safetensors", {"source": self.source})
+        tensors = {"calibration_ids": self.ids.contiguous()}
+        if self.held_back is not None:
+            tensors["held_back_ids"] = self.held_back.contiguous()
+        save_file(tensors, folder / "calibration.safetensors", {"source": self.source})
 
     def to_dict(self) -> dict:
         return {"source": self.source, "samples": len(self.ids), "length": self.ids.shape[1], "seed": self.seed, "sha256": self.sha256}
@@ -86,14 +95,17 @@ def check_source(name: str | None) -> None:
 def _from_file(path: str, vocab_size: int) -> Calibration:
     try:
         with safe_open(path, "pt") as file:
-            ids = file.get_tensor("calibration_ids")
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name in ("calibration_ids", "held_back_ids")}
     except (SafetensorError, OSError) as error:
         raise UserError(f"--calibration {path}: not a calibration file ({error})") from None
-    if ids.ndim != 2 or ids.dtype != torch.int64 or 0 in ids.shape:
-        raise UserError(f"--calibration {path}: calibration_ids is {ids.dtype} {list(ids.shape)}, not int64 [samples, length]")
-    if ids.min() < 0 or ids.max() >= vocab_size:
-        raise UserError(f"--calibration {path}: token id {int(ids.max())} is outside the model's vocabulary of {vocab_size}")
-    return Calibration(ids, path)
+    if "calibration_ids" not in tensors:
+        raise UserError(f"--calibration {path}: not a calibration file (it has no calibration_ids)")
+    for name, ids in tensors.items():
+        if ids.ndim != 2 or ids.dtype != torch.int64 or 0 in ids.shape:
+            raise UserError(f"--calibration {path}: {name} is {ids.dtype} {list(ids.shape)}, not int64 [samples, length]")
+        if ids.min() < 0 or ids.max() >= vocab_size:
+            raise UserError(f"--calibration {path}: token id {int(ids.max())} is outside the model's vocabulary of {vocab_size}")
+    return Calibration(tensors["calibration_ids"], path, held_back=tensors.get("held_back_ids"))
 
 
 def _from_hub(name: str, config: PruneConfig, tokenizer) -> Calibration:
@@ -162,6 +174,14 @@ def _sample(text: str, name: str, config: PruneConfig, tokenizer) -> torch.Tenso
         )
     chosen = random.Random(config.seed).sample(range(blocks), config.num_examples)
     return torch.tensor(ids[: blocks * config.seq_len]).view(blocks, config.seq_len)[chosen]
+
+
+def held_back(model, tokenizer, config: PruneConfig) -> torch.Tensor:
+    """HELD_BACK samples [samples, seq_len] of the model itself that no calibration uses, for ``--layer_ratio auto``.
+
+    The model's own text, whatever the calibration source: what a layer costs on one kind of text says little about another.
+    """
+    return sample_from_model(model, tokenizer, dataclasses.replace(config, num_examples=HELD_BACK, seed=config.seed + 1))
 
 
 @torch.no_grad()

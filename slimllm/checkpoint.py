@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import tempfile
@@ -10,13 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from .cli import UserError
 from .families import family_of
 from .modeling import SLIM_MODELS
-from .record import return_free_memory
+from .record import return_free_memory, writing
 
 
 def as_slim_model(model):
@@ -60,21 +58,6 @@ def reload_and_compare(model, folder: str | os.PathLike, ids: torch.Tensor):
     if not difference <= (1e-5 if dtype == torch.float32 else 1e-2) * float(expected.abs().max()):
         raise RuntimeError(f"the checkpoint does not load as the model that was saved: logits differ by {difference:.3g}")
     return reloaded
-
-
-@contextmanager
-def writing(target: Path):
-    """Turns what the disk refuses while ``target`` is written (full, read-only, not permitted) into a UserError that names it."""
-    try:
-        yield
-    except SafetensorError as error:  # its I/O errors are no OSError
-        if any(sign in str(error) for sign in ("os error", "I/O error", "No space")):
-            raise UserError(f"{target}: cannot be written ({error})") from None
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f"{target}: cannot be written ({error.strerror})") from None
-        raise
 
 
 @contextmanager

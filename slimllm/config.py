@@ -10,16 +10,20 @@ from dataclasses import asdict, dataclass
 
 from . import cli
 from .cli import UserError, check_choices, check_range, flag
+from .importance.channels import CHANNEL_SCORES
 from .recovery import RECOVERIES
 
-LAYER_RATIOS = ("importance", "uniform")
+LAYER_RATIOS = ("importance", "uniform", "auto")
 HEAD_UNITS = ("group", "query")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 CALIBRATION_NAMES = ("bookcorpus", "c4", "wikitext2", "self")
 EVAL_NAMES = ("wikitext2", "ptb", "python_manual", "none")
 
 # What a recipe sets where the user says nothing. "paper" is Guo et al.; "best" is what measured best (README).
-RECIPES = {"paper": {"recovery": "linear"}, "best": {"recovery": "least_squares"}}
+RECIPES = {
+    "paper": {"recovery": "linear", "layer_ratio": "importance"},
+    "best": {"recovery": "least_squares", "layer_ratio": "auto"},
+}
 # The published code spares the lowest-scoring 1 % of the channels. least_squares, not published, does better without.
 PUBLISHED_KEEP_LOWEST = 0.01
 
@@ -55,7 +59,10 @@ class PruneConfig:
     )
     alpha: float = flag("budget", "how strongly layer importance spreads the ratios (Eq. 11) [10, or 7 from ratio 0.4 on]", type=float)
     layer_ratio: str = flag(
-        "budget", "ratios by layer importance, or the same for the least important layers", "importance", choices=LAYER_RATIOS
+        "budget",
+        "ratios by layer importance, the same for the least important layers, or auto: by what pruning each layer alone costs "
+        "[importance; best: auto]",
+        choices=LAYER_RATIOS,
     )
     head_unit: str = flag(
         "budget", "grouped-query attention: remove whole KV groups, or as many query heads out of each group", "query", choices=HEAD_UNITS
@@ -69,6 +76,9 @@ class PruneConfig:
         "method",
         "share of a layer's channels, the lowest-scoring, that stays all the same as in the published code [0.01; with least_squares 0]",
         type=float,
+    )
+    channel_score: str = flag(
+        "method", "how channels are ranked; all but feature_space are for comparison", "feature_space", choices=tuple(CHANNEL_SCORES)
     )
     no_greedy: bool = flag("method", "no swaps after the first choice of heads", False)
     slimllm: bool = flag("method", "accepted for old command lines; the method is always SlimLLM", False)

@@ -1,4 +1,6 @@
-"""Perplexity as published: rows joined with two newlines, tokenized once, cut into blocks, every block counted."""
+"""Perplexity as published (rows joined with two newlines, tokenized once, cut into blocks, every block counted), and
+``python -m slimllm.evaluation MODEL``: perplexity and the paper's zero-shot tasks of a checkpoint, kept in one JSON file.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,8 @@ import math
 import os
 import platform
 import pydoc_data.topics
+import sys
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +19,10 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from . import hub
+from . import cli, families, hub, record, report, zero_shot
 from .calibration import read_text
-from .cli import UserError, nearest
-from .config import EVAL_NAMES, PruneConfig
+from .cli import UserError, check_choices, check_range, flag, nearest
+from .config import DTYPES, EVAL_NAMES, PruneConfig
 from .record import return_free_memory
 
 log = logging.getLogger("slimllm")
@@ -188,3 +192,172 @@ def continuations(model, tokenizer, config: PruneConfig) -> list[str]:
             output = model.generate(**inputs, max_new_tokens=64, pad_token_id=tokenizer.pad_token_id or 0, **sampling)
             texts.append(tokenizer.decode(output[0], skip_special_tokens=True))
     return texts
+
+
+@dataclass
+class EvalConfig:
+    """Settings of an evaluation. Raises UserError where a value makes no sense."""
+
+    model: str = flag("model", "checkpoint folder, dense or pruned, hub name or .gguf file", positional=True, nargs="?")
+    adapter: str = flag("model", "LoRA adapter to apply: OUTPUT_DIR/adapter of post_training.py")
+    dtype: str = flag("model", "dtype of the weights; auto: the checkpoint's own, or bfloat16 on a CPU fast in it", "auto", choices=DTYPES)
+    device: str = flag("model", "where to evaluate; auto takes a GPU if there is one", "auto")
+
+    tasks: tuple = flag("tasks", "zero-shot tasks, or none", tuple(zero_shot.TASKS), nargs="*")
+    data_dir: str = flag("tasks", "folder of TASK.jsonl files in the hub's schema, in place of the hub; a task without a file is left out")
+    limit: int = flag("tasks", "only the first N questions of each task; the results are marked as limited [all]", type=int)
+
+    eval_data: tuple = flag(
+        "perplexity",
+        "any of wikitext2, ptb, python_manual, NAME=FILE, FILE, or none [wikitext2 ptb; python_manual where the hub is out of reach]",
+        nargs="+",
+    )
+    max_seq_len: int = flag("perplexity", "tokens a block of text", 128, type=int)
+    eval_limit: int = flag("perplexity", "only the first N blocks; the figures are marked as limited [all]", type=int)
+
+    output: str = flag("output", "file for the results; one that holds some of them is completed [eval_log/NAME.json]")
+    overwrite: bool = flag("output", "start the file anew", False)
+
+    def __post_init__(self):
+        if not self.model:
+            raise UserError("name a model: python -m slimllm.evaluation prune_log/NAME")
+        self.tasks = tuple(name for item in self.tasks for name in item.split(",") if name not in ("", "none"))
+        for name in self.tasks:
+            cli.check_choice("tasks", name, zero_shot.TASKS)
+        check_choices(self)
+        for name in ("limit", "eval_limit"):
+            check_range(self, name, 1)
+        check_range(self, "max_seq_len", 2)
+        if self.data_dir is not None:
+            if not os.path.isdir(self.data_dir):
+                raise UserError(f"--data_dir {self.data_dir}: no such folder")
+            there = tuple(name for name in self.tasks if os.path.isfile(os.path.join(self.data_dir, f"{name}.jsonl")))
+            if self.tasks and not there:
+                raise UserError(f"--data_dir {self.data_dir}: it has none of {', '.join(f'{name}.jsonl' for name in self.tasks)}")
+            self.tasks = there
+        if self.adapter is not None and not os.path.isfile(os.path.join(self.adapter, "adapter_config.json")):
+            raise UserError(f"--adapter {self.adapter}: no adapter_config.json there; give the adapter folder that post_training.py wrote")
+        if self.output is None:
+            name = Path(self.model.rstrip("/")).name
+            self.output = f"eval_log/{name}{'_tuned' if self.adapter else ''}.json"
+
+
+def run(config: EvalConfig) -> dict:
+    """Evaluates one model; the file is written anew after each result, so that a stopped run goes on. Returns the results."""
+    output = Path(config.output)
+    device = cli.device_of("device", config.device)
+    model_config = families.load_config(config.model, "MODEL", pruned=True)
+    results = record.continued(output, _identity(config, model_config, device), config.overwrite)
+    results |= {"tasks": results.get("tasks", {}), "perplexity": results.get("perplexity", [])}
+    texts = load_texts(config.eval_data)
+    missing = [name for name in config.tasks if name not in results["tasks"]]
+    known = {(f["data"], f["sha256"], f["seq_len"], f["blocks"]) for f in results["perplexity"]}
+    tokenizer = families.load_tokenizer(config.model, "MODEL")
+    wanted = [(text, blocks_of(text, tokenizer, config.max_seq_len, config.eval_limit)) for text in texts]
+    wanted = [(text, ids) for text, ids in wanted if (text.name, text.sha256, config.max_seq_len, len(ids)) not in known]
+    log.info("%s: %d tasks and %d texts to do, %d results at hand", output, len(missing), len(wanted), len(known) + len(results["tasks"]))
+    if missing or wanted:
+        model = families.load_model(config.model, getattr(torch, results["of"]["dtype"]), "MODEL")
+        if config.adapter:
+            model = _adapted(model, config.adapter)
+        results["parameters"] = model.num_parameters()
+        model = model.to(device)
+        for text, ids in wanted:
+            value = perplexity(model, ids, text.name)
+            entry = {**text.to_dict(), "seq_len": config.max_seq_len, "blocks": len(ids), "limited": config.eval_limit is not None}
+            results["perplexity"].append({**entry, "perplexity": value})
+            log.info("%s: perplexity %.3f", text.name, value)
+            record.keep(results, output)
+        for name in missing:
+            started = time.perf_counter()
+            source = _file_hash(zero_shot.local_file(name, config.data_dir)) if config.data_dir else "hub"
+            scores = zero_shot.score(model, tokenizer, name, config.data_dir, config.limit)
+            reported = zero_shot.TASKS[name].reported
+            seconds = round(time.perf_counter() - started, 1)
+            results["tasks"][name] = {
+                **scores,
+                "reported": reported,
+                "limited": config.limit is not None,
+                "data": source,
+                "seconds": seconds,
+            }
+            log.info("%s: %s %.4f (%d questions, %.0f s)", name, reported, scores["metrics"][reported], scores["questions"], seconds)
+            record.keep(results, output)
+    return results
+
+
+def _identity(config: EvalConfig, model_config, device) -> dict:
+    """What must be equal for two runs to share a file of results: weights, dtype and limit; and what the tables say of the model."""
+    own = getattr(model_config, "dtype", None) or torch.float32
+    dtype = evaluation_dtype(own, device) if config.dtype == "auto" else getattr(torch, config.dtype)
+    weights = config.model
+    if os.path.isdir(config.model):
+        weights = _folder_hash(Path(config.model))
+    elif os.path.isfile(config.model):
+        weights = _file_hash(Path(config.model))
+    return {
+        "model": Path(config.model.rstrip("/")).name,
+        "weights": weights,
+        "adapter": _folder_hash(Path(config.adapter)) if config.adapter else None,
+        "dtype": record.name_of(dtype),
+        "limit": config.limit,
+        "pruning": _pruning_of(Path(config.model)),
+    }
+
+
+def _pruning_of(folder: Path) -> dict | None:
+    """How the checkpoint in ``folder`` was pruned, from its record; None for a dense model."""
+    if not (folder / "pruning.json").is_file():
+        return None
+    found = record.read(folder)
+    settings = ("recipe", "recovery", "layer_ratio")
+    return {
+        "of": found["model"]["name"],
+        "removed": found["parameters"]["decoder_removed"],
+        **{key: found["config"][key] for key in settings},
+    }
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _folder_hash(folder: Path) -> str:
+    """SHA-256 over the names and contents of a model folder's weights and config."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
+        digest.update(f"{path.name} {_file_hash(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _adapted(model, adapter: str):
+    """The model with the adapter's update added to its weights."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"--adapter {adapter}: does not fit this model ({next(iter(str(error).splitlines()), '')})") from None
+
+
+def main(argv=None) -> int:
+    """Exit status: 0, 2 for a user's mistake (one line on stderr), 130 when interrupted."""
+    parser = cli.build_parser(
+        EvalConfig,
+        prog="slimllm.evaluation",
+        usage="python -m slimllm.evaluation MODEL [flags]",
+        description="Perplexity and zero-shot accuracy of a model, dense or pruned, with or without a LoRA adapter.",
+    )
+
+    def evaluate():
+        config = cli.parse(parser, EvalConfig, argv)
+        with cli.logging_to_console(), cli.memory_errors("use --device cpu or --dtype bfloat16"):
+            results = run(config)
+            log.info("\n%s\n\nresults: %s", "\n".join(report.paper_table([results])), config.output)
+
+    return cli.guarded("slimllm.evaluation", evaluate, "what is finished is kept; the same command goes on with the rest")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib.metadata
 import json
 import os
@@ -16,9 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+
+from .cli import UserError
 
 FORMAT = 1
-PACKAGES = ("torch", "transformers", "datasets", "safetensors", "numpy", "peft")
+PACKAGES = ("torch", "transformers", "datasets", "safetensors", "numpy", "peft", "lm_eval")
 
 
 def environment() -> dict:
@@ -120,10 +124,58 @@ def dumps(record: dict) -> str:
     return re.sub(r"\[[^\[\]{}]*\]", lambda m: re.sub(r"\s+", " ", m.group()), text) + "\n"
 
 
-def read(folder: str | os.PathLike) -> dict:
-    """The record of a run: pruning.json in its folder. Raises ValueError or FileNotFoundError."""
-    path = Path(folder) / "pruning.json"
-    record = json.loads(path.read_text())
-    if record.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {record.get('format')}, expected {FORMAT}")
+def read_json(path: str | os.PathLike) -> dict:
+    """A record's file. Raises FileNotFoundError, or ValueError for what is not a record of this format."""
+    record = json.loads(Path(path).read_text())
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a record of format {FORMAT}")
     return record
+
+
+def read(folder: str | os.PathLike) -> dict:
+    """The record of a pruning run: pruning.json in its folder. Raises as :func:`read_json` does."""
+    return read_json(Path(folder) / "pruning.json")
+
+
+@contextmanager
+def writing(target: Path):
+    """Turns what the disk refuses while ``target`` is written (full, read-only, not permitted) into a UserError that names it."""
+    try:
+        yield
+    except SafetensorError as error:  # its I/O errors are no OSError
+        if any(sign in str(error) for sign in ("os error", "I/O error", "No space")):
+            raise UserError(f"{target}: cannot be written ({error})") from None
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(f"{target}: cannot be written ({error.strerror})") from None
+        raise
+
+
+def keep(results: dict, path: Path) -> None:
+    """Writes results with the command and environment; what the file held before stays until the new content is complete."""
+    results |= {"command": command(), "environment": environment(), "peak_memory": peak_memory()}
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(dumps(results), encoding="utf-8")
+        partial.replace(path)
+
+
+def continued(path: Path, of: dict, overwrite: bool) -> dict:
+    """The results that ``path`` holds, to be completed, or a new dict of them. ``of`` says what they are results of.
+
+    Raises UserError where the file is no such record or holds results of something else.
+    """
+    of = json.loads(json.dumps(of))
+    if not path.exists() or overwrite:
+        return {"format": FORMAT, "of": of}
+    way = "name another --output, or replace it with --overwrite"
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise UserError(f"{path}: not a file of results ({error}); {way}") from None
+    if found.get("of") != of:
+        different = sorted(key for key in of if found.get("of", {}).get(key) != of[key])
+        raise UserError(f"{path} holds results of another {', '.join(different)}: {way}")
+    return found

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 import sys
 from pathlib import Path
 
-from . import record
+from . import record, zero_shot
 from .allocation import removed_parameters
-from .pipeline import MIN_ACTIVATION_BYTES
 from .recovery import NEEDS_INPUT_COVARIANCE
+from .runner import MIN_ACTIVATION_BYTES
 
 BASE_BYTES = 600_000_000  # the interpreter with torch and transformers, and evaluation's logits
 
@@ -43,6 +45,8 @@ def table(records: list[tuple[str, dict]]) -> str:
 def layer_line(layer, shape) -> str:
     """What happened to one layer, in one line. Takes its LayerReport and the dense ModelShape."""
     line = f"layer {layer.index:3d}  cosine {layer.cosine:6.4f}"
+    if layer.sensitivity is not None:
+        line += f"  cost {layer.sensitivity:.4f}"
     if not layer.attention_error and not layer.mlp_error:
         return f"{line}  whole"
     line += f"  ratio {layer.ratio:.3f}  heads {len(layer.heads):3d}/{shape.heads}  channels {len(layer.channels):5d}/{shape.channels}"
@@ -121,6 +125,11 @@ def figures(run: dict, folder: Path) -> list[Path]:
     axes[0].legend(loc="upper center", ncols=2)
     axes[1].plot(index, [layer["cosine"] for layer in layers], "o-", color="#444444", markersize=4)
     axes[1].set(ylabel="cosine of input and output\n(high: matters less)")
+    if layers[0].get("sensitivity") is not None:
+        cost = axes[1].twinx()
+        cost.plot(index, [layer["sensitivity"] for layer in layers], "s--", color="#a33c3c", markersize=4)
+        cost.set_yscale("log")
+        cost.set_ylabel("divergence when half of\nthis layer alone goes (nats)", color="#a33c3c")
     for what, part in (("heads", "attention_error"), ("channels", "mlp_error")):
         points = [(layer["index"], *layer[part]) for layer in layers if layer[part]]
         if points:
@@ -159,13 +168,143 @@ def loss_curve(run: dict, folder: Path) -> Path:
     return path
 
 
+# Guo et al., table 1: LLaMA-7B. WikiText2 and PTB perplexity, then the accuracies in the order of zero_shot.TASKS, in per cent.
+PAPER_ROWS = (
+    ("0 %", "LLaMA-7B (paper)", 12.62, 22.14, 73.18, 78.35, 72.99, 67.01, 67.45, 41.38, 42.4),
+    ("20 % w/o tune", "SlimLLM (paper)", 15.95, 26.09, 72.72, 75.95, 69.82, 66.06, 64.48, 39.33, 40.2),
+    ("20 % w/ tune", "SlimLLM (paper)", 15.55, 26.66, 74.71, 76.61, 71.23, 66.54, 66.96, 40.61, 40.2),
+    ("50 % w/o tune", "SlimLLM (paper)", 37.89, 67.68, 63.33, 65.40, 49.94, 58.80, 45.83, 30.38, 37.00),
+    ("50 % w/ tune", "SlimLLM (paper)", 26.71, 42.19, 62.78, 68.99, 54.73, 61.01, 54.55, 33.28, 36.80),
+)
+TEXT_HEADINGS = {"wikitext2": "WikiText2", "ptb": "PTB", "python_manual": "Python manual"}
+
+
+def paper_cells(results: list[dict]) -> list[list[str]]:
+    """The paper's main table: header, then a row for each result of ``slimllm.evaluation``, dense first, as strings.
+
+    Perplexity, then the accuracy that the paper reports of each task in per cent, then their average. ``*`` marks a
+    figure of a limited run, ``-`` one that is not there; an average over fewer than all tasks says over how many.
+    The paper's own rows follow where the model is LLaMA-7B.
+    """
+    texts = list(dict.fromkeys(f["data"] for r in results for f in r["perplexity"]))
+    paper = any(re.search(r"(?i)\bllama-?7b", r["of"]["model"]) for r in results)
+    if paper:
+        texts = ["wikitext2", "ptb", *(text for text in texts if text not in ("wikitext2", "ptb"))]
+    header = ["Ratio", "Method", *(TEXT_HEADINGS.get(t, t) for t in texts), *(task.heading for task in zero_shot.TASKS.values()), "Average"]
+    rows = []
+    for r in results:
+        pruning = r["of"]["pruning"]
+        if pruning is None:
+            ratio, method, order = "0 %", r["of"]["model"], (0.0, False)
+        else:
+            tuned, removed = r["of"]["adapter"] is not None, pruning["removed"]
+            ratio = f"{removed:.0%}".replace("%", " %") + (" w/ tune" if tuned else " w/o tune")
+            method = f"SlimLLM, {pruning['recipe']}: {pruning['recovery']}, {pruning['layer_ratio']}"
+            order = (removed, tuned)
+        found = {f["data"]: f"{f['perplexity']:.2f}{'*' if f['limited'] else ''}" for f in r["perplexity"]}
+        scores = {name: 100 * task["metrics"][task["reported"]] for name, task in r["tasks"].items()}
+        limited = any(task["limited"] for task in r["tasks"].values())
+        cells = [f"{scores[name]:.2f}{'*' if limited else ''}" if name in scores else "-" for name in zero_shot.TASKS]
+        rows.append((order, [ratio, method, *(found.get(text, "-") for text in texts), *cells, _average(list(scores.values()), limited)]))
+    table = [header] + [cells for _, cells in sorted(rows, key=lambda row: row[0])]
+    if paper:
+        for ratio, method, wikitext2, ptb, *scores in PAPER_ROWS:
+            blanks = ["-"] * (len(texts) - 2)
+            cells = [f"{score:.2f}" for score in scores]
+            table.append([ratio, method, f"{wikitext2:.2f}", f"{ptb:.2f}", *blanks, *cells, _average(scores, False)])
+    return table
+
+
+def _average(scores: list[float], limited: bool) -> str:
+    if not scores:
+        return "-"
+    of = "" if len(scores) == len(zero_shot.TASKS) else f" ({len(scores)} tasks)"
+    return f"{sum(scores) / len(scores):.2f}{'*' if limited else ''}{of}"
+
+
+def paper_table(results: list[dict]) -> list[str]:
+    """:func:`paper_cells` as lines of Markdown, with a line that says what ``*`` means where it occurs."""
+    cells = paper_cells(results)
+    limited = any("*" in cell for row in cells for cell in row)
+    return [*aligned(cells), *(["* limited: on the first blocks or questions only"] if limited else [])]
+
+
+def latex(cells: list[list[str]]) -> str:
+    """A booktabs table of the rows in ``cells``, the first of which is the header."""
+
+    def line(row):
+        return " & ".join(cell.replace("%", "\\%").replace("_", "\\_") for cell in row) + r" \\"
+
+    columns = "ll" + "r" * (len(cells[0]) - 2)
+    body = [line(cells[0]), r"\midrule", *map(line, cells[1:])]
+    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *body, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def write_paper_table(results: list[dict], folder: Path) -> None:
+    """table.md, table.tex and table.json in ``folder``."""
+    cells = paper_cells(results)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.md").write_text("\n".join(paper_table(results)) + "\n", encoding="utf-8")
+    (folder / "table.tex").write_text(latex(cells), encoding="utf-8")
+    rows = [dict(zip(cells[0], row)) for row in cells[1:]]
+    (folder / "table.json").write_text(record.dumps({"format": record.FORMAT, "rows": rows}), encoding="utf-8")
+
+
+def ablation_table(rows: list[dict], shares) -> list[str]:
+    """Markdown: a row for each variant, a column for each share removed and text, perplexities inside. Takes ablation rows."""
+    texts = list(dict.fromkeys(f["data"] for row in rows for f in row["perplexity"]))
+    found = {(r["ingredient"], r["variant"], r["share"]): {f["data"]: f for f in r["perplexity"]} for r in rows}
+    names = [key[:2] for key in found if key[2] in shares]
+    header = ["Ingredient", "Variant", *(f"{share:.0%}: {TEXT_HEADINGS.get(t, t)}".replace("%", " %") for share in shares for t in texts)]
+    cells = [header]
+    for name in dict.fromkeys(names):
+        figures = [found.get((*name, share), {}).get(text) for share in shares for text in texts]
+        cells.append([*name, *(f"{f['pruned']:.1f}{'*' if f['limited'] else ''}" if f else "-" for f in figures)])
+    limited = {(f["blocks"], f["seq_len"]) for r in rows for f in r["perplexity"] if f["limited"]}
+    return [*aligned(cells), *(f"* limited: perplexity on the first {n} blocks of {length} tokens only" for n, length in sorted(limited))]
+
+
+def recovery_curves(rows: list[dict], folder: Path) -> Path:
+    """Draws perplexity against the share of the decoder removed, one line a recovery, one panel a text. Takes ablation rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    texts = list(dict.fromkeys(f["data"] for row in rows for f in row["perplexity"]))
+    figure, axes = plt.subplots(1, len(texts), figsize=(5 * len(texts), 4.2), layout="constrained", squeeze=False)
+    colours = {"none": "#999999", "bias": "#7b5ea7", "linear": "#3b6fb6", "least_squares": "#e08a2e"}
+    for axis, text in zip(axes[0], texts):
+        for name, colour in colours.items():
+            chosen = [r for r in rows if (r["settings"].get("recovery", "linear") == name and set(r["settings"]) <= {"recovery"})]
+            points = sorted((100 * r["removed"], f["pruned"]) for r in chosen for f in r["perplexity"] if f["data"] == text)
+            if points:
+                label = {"linear": "linear (the paper)", "least_squares": "least squares"}.get(name, name)
+                axis.plot(*zip(*points), "o-", color=colour, label=label, markersize=5)
+        axis.set(xlabel="decoder parameters removed, %", ylabel="perplexity", yscale="log", title=TEXT_HEADINGS.get(text, text))
+        axis.grid(alpha=0.3)
+    axes[0][0].legend()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "recovery.png"
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
 def main(argv=None) -> int:
-    folders = argv if argv is not None else sys.argv[1:]
-    if not folders or folders[0].startswith("-"):
-        print("usage: python -m slimllm.report prune_log/NAME ...   prints one table of these runs")
-        return 0 if folders and folders[0] in ("-h", "--help") else 2
+    """Exit status: 0, 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(prog="python -m slimllm.report", description="Tables from the records of runs.")
+    parser.add_argument("records", nargs="+", help="folders of pruning runs (prune_log/NAME): one row each; or results (eval_log/*.json)")
+    parser.add_argument("--output", help="of results: a folder for table.md, table.tex and table.json")
+    args = parser.parse_args(argv)
     try:
-        print(table([(Path(folder).name, record.read(folder)) for folder in folders]))
+        if all(path.endswith(".json") for path in args.records):
+            results = [record.read_json(path) for path in args.records]
+            print("\n".join(paper_table(results)))
+            if args.output:
+                write_paper_table(results, Path(args.output))
+        else:
+            print(table([(Path(folder).name, record.read(folder)) for folder in args.records]))
     except (OSError, ValueError) as error:
         print(f"report: error: {error}", file=sys.stderr)
         return 2

@@ -144,6 +144,13 @@ class ActivationStore:
     def __iter__(self):
         return (self[index] for index in range(len(self)))
 
+    def copy(self) -> ActivationStore:
+        """Another store of the same batches; replacing one in either leaves the other as it is."""
+        twin = ActivationStore(self._budget)
+        for tensor in self:
+            twin.append(tensor)
+        return twin
+
     def close(self) -> None:
         self._budget.left += self._reserved
         self._reserved, self._items = 0, []

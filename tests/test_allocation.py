@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from slimllm.allocation import HeadUnits, plan, removed_parameters
+from slimllm.allocation import MAX_RATIO, SPREAD, HeadUnits, plan, removed_parameters, spread
 from slimllm.cli import UserError
 from slimllm.families import FAMILIES, shape_of
 from tests.conftest import FAMILY_CASES, make_config, make_model
@@ -37,9 +37,10 @@ def test_ratio_is_rounded_layer_by_layer_as_published():
 @pytest.mark.parametrize("head_unit", ["group", "query"])
 @pytest.mark.parametrize("recovery", ["none", "linear"])
 @pytest.mark.parametrize("target", [0.0, 0.05, 0.2, 0.37, 0.5])
-def test_target_sparsity_is_met_to_within_one_channel(case, head_unit, recovery, target):
+@pytest.mark.parametrize("layer_ratio", ["importance", "auto"])
+def test_target_sparsity_is_met_to_within_one_channel(case, head_unit, recovery, target, layer_ratio):
     counted, _ = shape(case, intermediate_size=100)
-    config = make_config(layers=6, target_sparsity=target, head_unit=head_unit, recovery=recovery)
+    config = make_config(layers=6, target_sparsity=target, head_unit=head_unit, recovery=recovery, layer_ratio=layer_ratio)
     plans = plan(counted, COSINE, config)
     removed = removed_parameters(counted, plans, recovery != "none")
     assert abs(removed - target * counted.decoder_parameters) <= counted.channel_parameters
@@ -99,3 +100,19 @@ def test_head_units(case, unit, steps, units, classes):
 def test_depth_defaults_are_the_paper_s_scaled(layers, ratio, pruned, alpha):
     config = make_config(layers=layers, pruned_layers=None, pruning_ratio=ratio)
     assert (config.pruned_layers, config.alpha) == (pruned, alpha)
+
+
+def test_spread_solves_its_problem():
+    """Against the condition of an optimum: where a ratio is not at a bound, s / median + SPREAD * r is the same for all layers."""
+    s = [0.9, 0.1, 0.12, 0.2, 0.15, 0.11, 0.3]
+    for total in (0.3, 1.4, 3.5):
+        ratios = spread(s, total)
+        assert sum(ratios) == pytest.approx(total) and all(0 <= r <= MAX_RATIO for r in ratios)
+        prices = [x / 0.15 + SPREAD * r for x, r in zip(s, ratios) if 0 < r < MAX_RATIO]
+        assert max(prices) == pytest.approx(min(prices)) and len(prices) >= 3
+        assert all(x / 0.15 >= min(prices) - 1e-9 for x, r in zip(s, ratios) if r == 0)
+
+
+def test_spread_of_equal_or_no_costs_is_even():
+    assert spread([0.2] * 4, 2.0) == pytest.approx([0.5] * 4) == spread([0.0] * 4, 2.0)
+    assert spread([0.1, 0.2], 5.0) == pytest.approx([MAX_RATIO] * 2)  # more than there is

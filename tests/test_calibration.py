@@ -53,6 +53,13 @@ def test_self_samples_are_deterministic_and_leave_the_random_state_alone(tiny_to
     assert not set(tiny_tokenizer.all_special_ids) & set(a.ids.flatten().tolist())
 
 
+def test_held_back_samples_are_no_calibration_samples(tiny_tokenizer):
+    model, config = make_model(vocab_size=len(tiny_tokenizer)), make_config(num_examples=8, seq_len=16, calibration="self")
+    held = calibration.held_back(model, tiny_tokenizer, config)
+    samples = calibration.load(config, model, tiny_tokenizer).ids.tolist()
+    assert held.shape == (4, 16) and not any(row in samples for row in held.tolist())
+
+
 def test_unnamed_source_falls_back_to_self_and_says_so(tiny_tokenizer, caplog):
     with caplog.at_level("INFO", logger="slimllm"):
         assert load(tiny_tokenizer).source == "self"

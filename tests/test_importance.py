@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from slimllm.importance.channels import channel_scores, select_channels
+from slimllm.importance.channels import CHANNEL_SCORES, ChannelStatistics, select_channels
 from slimllm.importance.heads import greedy_search, leave_one_out, output_gram, similarity
 from slimllm.importance.layers import cosine_sum, layer_weights
 from tests import plain
@@ -88,19 +88,39 @@ def test_search_in_classes_takes_the_same_number_from_each():
         assert similarity(gram, keep) >= similarity(gram, greedy_search(gram, 1, classes=2, swap=False)) - 1e-9
 
 
-def test_channel_scores_are_the_paper_s_formula():
-    torch.manual_seed(0)
-    tokens, hidden, size = 50, 6, 9
+def channel_statistics(tokens=50, hidden=6, size=9, seed=0):
+    torch.manual_seed(seed)
     x, a = torch.randn(tokens, hidden), torch.randn(tokens, size)
     gate, up, down = torch.randn(size, hidden), torch.randn(size, hidden), torch.randn(hidden, size)
     covariance = torch.cov((a @ down.T).T, correction=0)
-    scores = channel_scores(covariance, down, gate, up, a.norm(dim=0), x.norm(dim=0))
-    values, vectors = np.linalg.eigh(covariance.double().numpy())
+    return ChannelStatistics(covariance, down, gate, up, a.norm(dim=0), x.norm(dim=0), seed), x, a
+
+
+def test_channel_scores_are_the_paper_s_formula():
+    s, x, a = channel_statistics()
+    scores = CHANNEL_SCORES["feature_space"](s)
+    values, vectors = np.linalg.eigh(s.output_covariance.double().numpy())
     weight = 1 / (1 + np.exp(-values / values.mean()))
-    for c in range(size):
-        direction = np.linalg.norm((down[:, c].numpy() @ vectors) * weight) * np.linalg.norm(a[:, c])
-        rest = sum(np.linalg.norm(w[c].numpy() * np.linalg.norm(x, axis=0)) for w in (gate, up))
+    for c in range(len(scores)):
+        direction = np.linalg.norm((s.down[:, c].numpy() @ vectors) * weight) * np.linalg.norm(a[:, c])
+        rest = sum(np.linalg.norm(w[c].numpy() * np.linalg.norm(x, axis=0)) for w in (s.gate, s.up))
         assert scores[c].item() == pytest.approx(direction + rest, rel=1e-4)
+
+
+def test_the_other_channel_scores():
+    s, x, a = channel_statistics()
+    c = 3
+    norm = np.linalg.norm
+    rest = sum(norm(w[c].numpy() * norm(x, axis=0)) for w in (s.gate, s.up))
+    wanted = {
+        "unweighted": norm(s.down[:, c]) * norm(a[:, c]) + rest,
+        "wanda": s.down[:, c].abs().sum().item() * norm(a[:, c]),
+        "magnitude": norm(s.down[:, c]) + norm(s.gate[c]) + norm(s.up[c]),
+    }
+    for name, value in wanted.items():
+        assert CHANNEL_SCORES[name](s)[c].item() == pytest.approx(value, rel=1e-4)
+    assert torch.equal(CHANNEL_SCORES["random"](s), CHANNEL_SCORES["random"](s))
+    assert not torch.equal(CHANNEL_SCORES["random"](s), CHANNEL_SCORES["random"](channel_statistics(seed=1)[0]))
 
 
 @pytest.mark.parametrize("keep_lowest, kept", [(0.0, [3, 4, 5, 6, 7, 8, 9]), (0.1, [0, 4, 5, 6, 7, 8, 9])])

@@ -3,7 +3,8 @@ import copy
 import pytest
 import torch
 
-from slimllm import families, pipeline
+from slimllm import families, pipeline, runner
+from slimllm.allocation import LayerPlan
 from slimllm.cli import UserError
 from slimllm.config import HEAD_UNITS
 from slimllm.families import FAMILIES, shape_of
@@ -88,8 +89,8 @@ def test_samples_in_batches_and_on_disk_decide_the_same(monkeypatch):
     model, ids = make_model(), make_ids(samples=10)
     twin = copy.deepcopy(model)
     reports = pipeline.prune(model, ids, make_config(recovery="least_squares"))
-    monkeypatch.setattr(pipeline, "TOKENS_PER_BATCH", 48)
-    monkeypatch.setattr(pipeline, "MIN_ACTIVATION_BYTES", 0)
+    monkeypatch.setattr(runner, "TOKENS_PER_BATCH", 48)
+    monkeypatch.setattr(runner, "MIN_ACTIVATION_BYTES", 0)
     again = pipeline.prune(twin, ids, make_config(recovery="least_squares"))
     assert [(r.heads, r.channels) for r in reports] == [(r.heads, r.channels) for r in again]
     torch.testing.assert_close(logits(model, ids), logits(twin, ids), rtol=1e-3, atol=1e-3)
@@ -158,3 +159,35 @@ def test_layers_run_as_in_the_whole_model(case):
         wanted, found = (outputs_of(m, ids, m.model.layers[0].self_attn.o_proj).flatten(0, 1) for m in (dense, model))
         error = (wanted - found).square().mean(0).sum() / wanted.var(0, correction=0).sum()
         assert reports[0].attention_error[1] == pytest.approx(error.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("case", FAMILY_CASES)
+@pytest.mark.parametrize("recovery", ["none", "least_squares"])
+def test_sensitivity_is_the_divergence_that_pruning_one_layer_alone_makes(case, recovery, monkeypatch):
+    monkeypatch.setattr(pipeline, "evaluation_dtype", lambda dtype, device: dtype)
+    dense, ids = make_model(case, num_hidden_layers=3), make_ids(samples=12)
+    config = make_config(layers=3, layer_ratio="auto", recovery=recovery)
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+    seen, held = ids[:9], ids[9:]
+    found = pipeline.layer_sensitivities(dense, seen, held, config)
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+    shape = shape_of(dense.config, FAMILIES[dense.config.model_type])
+    probe = pipeline.allocation.probe(shape, pipeline.PROBE_RATIO, config)
+    whole = LayerPlan(0.0, shape.heads, shape.kv_heads, shape.channels)
+    p = logits(dense, held).log_softmax(-1)
+    for index in range(3):
+        model = copy.deepcopy(dense)
+        plans = [probe[i] if i == index else whole for i in range(3)]
+        monkeypatch.setattr(pipeline.allocation, "plan", lambda *_, plans=plans: plans)
+        pipeline.prune(model, seen, make_config(layers=3, recovery=recovery))
+        divergence = (p.exp() * (p - logits(model, held).log_softmax(-1))).sum(-1).mean()
+        assert found[index] == pytest.approx(divergence.item(), rel=1e-3)
+
+
+def test_auto_ratios_follow_the_sensitivities():
+    model, ids = make_model(num_hidden_layers=4), make_ids(samples=12)
+    config = make_config(layers=4, layer_ratio="auto", recovery="least_squares")
+    reports = pipeline.prune(model, ids[:9], config, held_back=ids[9:])
+    order = sorted(reports, key=lambda r: r.sensitivity)
+    assert [r.ratio for r in order] == sorted((r.ratio for r in order), reverse=True) and order[0].ratio > order[-1].ratio
+    assert sum(r.ratio for r in reports) == pytest.approx(0.5 * 4)

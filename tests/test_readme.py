@@ -1,10 +1,13 @@
 """The README tells the truth: its commands parse, its files exist, its tree is the tree."""
 
+import dataclasses
+import importlib
 import re
 import shlex
 
 import pytest
 
+from slimllm import lora
 from slimllm.config import PruneConfig, build_parser, parse_args
 from tests.conftest import ROOT
 
@@ -18,6 +21,18 @@ COMMANDS = [
 ]
 
 
+PARSERS = {"script/evaluate.sh": ("slimllm.evaluation", []), "script/ablation.sh": ("slimllm.ablation", ["--base_model"])}
+
+
+def check_flags(module, words):
+    """The program knows every flag of the command (values, which may name files of the reader's, are not looked at)."""
+    settings = next(
+        value for name, value in vars(importlib.import_module(module)).items() if name.endswith("Config") and name != "PruneConfig"
+    )
+    flags = {f"--{field.name}" for field in dataclasses.fields(settings)}
+    assert {word for word in words if word.startswith("--")} <= flags
+
+
 def test_there_are_commands():
     assert "bash script/llama_prune.sh" in COMMANDS and "bash script/test.sh" in COMMANDS
 
@@ -28,14 +43,21 @@ def test_a_command_names_flags_and_files_that_exist(command):
     if "hf_prune.py" in words:
         flags = words[words.index("hf_prune.py") + 1 :]
         assert isinstance(parse_args(flags), PruneConfig)
+    elif "post_training.py" in words:
+        assert lora.parse_args(words[words.index("post_training.py") + 1 :])
     elif words[0] == "bash":
         assert (ROOT / words[1]).is_file()
         rest = words[2:]
-        if words[1] != "script/test.sh":
+        if words[1] in PARSERS:
+            module, first = PARSERS[words[1]]
+            check_flags(module, [*first, *rest])
+        elif words[1] != "script/test.sh":
             model = [] if rest[:1] and not rest[0].startswith("-") else ["x"]
             parse_args(["--base_model", *model, *rest])
     elif words[:2] == ["python", "-m"] and words[2].startswith("slimllm"):
         assert (ROOT / (words[2].replace(".", "/") + ".py")).is_file()
+        if words[2] in ("slimllm.latency", "slimllm.evaluation", "slimllm.ablation"):
+            check_flags(words[2], words[3:])
     else:
         assert words[0] in ("pip", "git", "cd", "python"), command
 

@@ -1,27 +1,68 @@
-"""Channel importance in the feature space of the layer's output (paper section 3.3)."""
+"""Channel importance: the paper's in the feature space of the layer's output (section 3.3), and what it is compared with.
+
+A score takes a ChannelStatistics and gives the importance [I] of each channel: the higher, the more it matters.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
 
-def channel_scores(output_covariance, down_weight, gate_weight, up_weight, activation_norm, input_norm) -> torch.Tensor:
-    """Importance [I] of each feed-forward channel: the higher, the more it matters.
+@dataclass
+class ChannelStatistics:
+    """One feed-forward part. Norms are over tokens, none is centred.
 
-    With Cov(Y) = V diag(lambda) V^T and w = sigmoid(lambda / mean(lambda)):
-    ||(W_down[:, c]^T V) * w|| * ||A[:, c]|| + ||W_gate[c] * xnorm|| + ||W_up[c] * xnorm||.
-
-    Args:
-        output_covariance: [D, D] of the feed-forward output Y. down_weight: [D, I]. gate_weight, up_weight: [I, D].
-        activation_norm: [I], ||A[:, c]|| over tokens of down_proj's input. input_norm: [D], the norm over tokens of
-        each dimension of the feed-forward input. None of the norms is centred.
+    output_covariance: [D, D] of the output Y. down: [D, I]. gate, up: [I, D]. activation_norm: [I], ||A[:, c]|| of
+    down_proj's input. input_norm: [D], of each dimension of the feed-forward input. seed: for what is random.
     """
-    eigenvalues, vectors = torch.linalg.eigh(output_covariance)
+
+    output_covariance: torch.Tensor
+    down: torch.Tensor
+    gate: torch.Tensor
+    up: torch.Tensor
+    activation_norm: torch.Tensor
+    input_norm: torch.Tensor
+    seed: int = 0
+
+    def input_terms(self) -> torch.Tensor:
+        """||W_gate[c] * xnorm|| + ||W_up[c] * xnorm||, [I]."""
+        squared = self.input_norm.square()
+        gate, up = ((weight.square() @ squared).sqrt() for weight in (self.gate, self.up))
+        return gate + up
+
+
+def feature_space(s: ChannelStatistics) -> torch.Tensor:
+    """The paper's: with Cov(Y) = V diag(lambda) V^T and w = sigmoid(lambda / mean(lambda)),
+    ||(W_down[:, c]^T V) * w|| * ||A[:, c]|| + ||W_gate[c] * xnorm|| + ||W_up[c] * xnorm||.
+    """
+    eigenvalues, vectors = torch.linalg.eigh(s.output_covariance)
     weighted = vectors * torch.sigmoid(eigenvalues / eigenvalues.mean())
-    direction = (down_weight.T @ weighted).norm(dim=1)
-    squared = input_norm.square()
-    gate, up = ((weight.square() @ squared).sqrt() for weight in (gate_weight, up_weight))
-    return direction * activation_norm + gate + up
+    return (s.down.T @ weighted).norm(dim=1) * s.activation_norm + s.input_terms()
+
+
+def unweighted(s: ChannelStatistics) -> torch.Tensor:
+    """The paper's without the eigenvalue weights w, which leaves ||W_down[:, c]|| (V is orthogonal)."""
+    return s.down.norm(dim=0) * s.activation_norm + s.input_terms()
+
+
+def wanda(s: ChannelStatistics) -> torch.Tensor:
+    """Sum over outputs of |W_down[d, c]| * ||A[:, c]||: Wanda's score of a weight (Sun et al. 2024), summed over a column."""
+    return s.down.abs().sum(0) * s.activation_norm
+
+
+def magnitude(s: ChannelStatistics) -> torch.Tensor:
+    """||W_down[:, c]|| + ||W_gate[c]|| + ||W_up[c]||: no activations at all."""
+    return s.down.norm(dim=0) + s.gate.norm(dim=1) + s.up.norm(dim=1)
+
+
+def random(s: ChannelStatistics) -> torch.Tensor:
+    """Chance, the floor that any score must beat."""
+    return torch.rand(s.down.shape[1], generator=torch.Generator().manual_seed(s.seed)).to(s.down.device)
+
+
+CHANNEL_SCORES = {f.__name__: f for f in (feature_space, unweighted, wanda, magnitude, random)}
 
 
 def select_channels(scores: torch.Tensor, removed: int, keep_lowest: float) -> torch.Tensor:

@@ -1,0 +1,64 @@
+import json
+
+import pytest
+from PIL import Image
+
+from slimllm import ablation, report
+
+
+@pytest.fixture
+def flags(tiny_folder, text_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ablation, "CURVE", (0.1, 0.3))
+    data = ["--calibration", str(text_file), "--eval_data", f"fox={text_file}", "--eval_limit", "2", "--output", "out"]
+    monkeypatch.setattr(ablation, "SEQ_LEN", 32)
+    return ["--base_model", str(tiny_folder), "--target_sparsity", "0.3", *data]
+
+
+def rows():
+    return json.loads(open("out/results.json").read())["rows"]
+
+
+def test_every_row_keeps_the_same_parameters_and_a_stopped_run_goes_on(flags, monkeypatch, capsys):
+    prune, calls = ablation.pipeline.prune, []
+
+    def stops(*args):
+        calls.append(args[2])
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return prune(*args)
+
+    monkeypatch.setattr(ablation.pipeline, "prune", stops)
+    assert ablation.main(flags) == 130 and len(rows()) == 3
+    assert ablation.main(flags) == 0
+    found = rows()
+    assert len(found) == len(ablation.ROWS) + 4 == len({(r["ingredient"], r["variant"], r["share"]) for r in found})
+    assert len(calls) == len(found) + 1  # the one that was stopped ran twice
+    channel = 3 * 32 / (2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 64))
+    assert all(abs(r["removed"] - r["share"]) <= channel for r in found)
+    assert [c.num_examples for c in calls if c.num_examples != 32] == [8, 128]
+    assert len({r["perplexity"][0]["pruned"] for r in found}) >= len(found) // 2  # the settings do something
+    table = open("out/table.md").read()
+    assert "30 %: fox" in table and "* limited" in table and table.count("\n|") == len(ablation.ROWS) + 1
+    assert Image.open("out/recovery.png").size[0] > 300
+    assert ablation.main([*flags, "--seed", "1"]) == 2
+    assert "another seed" in capsys.readouterr().err
+
+
+def test_the_picture_takes_each_recovery_once():
+    names = [(variant, share, change) for ingredient, variant, share, change in ablation.cases((0.2, 0.5)) if ingredient == "recovery"]
+    assert len(names) == 3 * len(ablation.CURVE)
+    base = [share for ingredient, _, share, _ in ablation.cases((0.2, 0.5)) if ingredient == "the paper's method"]
+    assert sorted(base) == sorted(ablation.CURVE)
+
+
+def test_a_missing_figure_is_a_dash():
+    figure = {"data": "ptb", "pruned": 3.0, "limited": False, "blocks": 1, "seq_len": 8}
+    found = [{"ingredient": "a", "variant": "", "share": 0.2, "perplexity": [figure]}]
+    assert report.ablation_table(found, (0.2, 0.5))[-1].split("|")[3:5] == [" 3.0       ", " -         "]
+
+
+@pytest.mark.parametrize("wrong, said", [(["--target_sparsity", "1.5"], "above 0 and below 1"), (["--base_model", ""], "required")])
+def test_mistakes(flags, wrong, said, capsys):
+    assert ablation.main([*flags, *wrong]) == 2
+    assert said in capsys.readouterr().err

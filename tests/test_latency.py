@@ -1,0 +1,70 @@
+import json
+
+import pytest
+import torch
+
+from slimllm import latency
+from slimllm.cli import UserError
+from tests.conftest import FAMILY_CASES, make_ids, make_model, prune_to, tiny_tokenizer_of
+
+
+@pytest.mark.parametrize("case", FAMILY_CASES)
+def test_macs_are_what_the_modules_multiply(case):
+    model, ids = make_model(case), make_ids(1, 12)
+    counted = []
+
+    def count(module, args, output):
+        counted.append(args[0].numel() // module.in_features * module.weight.numel())
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(count)
+    model(ids)
+    heads, width = model.config.num_attention_heads, model.config.head_dim
+    pairs = 12 * 13 // 2  # causal: each token with itself and those before it
+    attention = model.config.num_hidden_layers * 2 * heads * width * pairs  # scores, then the weighted sum
+    assert latency.macs(latency.size_of(model), 12) == sum(counted) + attention
+
+
+def test_sizes(tmp_path):
+    model = make_model("llama_gqa")
+    size = latency.size_of(model)
+    assert size["parameters"] == model.num_parameters() and size["weight_bytes"] == 4 * model.num_parameters()
+    cache = model(make_ids(1, 5), use_cache=True).past_key_values
+    assert size["kv_bytes_a_token"] == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // 5
+
+
+def test_decode_continues_the_prompt():
+    model, ids = make_model(), make_ids(2, 6)
+    seen = []
+    _, cache, token = latency.prefill(model, ids)
+    model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    assert latency.decode(model, cache, token, 4) > 0
+    model._forward_pre_hooks.clear()
+    with torch.no_grad():
+        wanted = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(torch.cat(seen, 1), wanted[:, 6:])
+
+
+def test_the_command(tmp_path, tiny_folder, capsys):
+    pruned = prune_to(tmp_path / "pruned", tiny_tokenizer_of())
+    flags = ["--batch_size", "1", "2", "--length", "8", "16", "--new_tokens", "3", "--repeats", "2", "--json", str(tmp_path / "l.json")]
+    assert latency.main([str(pruned), "--baseline", str(tiny_folder), *flags]) == 0
+    out = capsys.readouterr().out
+    assert out.count(" x |") == 2 * 8 and "KV cache a token" in out
+    record = json.loads((tmp_path / "l.json").read_text())
+    assert len(record["measurements"]) == 8 and all(len(e["prefill"]) == 2 for e in record["measurements"])
+    assert record["sizes"]["pruned"]["parameters"] < record["sizes"]["dense"]["parameters"]
+
+
+def test_mistakes(tiny_folder, capsys):
+    for wrong, said in (
+        ([], "name a model"),
+        (["nowhere/x/y"], "nowhere/x/y"),
+        ([str(tiny_folder), "--length", "64"], "context is 64"),
+        ([str(tiny_folder), "--batch_size", "0"], "at least 1"),
+    ):
+        assert latency.main(wrong) == 2
+        assert said in capsys.readouterr().err
+    with pytest.raises(UserError, match="float31"):
+        latency.LatencyConfig("x", dtype="float31")
