@@ -150,9 +150,10 @@ def _peak(device) -> int:
 def measure(models: dict, config: LatencyConfig, device: torch.device) -> list[dict]:
     """One entry for each model, batch size and length: all times in seconds, as lists of ``repeats`` measurements."""
     entries = []
+    vocabulary = min(model.config.vocab_size for model in models.values())
     for batch in config.batch_size:
         for length in config.length:
-            ids = torch.randint(100, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
+            ids = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
             runs = {name: {"prefill": [], "decode": []} for name in models}
             for repeat in range(config.repeats + 1):
                 for name, model in models.items():

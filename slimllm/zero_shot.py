@@ -77,7 +77,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def _load_task(name: str, data_dir: str | None, scratch: Path):
-    """lm-eval's task object; with ``data_dir`` its definition is included and only the source of its rows replaced."""
+    """lm-eval's task manager and task; with ``data_dir`` the definition is included and only the source of its rows replaced."""
     import lm_eval.tasks
 
     task = TASKS[name]
@@ -96,7 +96,7 @@ def _load_task(name: str, data_dir: str | None, scratch: Path):
         definition = scratch / f"{name}.yaml"
         definition.write_text(json.dumps(override))
     manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(definition.parent))
-    return manager.load([str(definition)])["tasks"][name]
+    return manager, manager.load([str(definition)])["tasks"][name]
 
 
 def score(model, tokenizer, name: str, data_dir: str | None = None, limit: int | None = None) -> dict:
@@ -115,13 +115,15 @@ def score(model, tokenizer, name: str, data_dir: str | None = None, limit: int |
     where = f"--data_dir {data_dir}: {name}.jsonl" if data_dir else f"task {name}"
     with tempfile.TemporaryDirectory(prefix="slimllm-") as scratch, contextlib.redirect_stdout(io.StringIO()):  # a library prints
         try:
-            task = _load_task(name, data_dir, Path(scratch))
+            manager, task = _load_task(name, data_dir, Path(scratch))
         except UserError:
             raise
         except Exception as error:  # the hub's libraries raise their own kinds, the templates too
             hint = "not in the schema of the hub's data set" if data_dir else "cannot be had; name local files with --data_dir"
             raise UserError(f"{where}: {hint} ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})") from None
-        found = simple_evaluate(harness_model(model, tokenizer), tasks=[task], limit=limit, bootstrap_iters=0, log_samples=False)
+        found = simple_evaluate(
+            harness_model(model, tokenizer), tasks=[task], limit=limit, bootstrap_iters=0, log_samples=False, task_manager=manager
+        )
     (metrics,) = found["results"].values()
     wanted = {key.split(",")[0]: value for key, value in metrics.items() if key.endswith(",none")}
     return {

@@ -22,11 +22,11 @@ def rows():
 def test_every_row_keeps_the_same_parameters_and_a_stopped_run_goes_on(flags, monkeypatch, capsys):
     prune, calls = ablation.pipeline.prune, []
 
-    def stops(*args):
+    def stops(*args, **kwargs):
         calls.append(args[2])
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return prune(*args)
+        return prune(*args, **kwargs)
 
     monkeypatch.setattr(ablation.pipeline, "prune", stops)
     assert ablation.main(flags) == 130 and len(rows()) == 3

@@ -144,3 +144,31 @@ def test_the_benchmark_runs(smollm2, tmp_path, capsys, monkeypatch):
     assert benchmark(["--base_model", str(smollm2), "--repeats", "1", "--json", str(tmp_path / "b.json")]) == 0
     assert "speed-up" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "b.json").read_text())["results"]) == 2
+
+
+def test_post_training_lowers_the_perplexity_of_held_out_text(run, tmp_path):
+    """The Python manual: its beginning for training, what follows for the figures; one short epoch on the pruned real model."""
+    folder, _, _ = run
+    (text,) = evaluation.load_texts(("python_manual",))
+    parts = [text.text[i : i + 400] for i in range(0, 48_000, 400)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in parts[:96]))
+    (tmp_path / "later.txt").write_text("".join(parts[96:]))
+    flags = [
+        "--prune_model",
+        folder,
+        "--data_path",
+        tmp_path / "rows.jsonl",
+        "--val_set_size",
+        16,
+        "--extra_val_dataset",
+        "later=later.txt",
+    ]
+    flags += ["--batch_size", 8, "--micro_batch_size", 8, "--cutoff_len", 64, "--num_epochs", 1, "--learning_rate", "1e-3"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "post_training.py", *map(str, flags), "--output_dir", "out"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((tmp_path / "out" / "post_training.json").read_text())
+    (figure,) = record["evaluation"]
+    assert figure["after"] < 0.95 * figure["before"]
+    assert record["validation"]["after"] < 0.95 * record["validation"]["before"]

@@ -1,9 +1,11 @@
 """Our scores are stock lm-eval's: same definitions, same rows, one row of tokens a request there, shared contexts here."""
 
+import functools
 import json
 
 import datasets
 import lm_eval
+import lm_eval.tasks
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -50,6 +52,12 @@ def data_dir(tmp_path):
     return tmp_path
 
 
+@functools.cache
+def stock_tasks():
+    """lm-eval's own index of all its tasks."""
+    return lm_eval.tasks.TaskManager()
+
+
 def stock(model, tokenizer, name, monkeypatch):
     """lm-eval as installed, its task as defined; only the hub itself is replaced."""
     asked = []
@@ -62,7 +70,7 @@ def stock(model, tokenizer, name, monkeypatch):
     task = name
     monkeypatch.setattr(datasets, "load_dataset", hub)
     lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=3)
-    found = lm_eval.simple_evaluate(lm, tasks=[name], bootstrap_iters=0)
+    found = lm_eval.simple_evaluate(lm, tasks=[name], bootstrap_iters=0, task_manager=stock_tasks())
     monkeypatch.undo()
     assert asked
     return found
