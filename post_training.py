@@ -43,17 +43,19 @@ def run(config) -> None:
         dtype = lora.training_dtype(device, model_config.dtype or torch.float32)
         arguments = lora.training_arguments(config, device, dtype, len(train), bool(held_out))
         main_process = arguments.process_index == 0
-        if main_process:
-            output.mkdir(parents=True, exist_ok=True)
-            lines.to_file(output / "log.txt")
-        else:
-            log.setLevel(logging.ERROR)
-        log.info("%s", record.command())
         texts = evaluation.load_texts(config.extra_val_dataset, "--extra_val_dataset")
         blocks = [evaluation.blocks_of(text, tokenizer, 128, config.eval_limit) for text in texts]
         with timed("loading"):
             model = families.load_model(config.prune_model, dtype, "--prune_model")
         lora.check_targets(model, config.target_modules)
+        if main_process:
+            if config.overwrite and output.exists():  # not before everything that can be wrong was read
+                shutil.rmtree(output)
+            output.mkdir(parents=True, exist_ok=True)
+            lines.to_file(output / "log.txt")
+        else:
+            log.setLevel(logging.ERROR)
+        log.info("%s", record.command())
         trainer = lora.trainer_for(model, train, held_out, config, arguments)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         log.info("%s: %.2f M of %.1f M parameters are trained", config.prune_model, trained / 1e6, model.num_parameters() / 1e6)
@@ -76,22 +78,20 @@ def run(config) -> None:
         after = perplexities("after")
         if not main_process:
             return
-        history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
-        validation = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+        figures = [
+            {**text.to_dict(), "seq_len": 128, "blocks": len(ids), "limited": config.eval_limit is not None, "before": b, "after": a}
+            for text, ids, b, a in zip(texts, blocks, before, after)
+        ]
         result = {
             **record.of_run(config),
             "data": {"name": config.data_path, "rows": len(train), "held_out": len(held_out), "sha256": digest},
             "parameters": {"trained": trained, "model": model.num_parameters() - trained},
             "dtype": record.name_of(dtype),
             "processes": arguments.world_size,
-            "evaluation": [
-                {**text.to_dict(), "seq_len": 128, "blocks": len(ids), "limited": config.eval_limit is not None, "before": b, "after": a}
-                for text, ids, b, a in zip(texts, blocks, before, after)
-            ],
-            "validation": {"before": math.exp(validation[0]), "after": math.exp(min(validation))} if validation else None,
+            "evaluation": figures,
+            **_losses(trainer.state.log_history),
             "seconds": timed.seconds,
             "peak_memory": record.peak_memory(),
-            "history": history,
         }
         _write(output, config, trainer, tokenizer, result)
 
@@ -121,8 +121,15 @@ def _resume_point(config, output: Path) -> Path | None:
         strange = [path.name for path in output.iterdir() if path.name not in known and not path.name.startswith(("checkpoint-", "."))]
         if strange:
             raise UserError(f"--overwrite: {output} holds {strange[0]}, which no run of this program wrote; choose another --output_dir")
-        shutil.rmtree(output)
     return None
+
+
+def _losses(log_history: list[dict]) -> dict:
+    """The losses of each step, and the perplexity of the held-out rows before training and where it was best."""
+    history = [entry for entry in log_history if "loss" in entry or "eval_loss" in entry]
+    validation = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    perplexity = {"before": math.exp(validation[0]), "after": math.exp(min(validation))} if validation else None
+    return {"validation": perplexity, "history": history}
 
 
 def _write(output: Path, config, trainer, tokenizer, result: dict) -> None:

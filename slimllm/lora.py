@@ -7,6 +7,7 @@ updates of all seven projections on Alpaca.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import logging
 import math
@@ -98,6 +99,8 @@ class TrainConfig:
         check_range(self, "num_epochs", 0, left_open=True)
         check_range(self, "learning_rate", 0, left_open=True)
         check_range(self, "lora_dropout", 0, 1, right_open=True)
+        if self.wandb_project and importlib.util.find_spec("wandb") is None:
+            raise UserError(f"--wandb_project {self.wandb_project}: wandb is not installed; pip install wandb")
         if self.overwrite and self.resume_from_checkpoint:
             raise UserError("--overwrite and --resume_from_checkpoint: a run either starts anew or continues")
         if self.batch_size % self.micro_batch_size:
@@ -271,9 +274,6 @@ def trainer_for(model, train: list[dict], held_out: list[dict], config: TrainCon
         bias="none",
         task_type="CAUSAL_LM",
     )
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.requires_grad_(False)
     trainer = Trainer(
         model=get_peft_model(model, lora),
         args=arguments,

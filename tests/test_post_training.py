@@ -152,6 +152,7 @@ def test_collate_pads_what_is_not_learned():
         (dict(prompt_template_name="alpacca"), "did you mean 'alpaca'"),
         (dict(learning_rate=0), "above 0"),
         (dict(lora_dropout=1), "below 1"),
+        (dict(wandb_project="p"), "wandb is not installed"),
         (dict(overwrite=True, resume_from_checkpoint="last"), "anew or continues"),
     ],
 )
@@ -285,7 +286,10 @@ def test_mistakes_are_one_line(pruned_folder, rows_file, tmp_path):
     ):
         done = post_train(*flags, cwd=tmp_path)
         assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "post_training.json").write_text("old")
+    done = post_train(*quick(pruned_folder, tmp_path / "no.json", "--overwrite"), cwd=tmp_path)
+    assert done.returncode == 2 and (tmp_path / "out" / "post_training.json").read_text() == "old"
     (tmp_path / "out" / "thesis.tex").write_text("x")
     done = post_train(*quick(pruned_folder, rows_file, "--overwrite"), cwd=tmp_path)
     assert done.returncode == 2 and "thesis.tex" in done.stderr and (tmp_path / "out" / "thesis.tex").exists()
