@@ -55,9 +55,12 @@ class PruneConfig:
         type=float,
     )
     pruned_layers: int = flag(
-        "budget", "how many layers are pruned [26 of 32, or 30 of 32 from ratio 0.4 on, scaled to the depth]", type=int
+        "budget",
+        "how many layers are pruned; with auto, which may take them all, it only scales --pruning_ratio "
+        "[26 of 32, or 30 of 32 from ratio 0.4 on, scaled to the depth]",
+        type=int,
     )
-    alpha: float = flag("budget", "how strongly layer importance spreads the ratios (Eq. 11) [10, or 7 from ratio 0.4 on]", type=float)
+    alpha: float = flag("budget", "with importance: how strongly it spreads the ratios (Eq. 11) [10, or 7 from ratio 0.4 on]", type=float)
     layer_ratio: str = flag(
         "budget",
         "ratios by layer importance, the same for the least important layers, or auto: by what pruning each layer alone costs "

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import post_training
 from slimllm import checkpoint, families, lora
 from slimllm.cli import UserError
 from slimllm.lora import IGNORED, TrainConfig
@@ -45,6 +46,19 @@ def post_train(*args, cwd, launcher=(sys.executable,), env=None):
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
     )
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """Runs ``post_training.py`` in this process, in the test's folder. Returns (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags):
+        status = post_training.main([str(flag) for flag in flags])
+        out = capsys.readouterr()
+        return status, out.out, out.err
+
+    return run
 
 
 def quick(folder, rows, *more):
@@ -232,10 +246,9 @@ def test_merged_loads_without_the_package(trained):
         assert torch.allclose(torch.load(home / "l.pt"), checkpoint.load(home / "out" / "merged")(torch.arange(8)[None]).logits, atol=1e-4)
 
 
-def test_a_killed_run_goes_on_to_the_same_losses(pruned_folder, rows_file, tmp_path):
+def test_a_killed_run_goes_on_to_the_same_losses(pruned_folder, rows_file, tmp_path, here):
     flags = quick(pruned_folder, rows_file, "--num_epochs", 3)  # 12 steps, a checkpoint every 2
-    whole = post_train(*flags, "--output_dir", "whole", cwd=tmp_path)
-    assert whole.returncode == 0, whole.stderr[-3000:]
+    assert here(*flags, "--output_dir", "whole")[0] == 0
     code = (
         "import os, signal, sys; sys.path.insert(0, %r)\n"
         "from transformers import TrainerCallback; import post_training; from slimllm import lora\n"
@@ -251,19 +264,17 @@ def test_a_killed_run_goes_on_to_the_same_losses(pruned_folder, rows_file, tmp_p
     )
     killed = subprocess.run([sys.executable, "-c", code, *map(str, flags)], cwd=tmp_path, capture_output=True, timeout=200)
     assert killed.returncode == -signal.SIGKILL
-    again = post_train(*flags, cwd=tmp_path)
-    assert again.returncode == 2 and "go on with --resume_from_checkpoint last" in again.stderr
-    done = post_train(*flags, "--resume_from_checkpoint", "last", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, _, err = here(*flags)
+    assert status == 2 and "go on with --resume_from_checkpoint last" in err
+    assert here(*flags, "--resume_from_checkpoint", "last")[0] == 0
     assert losses(tmp_path / "out") == losses(tmp_path / "whole") and len(losses(tmp_path / "out")) == 12
     a, b = (lora.Path(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("out", "whole"))
     assert a == b
 
 
-def test_two_processes_learn_what_one_learns(pruned_folder, rows_file, tmp_path):
+def test_two_processes_learn_what_one_learns(pruned_folder, rows_file, tmp_path, here):
     flags = quick(pruned_folder, rows_file, "--lora_dropout", 0, "--num_epochs", 1)
-    one = post_train(*flags, "--output_dir", "one", cwd=tmp_path)
-    assert one.returncode == 0, one.stderr[-3000:]
+    assert here(*flags, "--output_dir", "one")[0] == 0
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611")
     two = post_train(*flags, "--output_dir", "two", cwd=tmp_path, launcher=launcher)
     assert two.returncode == 0, two.stderr[-3000:]
@@ -272,32 +283,31 @@ def test_two_processes_learn_what_one_learns(pruned_folder, rows_file, tmp_path)
     assert json.loads((tmp_path / "two" / "post_training.json").read_text())["processes"] == 2
 
 
-def test_a_lost_loss_stops_the_run_and_keeps_the_checkpoint(pruned_folder, rows_file, tmp_path):
-    done = post_train(*quick(pruned_folder, rows_file, "--learning_rate", 30, "--num_epochs", 8), cwd=tmp_path)
-    assert done.returncode == 2 and "lower --learning_rate (30)" in done.stderr and "Traceback" not in done.stderr
+def test_a_lost_loss_stops_the_run_and_keeps_the_checkpoint(pruned_folder, rows_file, tmp_path, here):
+    status, _, err = here(*quick(pruned_folder, rows_file, "--learning_rate", 30, "--num_epochs", 8))
+    assert status == 2 and "lower --learning_rate (30)" in err and len(err.strip().splitlines()) == 1
     assert not (tmp_path / "out" / "adapter").exists()
 
 
-def test_mistakes_are_one_line(pruned_folder, rows_file, tmp_path):
+def test_mistakes_are_one_line(pruned_folder, rows_file, tmp_path, here):
     for flags, said in (
         (["--prune_model", "nowhere/at/all", "--data_path", rows_file], "--prune_model nowhere/at/all"),
         (quick(pruned_folder, rows_file, "--resume_from_checkpoint", "last"), "holds no finished checkpoint"),
         (quick(pruned_folder, rows_file, "--lora_rank", 4), "--lora_rank"),
     ):
-        done = post_train(*flags, cwd=tmp_path)
-        assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+        status, _, err = here(*flags)
+        assert status == 2 and said in err and len(err.strip().splitlines()) == 1, err
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "post_training.json").write_text("old")
-    done = post_train(*quick(pruned_folder, tmp_path / "no.json", "--overwrite"), cwd=tmp_path)
-    assert done.returncode == 2 and (tmp_path / "out" / "post_training.json").read_text() == "old"
+    assert here(*quick(pruned_folder, tmp_path / "no.json", "--overwrite"))[0] == 2
+    assert (tmp_path / "out" / "post_training.json").read_text() == "old"
     (tmp_path / "out" / "thesis.tex").write_text("x")
-    done = post_train(*quick(pruned_folder, rows_file, "--overwrite"), cwd=tmp_path)
-    assert done.returncode == 2 and "thesis.tex" in done.stderr and (tmp_path / "out" / "thesis.tex").exists()
+    status, _, err = here(*quick(pruned_folder, rows_file, "--overwrite"))
+    assert status == 2 and "thesis.tex" in err and (tmp_path / "out" / "thesis.tex").exists()
 
 
-def test_a_dense_model_can_be_trained_too(tiny_folder, tmp_path):
+def test_a_dense_model_can_be_trained_too(tiny_folder, tmp_path, here):
     (tmp_path / "t.jsonl").write_text('{"text": "abc def ghi"}\n' * 8)
-    done = post_train(*quick(tiny_folder, tmp_path / "t.jsonl", "--merge", "--num_epochs", 1), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert here(*quick(tiny_folder, tmp_path / "t.jsonl", "--merge", "--num_epochs", 1))[0] == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged").config.model_type == "llama"
     assert families.load_model(str(tmp_path / "out" / "merged"), "auto").dtype == torch.float32
