@@ -33,7 +33,6 @@ ROWS = (
     ("recovery", "none", {"recovery": "none"}),
     ("recovery", "bias", {"recovery": "bias"}),
     ("recovery", "least_squares", {"recovery": "least_squares"}),
-    ("layer ratio", "alpha 2", {"alpha": 2.0}),
     ("layer ratio", "alpha 5", {"alpha": 5.0}),
     ("layer ratio", "alpha 20", {"alpha": 20.0}),
     ("layer ratio", "uniform", {"layer_ratio": "uniform"}),
@@ -43,7 +42,7 @@ ROWS = (
     ("--recipe best", "", {"recipe": "best"}),
 )
 SEQ_LEN = 128  # tokens a sample and a block of text
-CURVE = (0.1, 0.2, 0.35, 0.5)  # shares removed at which every recovery is measured for the picture
+CURVE = (0.2, 0.35, 0.5)  # shares removed at which every recovery is measured for the picture
 
 
 @dataclass
