@@ -9,6 +9,7 @@ from slimllm import ablation, report
 @pytest.fixture
 def flags(tiny_folder, text_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    text_file.write_text(2 * text_file.read_text())  # enough for 128 samples
     monkeypatch.setattr(ablation, "CURVE", (0.1, 0.3))
     data = ["--calibration", str(text_file), "--eval_data", f"fox={text_file}", "--eval_limit", "2", "--output", "out"]
     monkeypatch.setattr(ablation, "SEQ_LEN", 32)

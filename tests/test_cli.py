@@ -281,12 +281,12 @@ def test_interrupted_in_the_middle_leaves_the_old_checkpoint(cli, monkeypatch):
     before = (cli.folder / "prune_log/a/model.safetensors").read_bytes()
     prune = pipeline.prune
 
-    def interrupted(model, ids, config, device, on_layer):
+    def interrupted(model, ids, config, device, on_layer, held_back):
         def stop(report):
             on_layer(report)
             raise KeyboardInterrupt
 
-        return prune(model, ids, config, device, stop)
+        return prune(model, ids, config, device, stop, held_back)
 
     monkeypatch.setattr(pipeline, "prune", interrupted)
     status, out, err = cli("--save_ckpt_log_name", "a", "--overwrite")
