@@ -150,6 +150,8 @@ def _peak(device) -> int:
 def measure(models: dict, config: LatencyConfig, device: torch.device) -> list[dict]:
     """One entry for each model, batch size and length: all times in seconds, as lists of ``repeats`` measurements."""
     entries = []
+    weights = {name: size_of(model)["weight_bytes"] for name, model in models.items()}
+    others = {name: sum(weights.values()) - own for name, own in weights.items()}  # all models stay loaded
     vocabulary = min(model.config.vocab_size for model in models.values())
     for batch in config.batch_size:
         for length in config.length:
@@ -162,7 +164,7 @@ def measure(models: dict, config: LatencyConfig, device: torch.device) -> list[d
                     seconds, cache, token = prefill(model, ids)
                     step = decode(model, cache, token, config.new_tokens)
                     if not repeat:  # the warm-up, which also touches all memory
-                        runs[name]["peak_bytes"] = _peak(device)
+                        runs[name]["peak_bytes"] = _peak(device) - others[name]
                         continue
                     runs[name]["prefill"].append(seconds)
                     runs[name]["decode"].append(step)
