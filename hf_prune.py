@@ -34,7 +34,7 @@ def run(config) -> None:
         shape = families.shape_of(model_config, families.family_of(model_config))
         config.resolve_depth(shape.layers)
         device, eval_device = device_of("device", config.device), device_of("eval_device", config.eval_device)
-        dtype = _dtype(config.dtype, device, model_config)
+        dtype = families.pruning_dtype(config.dtype, device, model_config)
         if config.dry_run:
             uniform = dataclasses.replace(config, layer_ratio="uniform")
             plans = allocation.plan(shape, [0.0] * shape.layers, uniform)
@@ -89,6 +89,7 @@ def _prune_into(folder: Path, config, shape, device, eval_device, dtype) -> dict
             model = checkpoint.reload_and_compare(model, folder, samples.ids[:2, :64])
         log.info("saved, loaded again and compared: the same logits")
     pruned = evaluate("pruned")
+    eval_dtype = record.name_of(evaluation.evaluation_dtype(dtype, eval_device))
     result = {
         **record.of_run(config),
         "model": {
@@ -101,15 +102,7 @@ def _prune_into(folder: Path, config, shape, device, eval_device, dtype) -> dict
         "calibration": samples.to_dict(),
         "parameters": record.parameters(size, model.num_parameters(), shape.decoder_parameters),
         "evaluation": [
-            {
-                **text.to_dict(),
-                "seq_len": config.max_seq_len,
-                "blocks": len(ids),
-                "limited": config.eval_limit is not None,
-                "dtype": record.name_of(evaluation.evaluation_dtype(dtype, eval_device)),
-                "dense": before,
-                "pruned": after,
-            }
+            text.figure(ids, config.eval_limit, dtype=eval_dtype, dense=before, pruned=after)
             for text, ids, before, after in zip(texts, blocks, dense, pruned)
         ],
         "seconds": timed.seconds,
@@ -135,17 +128,6 @@ def _prune(model, samples, config, device, shape) -> list:
             bar.update()
 
         return pipeline.prune(model, samples.ids, config, device, on_layer, samples.held_back)
-
-
-def _dtype(name: str, device, model_config):
-    """What the weights are loaded, computed and saved in."""
-    import torch
-
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cpu":
-        return torch.float32
-    return getattr(model_config, "dtype", None) or torch.float16
 
 
 if __name__ == "__main__":

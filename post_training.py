@@ -78,10 +78,7 @@ def run(config) -> None:
         after = perplexities("after")
         if not main_process:
             return
-        figures = [
-            {**text.to_dict(), "seq_len": 128, "blocks": len(ids), "limited": config.eval_limit is not None, "before": b, "after": a}
-            for text, ids, b, a in zip(texts, blocks, before, after)
-        ]
+        figures = [text.figure(ids, config.eval_limit, before=b, after=a) for text, ids, b, a in zip(texts, blocks, before, after)]
         result = {
             **record.of_run(config),
             "data": {"name": config.data_path, "rows": len(train), "held_out": len(held_out), "sha256": digest},
@@ -153,7 +150,7 @@ def _write(output: Path, config, trainer, tokenizer, result: dict) -> None:
             checkpoint.reload_and_compare(model, folder, ids)
         log.info("merged model: %s (the same logits as model and adapter)", output / "merged")
     report.loss_curve(result, output / "figures")
-    (output / "post_training.json").write_text(record.dumps(result), encoding="utf-8")
+    record.write(output / "post_training.json", record.dumps(result))
     rows = [["text", "before", "after"]] + [[f["data"], f"{f['before']:.2f}", f"{f['after']:.2f}"] for f in result["evaluation"]]
     if result["validation"]:
         rows.append(["held-out rows", *(f"{result['validation'][when]:.2f}" for when in ("before", "after"))])

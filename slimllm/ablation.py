@@ -11,9 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from . import calibration, cli, evaluation, families, hub, pipeline, record, report
+from . import calibration, cli, evaluation, families, pipeline, record, report
 from .cli import UserError, check_choices, check_range, flag
 from .config import DTYPES, PruneConfig
 from .recovery import RECOVERIES
@@ -73,7 +71,7 @@ class AblationConfig:
             if not 0 < share < 1:
                 raise UserError(f"--target_sparsity {share}: must be above 0 and below 1")
         if self.output is None:
-            self.output = f"eval_log/ablation_{Path(self.base_model.rstrip('/')).name}"
+            self.output = f"eval_log/ablation_{Path(self.base_model).name}"
 
 
 def cases(shares: tuple) -> list[tuple[str, str, float, dict]]:
@@ -91,8 +89,8 @@ def run(config: AblationConfig) -> dict:
     """All cases that the results file does not hold yet; it is written anew after each. Returns the results."""
     device = cli.device_of("device", config.device)
     model_config = families.load_config(config.base_model)
-    dtype = getattr(torch, config.dtype) if config.dtype != "auto" else torch.float32 if device.type == "cpu" else model_config.dtype
-    of = {"model": Path(config.base_model.rstrip("/")).name, "dtype": record.name_of(dtype), "calibration": config.calibration}
+    dtype = families.pruning_dtype(config.dtype, device, model_config)
+    of = {"model": Path(config.base_model).name, "dtype": record.name_of(dtype), "calibration": config.calibration}
     of |= {"seed": config.seed, "eval_data": config.eval_data, "eval_limit": config.eval_limit}
     file = Path(config.output) / "results.json"
     results = record.continued(file, of, config.overwrite)
@@ -127,10 +125,7 @@ def run(config: AblationConfig) -> dict:
         row = {"ingredient": ingredient, "variant": variant, "share": share, "settings": change, "seconds": round(seconds, 1)}
         row["removed"] = 1 - sum(p.numel() for p in pruned.model.layers.parameters()) / shape.decoder_parameters
         row["calibration"] = samples[settings.num_examples].to_dict()
-        row["perplexity"] = [
-            {**text.to_dict(), "seq_len": SEQ_LEN, "blocks": len(part), "limited": config.eval_limit is not None, "pruned": value}
-            for text, part, value in zip(texts, blocks, values)
-        ]
+        row["perplexity"] = [text.figure(part, config.eval_limit, pruned=value) for text, part, value in zip(texts, blocks, values)]
         results["rows"].append(row)
         shown = ", ".join(f"{text.name} {value:.1f}" for text, value in zip(texts, values))
         log.info("%.0f %%, %s %s: %s (%.0f s)", 100 * share, ingredient, variant, shown, seconds)
@@ -151,11 +146,10 @@ def main(argv=None) -> int:
     def ablate():
         config = cli.parse(parser, AblationConfig, argv)
         with cli.logging_to_console(), cli.memory_errors("use --device cpu or --dtype bfloat16"):
-            hub.reachable()
             results = run(config)
             folder = Path(config.output)
             lines = report.ablation_table(results["rows"], config.target_sparsity)
-            (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            record.write(folder / "table.md", "\n".join(lines) + "\n")
             report.recovery_curves(results["rows"], folder)
             log.info("\n%s\n\neverything lies in %s/", "\n".join(lines), folder)
 

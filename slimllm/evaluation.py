@@ -47,8 +47,10 @@ class EvalText:
     def sha256(self) -> str:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
-    def to_dict(self) -> dict:
-        return {"data": self.name, "split": self.split, "sha256": self.sha256}
+    def figure(self, blocks: torch.Tensor, limit: int | None, **values) -> dict:
+        """What a record says of perplexities measured on these ``blocks`` [blocks, seq_len] of the text, ``values`` among it."""
+        of = {"data": self.name, "split": self.split, "sha256": self.sha256}
+        return {**of, "seq_len": blocks.shape[1], "blocks": len(blocks), "limited": limit is not None, **values}
 
 
 def wikitext_rows(raw: str) -> list[str]:
@@ -238,7 +240,7 @@ class EvalConfig:
         if self.adapter is not None and not os.path.isfile(os.path.join(self.adapter, "adapter_config.json")):
             raise UserError(f"--adapter {self.adapter}: no adapter_config.json there; give the adapter folder that post_training.py wrote")
         if self.output is None:
-            name = Path(self.model.rstrip("/")).name
+            name = Path(self.model).name
             self.output = f"eval_log/{name}{'_tuned' if self.adapter else ''}.json"
 
 
@@ -264,8 +266,7 @@ def run(config: EvalConfig) -> dict:
         model = model.to(device)
         for text, ids in wanted:
             value = perplexity(model, ids, text.name)
-            entry = {**text.to_dict(), "seq_len": config.max_seq_len, "blocks": len(ids), "limited": config.eval_limit is not None}
-            results["perplexity"].append({**entry, "perplexity": value})
+            results["perplexity"].append(text.figure(ids, config.eval_limit, perplexity=value))
             log.info("%s: perplexity %.3f", text.name, value)
             record.keep(results, output)
         for name in missing:
@@ -296,7 +297,7 @@ def _identity(config: EvalConfig, model_config, device) -> dict:
     elif os.path.isfile(config.model):
         weights = _file_hash(Path(config.model))
     return {
-        "model": Path(config.model.rstrip("/")).name,
+        "model": Path(config.model).name,
         "weights": weights,
         "adapter": _folder_hash(Path(config.adapter)) if config.adapter else None,
         "dtype": record.name_of(dtype),

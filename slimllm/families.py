@@ -162,6 +162,15 @@ def load_config(base_model: str, flag: str = "--base_model", pruned: bool = Fals
     return config
 
 
+def pruning_dtype(name: str, device: torch.device, config) -> torch.dtype:
+    """What the weights are loaded, computed and saved in for ``--dtype NAME``; auto: float32 on a CPU, the checkpoint's own on a GPU."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu":
+        return torch.float32
+    return getattr(config, "dtype", None) or torch.float16
+
+
 def load_tokenizer(base_model: str, flag: str = "--base_model"):
     source, kwargs = _source(base_model, flag)
     return _read("tokenizer", base_model, flag, lambda: AutoTokenizer.from_pretrained(source, **kwargs))

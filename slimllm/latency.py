@@ -147,10 +147,10 @@ def _peak(device) -> int:
         return record.peak_memory()["cpu_bytes"]
 
 
-def measure(models: dict, config: LatencyConfig, device: torch.device) -> list[dict]:
+def measure(models: dict, sizes: dict, config: LatencyConfig, device: torch.device) -> list[dict]:
     """One entry for each model, batch size and length: all times in seconds, as lists of ``repeats`` measurements."""
     entries = []
-    weights = {name: size_of(model)["weight_bytes"] for name, model in models.items()}
+    weights = {name: size["weight_bytes"] for name, size in sizes.items()}
     others = {name: sum(weights.values()) - own for name, own in weights.items()}  # all models stay loaded
     vocabulary = min(model.config.vocab_size for model in models.values())
     for batch in config.batch_size:
@@ -214,27 +214,25 @@ def tables(sizes: dict, entries: list[dict], baseline: str | None) -> list[str]:
 
 def run(config: LatencyConfig) -> dict:
     device = cli.device_of("device", config.device)
-    names = {Path(config.model.rstrip("/")).name: ("MODEL", config.model)}
+    names = {Path(config.model).name: ("MODEL", config.model)}
     if config.baseline:
         names = {"dense": ("--baseline", config.baseline), **names}
+    if config.dtype == "auto":
+        dtype = torch.bfloat16 if device.type == "cuda" else evaluation_dtype(torch.float32, device)
+    else:
+        dtype = getattr(torch, config.dtype)
     models, sizes = {}, {}
     for name, (what, source) in names.items():
         families.load_config(source, what, pruned=True)
-        if config.dtype == "auto":
-            dtype = torch.bfloat16 if device.type == "cuda" else evaluation_dtype(torch.float32, device)
-        else:
-            dtype = getattr(torch, config.dtype)
         models[name] = families.load_model(source, dtype, what).to(device)
         sizes[name] = size_of(models[name])
     limit = min(model.config.max_position_embeddings for model in models.values())
     if max(config.length) + config.new_tokens > limit:
         raise UserError(f"--length {max(config.length)} with --new_tokens {config.new_tokens}: the model's context is {limit} tokens")
-    entries = measure(models, config, device)
+    entries = measure(models, sizes, config, device)
     return {
         "format": record.FORMAT,
-        "command": record.command(),
-        "environment": record.environment(),
-        "dtype": record.name_of(next(iter(models.values())).dtype),
+        "dtype": record.name_of(dtype),
         "sizes": sizes,
         "measurements": entries,
     }
@@ -255,8 +253,7 @@ def main(argv=None) -> int:
             result = run(config)
             log.info("\n%s", "\n".join(tables(result["sizes"], result["measurements"], "dense" if config.baseline else None)))
             if config.json:
-                with record.writing(Path(config.json)):
-                    Path(config.json).write_text(record.dumps(result), encoding="utf-8")
+                record.keep(result, Path(config.json))
 
     return cli.guarded("slimllm.latency", latency)
 

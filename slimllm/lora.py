@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from . import cli, hub
+from . import cli, hub, record
 from .cli import UserError, check_choices, check_range, flag, nearest
 from .evaluation import evaluation_dtype
 
@@ -108,7 +108,7 @@ class TrainConfig:
         if self.extra_val_dataset is not None:
             self.extra_val_dataset = tuple(name for item in self.extra_val_dataset for name in item.split(",") if name)
         if self.output_dir is None:
-            self.output_dir = str(Path("tune_log") / Path(self.prune_model.rstrip("/")).name)
+            self.output_dir = str(Path("tune_log") / Path(self.prune_model).name)
 
     @property
     def target_modules(self) -> list[str]:
@@ -213,10 +213,7 @@ def load_data(config: TrainConfig, tokenizer) -> tuple[list[dict], list[dict], s
             )
         data = kept
         if config.cache_dataset:
-            CACHE.mkdir(parents=True, exist_ok=True)
-            partial = cached.with_suffix(f".{os.getpid()}.partial")
-            partial.write_text(json.dumps(data))
-            partial.replace(cached)
+            record.write(cached, json.dumps(data))
     held_out = min(2000, len(data) // 10) if config.val_set_size is None else config.val_set_size
     if held_out >= len(data):
         raise UserError(f"--val_set_size {held_out}: the data has {len(data)} usable rows, none would be left to train on")
@@ -233,11 +230,14 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     """Rows padded to the longest: input_ids, labels (IGNORED there) and attention_mask [rows, length]."""
     length = max(len(row["input_ids"]) for row in rows)
 
-    def padded(key, value):
-        return torch.tensor([row[key] + [value] * (length - len(row[key])) for row in rows])
+    def padded(lists, value):
+        return torch.tensor([items + [value] * (length - len(items)) for items in lists])
 
-    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in rows])
-    return {"input_ids": padded("input_ids", 0), "labels": padded("labels", IGNORED), "attention_mask": mask}
+    return {
+        "input_ids": padded([row["input_ids"] for row in rows], 0),
+        "labels": padded([row["labels"] for row in rows], IGNORED),
+        "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
+    }
 
 
 def training_dtype(device: torch.device, own: torch.dtype) -> torch.dtype:

@@ -152,14 +152,22 @@ def writing(target: Path):
         raise
 
 
-def keep(results: dict, path: Path) -> None:
-    """Writes results with the command and environment; what the file held before stays until the new content is complete."""
-    results |= {"command": command(), "environment": environment(), "peak_memory": peak_memory()}
+def write(path: Path, text: str) -> None:
+    """Writes a file, and its folder; what it held before stays until the new content is complete."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(dumps(results), encoding="utf-8")
-        partial.replace(path)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def keep(results: dict, path: Path) -> None:
+    """Writes results with the command, the environment and the peak memory so far."""
+    results |= {"command": command(), "environment": environment(), "peak_memory": peak_memory()}
+    write(path, dumps(results))
 
 
 def continued(path: Path, of: dict, overwrite: bool) -> dict:

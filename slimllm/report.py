@@ -103,13 +103,26 @@ def aligned(rows: list[list[str]]) -> list[str]:
     return lines
 
 
-def figures(run: dict, folder: Path) -> list[Path]:
-    """Draws one run: kept heads and channels, layer importance, error before and after recovery, per layer."""
+def _pyplot():
+    """matplotlib's pyplot, drawing to files only; imported where a picture is drawn, since it is slow."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot
 
+    return pyplot
+
+
+def _saved(figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    _pyplot().close(figure)
+    return path
+
+
+def figures(run: dict, folder: Path) -> list[Path]:
+    """Draws one run: kept heads and channels, layer importance, error before and after recovery, per layer."""
+    plt = _pyplot()
     layers, dense = run["layers"], run["model"]["shape"]
     index = [layer["index"] for layer in layers]
     colours = {"heads": "#3b6fb6", "channels": "#e08a2e"}
@@ -140,20 +153,12 @@ def figures(run: dict, folder: Path) -> list[Path]:
     axes[2].set(xlabel="layer", ylabel="output variance missed", yscale="log")
     if axes[2].get_legend_handles_labels()[0]:
         axes[2].legend(ncols=2, fontsize=8)
-    folder.mkdir(exist_ok=True)
-    path = folder / "layers.png"
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return [path]
+    return [_saved(figure, folder / "layers.png")]
 
 
 def loss_curve(run: dict, folder: Path) -> Path:
     """Draws the training and validation loss of a post-training record over the optimizer steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = _pyplot()
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for key, label, style in (("loss", "training rows", "-"), ("eval_loss", "held-out rows", "o-")):
         points = [(entry["step"], entry[key]) for entry in run["history"] if key in entry]
@@ -161,11 +166,7 @@ def loss_curve(run: dict, folder: Path) -> Path:
             axes.plot(*zip(*points), style, label=label, color="#9db8d9" if key == "loss" else "#e08a2e", markersize=5)
     axes.set(xlabel="optimizer step", ylabel="loss (nats a token)", title=f"post-training of {Path(run['config']['prune_model']).name}")
     axes.legend()
-    folder.mkdir(exist_ok=True)
-    path = folder / "loss.png"
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return path
+    return _saved(figure, folder / "loss.png")
 
 
 # Guo et al., table 1: LLaMA-7B. WikiText2 and PTB perplexity, then the accuracies in the order of zero_shot.TASKS, in per cent.
@@ -243,11 +244,10 @@ def latex(cells: list[list[str]]) -> str:
 def write_paper_table(results: list[dict], folder: Path) -> None:
     """table.md, table.tex and table.json in ``folder``."""
     cells = paper_cells(results)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text("\n".join(paper_table(results)) + "\n", encoding="utf-8")
-    (folder / "table.tex").write_text(latex(cells), encoding="utf-8")
+    record.write(folder / "table.md", "\n".join(paper_table(results)) + "\n")
+    record.write(folder / "table.tex", latex(cells))
     rows = [dict(zip(cells[0], row)) for row in cells[1:]]
-    (folder / "table.json").write_text(record.dumps({"format": record.FORMAT, "rows": rows}), encoding="utf-8")
+    record.write(folder / "table.json", record.dumps({"format": record.FORMAT, "rows": rows}))
 
 
 def ablation_table(rows: list[dict], shares) -> list[str]:
@@ -266,11 +266,7 @@ def ablation_table(rows: list[dict], shares) -> list[str]:
 
 def recovery_curves(rows: list[dict], folder: Path) -> Path:
     """Draws perplexity against the share of the decoder removed, one line a recovery, one panel a text. Takes ablation rows."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = _pyplot()
     texts = list(dict.fromkeys(f["data"] for row in rows for f in row["perplexity"]))
     figure, axes = plt.subplots(1, len(texts), figsize=(5 * len(texts), 4.2), layout="constrained", squeeze=False)
     colours = {"none": "#999999", "bias": "#7b5ea7", "linear": "#3b6fb6", "least_squares": "#e08a2e"}
@@ -284,11 +280,7 @@ def recovery_curves(rows: list[dict], folder: Path) -> Path:
         axis.set(xlabel="decoder parameters removed, %", ylabel="perplexity", yscale="log", title=TEXT_HEADINGS.get(text, text))
         axis.grid(alpha=0.3)
     axes[0][0].legend()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "recovery.png"
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return path
+    return _saved(figure, folder / "recovery.png")
 
 
 def main(argv=None) -> int:
