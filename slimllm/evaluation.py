@@ -24,6 +24,7 @@ from .calibration import read_text
 from .cli import UserError, check_choices, check_range, flag, nearest
 from .config import DTYPES, EVAL_NAMES, PruneConfig
 from .record import return_free_memory
+from .runner import LOGIT_ROWS
 
 log = logging.getLogger("slimllm")
 
@@ -32,7 +33,6 @@ HUB_TEXTS = {
     "ptb": dict(path="ptb-text-only/ptb_text_only", revision="refs/convert/parquet", split="validation", column="sentence"),
 }
 TOKENS_PER_BATCH = 1024
-_LOGIT_ROWS = 256  # so that no more than this many rows of the vocabulary's width are held in float32
 
 
 @dataclass
@@ -169,7 +169,7 @@ def perplexity(model, blocks: torch.Tensor, description: str = "perplexity") -> 
         ids = ids.to(model.device)
         states = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
         targets = ids[:, 1:].flatten()
-        for rows, wanted in zip(states.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS)):
+        for rows, wanted in zip(states.split(LOGIT_ROWS), targets.split(LOGIT_ROWS)):
             total += torch.nn.functional.cross_entropy(model.lm_head(rows).float(), wanted, reduction="sum").double().item()
     mean = total / (len(blocks) * (blocks.shape[1] - 1))
     if not math.isfinite(mean):

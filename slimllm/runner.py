@@ -18,7 +18,7 @@ from .statistics import ActivationStore, Covariance, MemoryBudget, PairMoments, 
 
 TOKENS_PER_BATCH = 2048
 MIN_ACTIVATION_BYTES = 64 << 20
-LOGIT_ROWS = 256  # so that no more rows of the vocabulary's width are held in float32
+LOGIT_ROWS = 64  # no more rows of the vocabulary's width are held in float32 at a time
 
 
 class LayerRunner:

@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 
 from . import hub
 from .cli import UserError
+from .runner import LOGIT_ROWS
 
 TOKENS_PER_BATCH = 4096
-_LOGIT_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def _score_rows(model, pairs, batch):
     ).last_hidden_state.flatten(0, 1)
     targets = torch.tensor(targets, device=device)
     likelihood, greedy = [], []
-    for rows, target in zip(states[torch.tensor(wanted, device=device)].split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS)):
+    for rows, target in zip(states[torch.tensor(wanted, device=device)].split(LOGIT_ROWS), targets.split(LOGIT_ROWS)):
         logits = model.lm_head(rows).float()
         likelihood.append(-torch.nn.functional.cross_entropy(logits, target, reduction="none"))
         greedy.append(logits.argmax(-1) == target)

@@ -18,7 +18,7 @@ def test_perplexity_does_not_depend_on_the_batch(monkeypatch):
     model, blocks = make_model(), make_ids(7, 20)
     expected = evaluation.perplexity(model, blocks)
     monkeypatch.setattr(evaluation, "TOKENS_PER_BATCH", 40)
-    monkeypatch.setattr(evaluation, "_LOGIT_ROWS", 3)
+    monkeypatch.setattr(evaluation, "LOGIT_ROWS", 3)
     assert evaluation.perplexity(model, blocks) == pytest.approx(expected, rel=1e-6)
 
 
