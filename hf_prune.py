@@ -26,13 +26,13 @@ def main(argv=None) -> int:
 
 def run(config) -> None:
     """One run, as its settings say. Raises UserError for what the user can mend."""
-    from slimllm import allocation, calibration, checkpoint, families, report
+    from slimllm import allocation, calibration, checkpoint, families, hub, report
 
     with logging_to_console() as lines, memory_errors("use --device cpu, --eval_device cpu or --dtype bfloat16"):
         calibration.check_source(config.calibration)
         model_config = families.load_config(config.base_model)
         shape = families.shape_of(model_config, families.family_of(model_config))
-        config.resolve_depth(shape.layers)
+        config.resolve(shape)
         device, eval_device = device_of("device", config.device), device_of("eval_device", config.eval_device)
         dtype = families.pruning_dtype(config.dtype, device, model_config)
         if config.dry_run:
@@ -41,16 +41,20 @@ def run(config) -> None:
             log.info("%s", report.dry_run(shape, plans, uniform, dtype))
             return
         allocation.plan(shape, [0.0] * shape.layers, config)  # a budget that cannot be met fails before anything is read
+        if config.push_to_hub:
+            hub.check_push(config.push_to_hub)
         target = OUTPUT / config.save_ckpt_log_name
         with checkpoint.staged(target, config.overwrite, "choose another --save_ckpt_log_name") as folder:
             lines.to_file(folder / "log.txt")
             result = _prune_into(folder, config, shape, device, eval_device, dtype)
         log.info("\n%s\n\neverything lies in %s/", report.table([(config.save_ckpt_log_name, result)]), target)
+        if config.push_to_hub:
+            log.info("uploaded to %s", hub.push(target, config.push_to_hub))
 
 
 def _prune_into(folder: Path, config, shape, device, eval_device, dtype) -> dict:
     """The run itself; everything is written to ``folder``. Returns the record."""
-    from slimllm import calibration, checkpoint, evaluation, families, record, report
+    from slimllm import calibration, card, checkpoint, evaluation, families, record, report
 
     timed = record.Stopwatch()
     log.info("%s", record.command())
@@ -82,11 +86,11 @@ def _prune_into(folder: Path, config, shape, device, eval_device, dtype) -> dict
     dense = evaluate("dense")
     with timed("pruning"):
         layers = _prune(model, samples, config, device, shape)
-    checkpoint.as_slim_model(model)
+    checkpoint.in_runtime_form(model, config.runtime)
     if config.save_model:
         with timed("saving"):
-            checkpoint.save(model, tokenizer, folder)
-            model = checkpoint.reload_and_compare(model, folder, samples.ids[:2, :64])
+            checkpoint.save(model, tokenizer, folder, samples.ids[:2, :64], config.base_model)
+            model = checkpoint.reload_and_compare(model, folder)
         log.info("saved, loaded again and compared: the same logits")
     pruned = evaluate("pruned")
     eval_dtype = record.name_of(evaluation.evaluation_dtype(dtype, eval_device))
@@ -95,6 +99,7 @@ def _prune_into(folder: Path, config, shape, device, eval_device, dtype) -> dict
         "model": {
             "name": Path(config.base_model).name,
             "type": family,
+            **card.origin_of(config.base_model),
             "dtype": record.name_of(dtype),
             "device": str(device),
             "shape": dataclasses.asdict(shape),
@@ -102,7 +107,14 @@ def _prune_into(folder: Path, config, shape, device, eval_device, dtype) -> dict
         "calibration": samples.to_dict(),
         "parameters": record.parameters(size, model.num_parameters(), shape.decoder_parameters),
         "evaluation": [
-            text.figure(ids, config.eval_limit, dtype=eval_dtype, dense=before, pruned=after)
+            text.figure(
+                ids,
+                config.eval_limit,
+                dtype=eval_dtype,
+                calibration_overlap=calibration.overlap(samples.ids, ids.flatten()),
+                dense=before,
+                pruned=after,
+            )
             for text, ids, before, after in zip(texts, blocks, dense, pruned)
         ],
         "seconds": timed.seconds,
@@ -111,6 +123,8 @@ def _prune_into(folder: Path, config, shape, device, eval_device, dtype) -> dict
     }
     (folder / "pruning.json").write_text(record.dumps(result), encoding="utf-8")
     report.figures(result, folder / "figures")
+    if config.save_model:
+        card.write(folder, result)
     return result
 
 

@@ -146,8 +146,9 @@ def _write(output: Path, config, trainer, tokenizer, result: dict) -> None:
         ids = torch.tensor([trainer.train_dataset[0]["input_ids"][:64]])
         with checkpoint.staged(output / "merged", overwrite=True) as folder:
             model = lora.merged(model, output / "adapter", ids)
-            checkpoint.save(model, tokenizer, folder)
-            checkpoint.reload_and_compare(model, folder, ids)
+            checkpoint.save(model, tokenizer, folder, ids, config.prune_model)
+            checkpoint.reload_and_compare(model, folder)
+            _describe_merged(folder, output.name, config, result)
         log.info("merged model: %s (the same logits as model and adapter)", output / "merged")
     report.loss_curve(result, output / "figures")
     record.write(output / "post_training.json", record.dumps(result))
@@ -155,6 +156,24 @@ def _write(output: Path, config, trainer, tokenizer, result: dict) -> None:
     if result["validation"]:
         rows.append(["held-out rows", *(f"{result['validation'][when]:.2f}" for when in ("before", "after"))])
     log.info("\nperplexity\n%s\n\neverything lies in %s/", "\n".join(report.aligned(rows)), output)
+
+
+def _describe_merged(folder: Path, name: str, config, result: dict) -> None:
+    """Record and card of the merged model: those of the pruned one, and what the training made of it."""
+    from slimllm import card, record
+
+    if not (Path(config.prune_model) / "pruning.json").is_file():
+        return  # a dense model
+    run = record.read(config.prune_model)
+    run["post_training"] = {key: result[key] for key in ("command", "config", "data")}
+    run["config"]["save_ckpt_log_name"] = name
+    of = ("data", "sha256", "seq_len", "blocks")
+    after = {tuple(f[key] for key in of): f["after"] for f in result["evaluation"]}
+    for figure in run["evaluation"]:
+        if (key := tuple(figure[name] for name in of)) in after:
+            figure["tuned"] = after[key]
+    (folder / "pruning.json").write_text(record.dumps(run), encoding="utf-8")
+    card.write(folder, run)
 
 
 if __name__ == "__main__":

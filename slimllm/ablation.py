@@ -109,7 +109,7 @@ def run(config: AblationConfig) -> dict:
     for ingredient, variant, share, change in missing:
         shared = {"base_model": config.base_model, "calibration": config.calibration, "seed": config.seed, "seq_len": SEQ_LEN}
         settings = PruneConfig(**{**shared, "target_sparsity": share, **change})
-        settings.resolve_depth(shape.layers)
+        settings.resolve(shape)
         if settings.num_examples not in samples:
             samples[settings.num_examples] = calibration.load(settings, model, tokenizer)
         ids = samples[settings.num_examples].ids

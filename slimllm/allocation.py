@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 
 from .cli import UserError
 from .config import PruneConfig
-from .families import ModelShape
+from .families import Limits, ModelShape, limits_of
 from .importance.layers import layer_weights
 
 SPREAD = 4.0  # how evenly `auto` spreads the budget over the layers
@@ -33,13 +34,13 @@ class HeadUnits:
     ``query``: a step is one query head out of each KV head's group.
     """
 
-    def __init__(self, shape: ModelShape, head_unit: str):
+    def __init__(self, shape: ModelShape, head_unit: str, divisor: int = 0):
         group_size = shape.heads // shape.kv_heads
         self.by_query = head_unit == "query" and group_size > 1
         self.steps = group_size if self.by_query else shape.kv_heads
         self.units = shape.heads if self.by_query else shape.kv_heads  # what the search chooses from
         self.classes = shape.kv_heads if self.by_query else 1  # runs of units that lose the same number
-        self._shape = shape
+        self._shape, self._divisor = shape, divisor
 
     def widths(self, kept_steps: int) -> tuple[int, int]:
         """(query heads, KV heads) that a layer with this many steps has."""
@@ -47,20 +48,24 @@ class HeadUnits:
         return heads, self._shape.kv_heads if self.by_query else kept_steps
 
     def kept_steps(self, ratio: float, round_to: int) -> int:
-        """Steps kept at ``ratio``: steps - round(ratio * steps), at least one, heads x head size a multiple of round_to."""
+        """Steps kept at ``ratio``: steps - round(ratio * steps), at least one, or the nearest that :meth:`allowed_steps` has."""
         wanted = self.steps - round(ratio * self.steps)
-        if round_to == 1:
+        if round_to == 1 and not self._divisor:
             return max(1, wanted)
         return min(self.allowed_steps(round_to), key=lambda n: (abs(n - self.steps * (1 - ratio)), -n))
 
     def allowed_steps(self, round_to: int) -> list[int]:
-        """The numbers of steps at which heads x head size is a multiple of ``round_to``."""
-        return [n for n in range(1, self.steps + 1) if self.widths(n)[0] * self._shape.head_dim % round_to == 0]
+        """The numbers of steps at which heads x head size is a multiple of ``round_to`` and the heads divide ``divisor``."""
+
+        def allowed(heads):
+            return heads * self._shape.head_dim % round_to == 0 and self._divisor % heads == 0
+
+        return [n for n in range(1, self.steps + 1) if allowed(self.widths(n)[0])]
 
 
 def probe(shape: ModelShape, ratio: float, config: PruneConfig) -> list[LayerPlan]:
     """Plans that take ``ratio`` of every layer."""
-    return _from_ratios(shape, HeadUnits(shape, config.head_unit), [ratio] * shape.layers, config.round_to)
+    return _from_ratios(shape, HeadUnits(shape, config.head_unit), [ratio] * shape.layers, config.round_to, Limits())
 
 
 def spread(sensitivity: list[float], total: float) -> list[float]:
@@ -87,10 +92,15 @@ def plan(shape: ModelShape, signal: list[float], config: PruneConfig) -> list[La
 
     With ``pruning_ratio`` each layer's ratio is rounded on its own, as published. With ``target_sparsity`` the ratios
     are scaled, heads rounded, and channels take up the rest, so that the decoder's parameters (biases that the
-    recovery adds included) meet the target to within half a channel (half of ``round_to`` channels).
-    Raises UserError where the pruned layers cannot give that much.
+    recovery adds included) meet the target to within half a channel (half of ``round_to`` channels; of each layer, where
+    the runtime wants the same number in all). Raises UserError where the pruned layers cannot give that much.
     """
-    if config.layer_ratio == "auto":
+    limits = limits_of(config.runtime, shape)
+    if limits.same_channels:
+
+        def ratios(amount):
+            return [amount * config.pruned_layers / shape.layers] * shape.layers
+    elif config.layer_ratio == "auto":
 
         def ratios(amount):
             return spread(signal, amount * config.pruned_layers)
@@ -100,60 +110,89 @@ def plan(shape: ModelShape, signal: list[float], config: PruneConfig) -> list[La
         def ratios(amount):
             return [amount * weight for weight in weights]
 
-    units = HeadUnits(shape, config.head_unit)
+    units = HeadUnits(shape, config.head_unit, limits.divisor)
     if config.round_to > shape.channels or not units.allowed_steps(config.round_to):
         raise UserError(
             f"--round_to {config.round_to}: the model's {shape.heads} heads of size {shape.head_dim} and {shape.channels} channels "
             "allow no such multiple"
         )
     if config.target_sparsity is None:
-        return _from_ratios(shape, units, ratios(config.pruning_ratio), config.round_to)
-    return _for_target(shape, units, ratios, config)
+        return _from_ratios(shape, units, ratios(config.pruning_ratio), config.round_to, limits)
+    return _for_target(shape, units, ratios, config, limits)
 
 
-def _from_ratios(shape, units, ratios, round_to) -> list[LayerPlan]:
+def _from_ratios(shape, units, ratios, round_to, limits: Limits, steps: int | None = None) -> list[LayerPlan]:
+    """A plan a layer; ``steps``: of heads, in every layer, instead of what the ratios say."""
     plans = []
+    mean = sum(ratios) / len(ratios)
     for ratio in ratios:
-        if not ratio:
-            plans.append(LayerPlan(0.0, shape.heads, shape.kv_heads, shape.channels))
-            continue
         inside = min(ratio, 1.0)
-        heads = units.widths(units.kept_steps(inside, round_to))
+        of_heads = min(mean, 1.0) if limits.same_heads else inside
+        kept = steps or (units.kept_steps(of_heads, round_to) if of_heads else units.steps)
+        heads = units.widths(kept)
+        if not ratio:
+            plans.append(LayerPlan(0.0, *heads, shape.channels))
+            continue
         channels = shape.channels - round(inside * shape.channels)
         if round_to > 1:
             channels = round(channels / round_to) * round_to
         channels = min(max(channels, round_to), shape.channels)
-        clipped = round(inside * units.steps) >= units.steps or round(inside * shape.channels) >= shape.channels
+        clipped = (not steps and round(of_heads * units.steps) >= units.steps) or round(inside * shape.channels) >= shape.channels
         plans.append(LayerPlan(ratio, *heads, channels, clipped))
     return plans
 
 
-def removed_parameters(shape: ModelShape, plans: list[LayerPlan], new_bias: bool) -> int:
-    """Decoder parameters that the plans remove; ``new_bias`` counts the biases that a recovery gives pruned projections."""
-    kept = sum(
-        shape.layer_parameters(
+def removed_parameters(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig) -> int:
+    """Decoder parameters that the plans remove, less the biases that the recovery and the runtime's form of the model add."""
+    kept, new_bias = _pruned_shape(shape, config), config.recovery != "none" and limits_of(config.runtime, shape).new_bias
+    left = sum(
+        kept.layer_parameters(
             p.heads,
             p.kv_heads,
             p.channels,
-            o_bias=shape.o_bias or (new_bias and p.heads < shape.heads),
-            down_bias=shape.mlp_bias or (new_bias and p.channels < shape.channels),
+            o_bias=kept.o_bias or (new_bias and p.heads < shape.heads),
+            down_bias=kept.mlp_bias or (new_bias and p.channels < shape.channels),
         )
         for p in plans
     )
-    return shape.decoder_parameters - kept
+    return shape.decoder_parameters - left
 
 
-def _for_target(shape, units, ratios, config) -> list[LayerPlan]:
+def _pruned_shape(shape: ModelShape, config: PruneConfig) -> ModelShape:
+    """The shape with the biases that every layer of the pruned model has."""
+    if config.recovery == "none" or not limits_of(config.runtime, shape).all_biases:
+        return shape
+    return dataclasses.replace(shape, qkv_bias=True, o_bias=True, mlp_bias=True)
+
+
+def _for_target(shape, units, ratios, config, limits) -> list[LayerPlan]:
+    if not limits.same_heads:
+        return _with_heads(shape, units, ratios, config, limits)
+    found, failed = [], None
+    for steps in units.allowed_steps(config.round_to):
+        try:
+            plans = _with_heads(shape, units, ratios, config, limits, steps)
+        except UserError as error:
+            failed = error
+            continue
+        channels = 1 - sum(p.channels for p in plans) / (shape.channels * shape.layers)
+        found.append((abs(1 - steps / units.steps - channels), -steps, plans))
+    if not found:
+        raise failed
+    return min(found, key=lambda entry: entry[:2])[2]  # heads and channels lose as nearly the same share as can be
+
+
+def _with_heads(shape, units, ratios, config, limits, steps=None) -> list[LayerPlan]:
+    """Plans that meet the target; with ``steps``, of so many steps of heads in every layer."""
     target = config.target_sparsity * shape.decoder_parameters
-    new_bias = config.recovery != "none"
 
     def planned(scale):
-        return _from_ratios(shape, units, ratios(scale), config.round_to)
+        return _from_ratios(shape, units, ratios(scale), config.round_to, limits, steps)
 
     low, high = 0.0, 1.0
-    while removed_parameters(shape, planned(high), new_bias) < target:
+    while removed_parameters(shape, planned(high), config) < target:
         if high > 1e6:
-            most = removed_parameters(shape, planned(high), new_bias) / shape.decoder_parameters
+            most = removed_parameters(shape, planned(high), config) / shape.decoder_parameters
             raise UserError(
                 f"--target_sparsity {config.target_sparsity}: {config.pruned_layers} pruned layers can give up at most "
                 f"{most:.3f} of the decoder's parameters; raise --pruned_layers"
@@ -161,20 +200,29 @@ def _for_target(shape, units, ratios, config) -> list[LayerPlan]:
         low, high = high, 2 * high
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if removed_parameters(shape, planned(middle), new_bias) < target else (low, middle)
+        low, high = (middle, high) if removed_parameters(shape, planned(middle), config) < target else (low, middle)
     plans = planned(high)
-    _fill_with_channels(shape, plans, target, new_bias, config.round_to)
+    _fill_with_channels(shape, plans, target, config, limits.same_channels)
     return plans
 
 
-def _fill_with_channels(shape, plans, target, new_bias, step) -> None:
+def _fill_with_channels(shape, plans, target, config, together: bool) -> None:
     """Moves the kept channels of the pruned layers, in steps, until the removed parameters are nearest to ``target``.
 
-    The heads stay; the surplus is shared in proportion to what each layer loses, largest remainder first.
+    The heads stay; the surplus is shared in proportion to what each layer loses, largest remainder first, or falls to all
+    layers ``together``.
     """
+    step = config.round_to
     lowest, highest = step, (shape.channels - 1) // step * step
-    pruned = [p for p in plans if p.channels < shape.channels]
-    surplus = round((removed_parameters(shape, plans, new_bias) - target) / (shape.channel_parameters * step))  # steps to give back
+    pruned = [p for p in plans if p.channels < shape.channels] if not together else plans
+    unit = _pruned_shape(shape, config).channel_parameters * step * (len(plans) if together else 1)
+    surplus = round((removed_parameters(shape, plans, config) - target) / unit)  # steps to give back
+    if together:
+        moved = min(max(plans[0].channels + surplus * step, lowest), highest)
+        surplus -= (moved - plans[0].channels) // step
+        for p in plans:
+            p.channels = moved
+        pruned = []
     while surplus and pruned:
         share = sum(p.ratio for p in pruned)
         parts = [surplus * p.ratio / share for p in pruned]

@@ -35,10 +35,10 @@ def llama_7b_layer():
     return LlamaForCausalLM(LlamaConfig(**LLAMA_7B, num_hidden_layers=1, vocab_size=1000)).eval()
 
 
-def settings(layers: int) -> PruneConfig:
+def settings(model) -> PruneConfig:
     """The paper's settings for 20 %: ratio 0.25, 26 of 32 layers, alpha 10."""
     config = PruneConfig(base_model="benchmark", pruning_ratio=0.25)
-    config.resolve_depth(layers)
+    config.resolve(families.shape_of(model.config, families.family_of(model.config)))
     return config
 
 
@@ -71,7 +71,7 @@ def compare(name: str, make_model, ids: torch.Tensor, repeats: int, opponent_rep
     from tests import plain
 
     model = make_model()
-    config = settings(len(model.model.layers))
+    config = settings(model)
     pipeline.prune(copy.deepcopy(model), ids[:2], config)  # warm up
     ours, opponent = [], []
     for turn in range(max(repeats, opponent_repeats)):

@@ -31,6 +31,7 @@ TEXT_SUFFIXES = (".txt", ".jsonl")
 MAX_CHARACTERS = 8_000_000  # enough for over ten thousand samples of 128 tokens; more is not read
 SELF_SAMPLE_BATCH = 16
 HELD_BACK = 4
+OVERLAP_TOKENS = 16  # a run this long in common is no accident
 
 
 @dataclass
@@ -174,6 +175,18 @@ def _sample(text: str, name: str, config: PruneConfig, tokenizer) -> torch.Tenso
         )
     chosen = random.Random(config.seed).sample(range(blocks), config.num_examples)
     return torch.tensor(ids[: blocks * config.seq_len]).view(blocks, config.seq_len)[chosen]
+
+
+def overlap(ids: torch.Tensor, text: torch.Tensor) -> int:
+    """How many of the samples ``ids`` [samples, length] share a run of OVERLAP_TOKENS tokens with the text ``text`` [tokens]."""
+    if min(ids.shape[1], len(text)) < OVERLAP_TOKENS:
+        return 0
+    keys = torch.randint(2**62, (OVERLAP_TOKENS,), generator=torch.Generator().manual_seed(0))
+
+    def runs(stream):  # a hash of each run: 64-bit sums that wrap around
+        return sum(stream[..., k : stream.shape[-1] - OVERLAP_TOKENS + 1 + k] * key for k, key in enumerate(keys))
+
+    return int(torch.isin(runs(ids), runs(text)).any(1).sum())
 
 
 def held_back(model, tokenizer, config: PruneConfig) -> torch.Tensor:

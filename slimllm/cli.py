@@ -19,8 +19,10 @@ class UserError(ValueError):
 
 
 def nearest(value: str, allowed) -> str:
-    """``"; did you mean 'x'?"`` for the allowed name nearest to ``value``, or an empty string."""
-    close = difflib.get_close_matches(str(value), list(allowed), n=1, cutoff=0.5)
+    """``"; did you mean 'x'?"`` for the allowed name that ``value`` begins, or is nearest to; or an empty string."""
+    allowed, value = list(allowed), str(value)
+    begun = [name for name in allowed if value.strip("-") and name.startswith(value)]
+    close = begun or difflib.get_close_matches(value, allowed, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 

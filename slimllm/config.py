@@ -10,11 +10,14 @@ from dataclasses import asdict, dataclass
 
 from . import cli
 from .cli import UserError, check_choices, check_range, flag
+from .families import ModelShape, limits_of
 from .importance.channels import CHANNEL_SCORES
 from .recovery import RECOVERIES
 
 LAYER_RATIOS = ("importance", "uniform", "auto")
 HEAD_UNITS = ("group", "query")
+RUNTIMES = ("any", "transformers", "vllm", "gguf")
+GGUF_BLOCK = 32  # rows of quantized tensors come in blocks of this
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 CALIBRATION_NAMES = ("bookcorpus", "c4", "wikitext2", "self")
 EVAL_NAMES = ("wikitext2", "ptb", "python_manual", "none")
@@ -36,7 +39,7 @@ class PruneConfig:
     """Settings of one run. Raises UserError where a value, or two together, make no sense.
 
     Fields that default to None are resolved in ``__post_init__`` (from the recipe) or, where they depend on the
-    model's depth, by :meth:`resolve_depth`.
+    model's depth, by :meth:`resolve`.
     """
 
     base_model: str = flag("model", "local folder, hub name or .gguf file (required)")
@@ -70,7 +73,10 @@ class PruneConfig:
     head_unit: str = flag(
         "budget", "grouped-query attention: remove whole KV groups, or as many query heads out of each group", "query", choices=HEAD_UNITS
     )
-    round_to: int = flag("budget", "keep channels, and heads x head size, in multiples of this", 1, type=int)
+    runtime: str = flag(
+        "budget", "what has to run the pruned model without this project: it sets which widths are allowed", "any", choices=RUNTIMES
+    )
+    round_to: int = flag("budget", "keep channels, and heads x head size, in multiples of this [1; with --runtime gguf 32]", type=int)
 
     recipe: str = flag("method", "paper: the published method; best: what measured best", "paper", choices=tuple(RECIPES))
     recovery: str = flag("method", "what the kept output weights become [linear; best: least_squares]", choices=tuple(RECOVERIES))
@@ -109,6 +115,7 @@ class PruneConfig:
     save_ckpt_log_name: str = flag("output", "NAME: everything goes to prune_log/NAME/", "llama_prune")
     save_model: bool = flag("output", "write the pruned model (--no_save_model: only the record)", True, negatable=True)
     overwrite: bool = flag("output", "replace an existing prune_log/NAME/", False)
+    push_to_hub: str = flag("output", "upload the checkpoint to this model repository of the hub: USER/NAME")
     dry_run: bool = flag("output", "print the plan from the model's config alone and stop", False)
 
     def __post_init__(self):
@@ -120,6 +127,8 @@ class PruneConfig:
                 setattr(self, name, value)
         if self.keep_lowest is None:
             self.keep_lowest = 0.0 if self.recovery == "least_squares" else PUBLISHED_KEEP_LOWEST
+        if self.round_to is None:
+            self.round_to = GGUF_BLOCK if self.runtime == "gguf" else 1
         if self.pruning_ratio is not None and self.target_sparsity is not None:
             raise UserError("--pruning_ratio and --target_sparsity both say how much to remove: give one of them")
         if self.target_sparsity is None and self.pruning_ratio is None:
@@ -138,18 +147,25 @@ class PruneConfig:
         name = self.save_ckpt_log_name
         if not name or name.startswith(("/", ".")) or ".." in name.split("/"):
             raise UserError(f"--save_ckpt_log_name {name}: must be a name inside prune_log/, not hidden and not a path out of it")
+        if self.push_to_hub and not self.save_model:
+            raise UserError("--push_to_hub and --no_save_model: there would be no checkpoint to upload")
         self.eval_data = tuple(self.eval_data) if self.eval_data else None
 
-    def resolve_depth(self, num_layers: int) -> None:
-        """Sets pruned_layers and alpha where the user gave none: the paper's, scaled to ``num_layers``."""
+    def resolve(self, shape: ModelShape) -> None:
+        """Sets what depends on the model: pruned_layers and alpha where the user gave none (the paper's, scaled to its depth).
+
+        Where the runtime wants all layers alike, the layer ratios are uniform.
+        """
         amount = self.pruning_ratio if self.target_sparsity is None else self.target_sparsity
         layers, alpha = next((n, a) for limit, n, a in PAPER_SETTINGS if amount < limit)
         if self.pruned_layers is None:
-            self.pruned_layers = max(1, round(layers * num_layers / 32))
+            self.pruned_layers = max(1, round(layers * shape.layers / 32))
         if self.alpha is None:
             self.alpha = alpha
-        if self.pruned_layers > num_layers:
-            raise UserError(f"--pruned_layers {self.pruned_layers}: the model has {num_layers} layers")
+        if self.pruned_layers > shape.layers:
+            raise UserError(f"--pruned_layers {self.pruned_layers}: the model has {shape.layers} layers")
+        if limits_of(self.runtime, shape).same_channels:
+            self.layer_ratio = "uniform"
 
     def to_dict(self) -> dict:
         return asdict(self)

@@ -315,6 +315,7 @@ def _pruning_of(folder: Path) -> dict | None:
     return {
         "of": found["model"]["name"],
         "removed": found["parameters"]["decoder_removed"],
+        **({"tuned": True} if "post_training" in found else {}),
         **{key: found["config"][key] for key in settings},
     }
 

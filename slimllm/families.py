@@ -33,12 +33,13 @@ class Family:
     o_bias: str | bool = "attention_bias"
     mlp_bias: str | bool = False
     qk_norm: bool = False
+    heads_divide_hidden: bool = False  # its config class takes no other number of heads
 
 
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", mlp_bias="mlp_bias"),
+        Family("llama", mlp_bias="mlp_bias", heads_divide_hidden=True),
         Family("mistral", qkv_bias=False, o_bias=False),
         Family("qwen2", qkv_bias=True, o_bias=False),
         Family("qwen3", qk_norm=True),
@@ -62,6 +63,9 @@ class ModelShape:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    window: bool  # attention of some layer looks back only so far
+    stock_bias: bool  # the family's own class can have biases in o_proj and down_proj
+    heads_divide_hidden: bool
 
     def layer_parameters(self, heads, kv_heads, channels, o_bias=None, down_bias=None) -> int:
         """Parameters of one decoder layer of these widths; a bias that is not mentioned is as in the dense model."""
@@ -97,6 +101,40 @@ def family_of(config) -> Family:
     return FAMILIES[model_type]
 
 
+def base_family_of(config) -> Family:
+    """The family of a config, pruned or not: slim_llama is a llama. Raises UserError naming the supported model_types."""
+    pruned = config.model_type.removeprefix("slim_")
+    return FAMILIES[pruned] if pruned in FAMILIES else family_of(config)
+
+
+def head_dim_of(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def window_of(config) -> int | None:
+    """Tokens that attention looks back, where some layer's is limited."""
+    return config.sliding_window if getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None) else None
+
+
+def widths_of(config) -> list[tuple[int, int, int]]:
+    """(query heads, KV heads, channels) of each layer, of a pruned or a dense model's config."""
+    if config.model_type.startswith("slim_"):
+        lists = config.num_attention_heads_per_layer, config.num_key_value_heads_per_layer, config.intermediate_size_per_layer
+        return list(zip(*lists))
+    heads = config.num_attention_heads
+    return [(heads, getattr(config, "num_key_value_heads", None) or heads, config.intermediate_size)] * config.num_hidden_layers
+
+
+def irregular(widths: list[tuple[int, int, int]]) -> str:
+    """Which layers differ in width from most of the others, in words; empty where all are equal."""
+    most = max(set(widths), key=widths.count)
+    others = [str(index) for index, width in enumerate(widths) if width != most]
+    if not others:
+        return ""
+    shown = ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
+    return f"layers {shown} differ from the {most[0]} heads, {most[1]} KV heads and {most[2]} channels of the others"
+
+
 def shape_of(config, family: Family) -> ModelShape:
     def flag(value):
         return bool(getattr(config, value, False)) if isinstance(value, str) else value
@@ -107,7 +145,7 @@ def shape_of(config, family: Family) -> ModelShape:
         hidden=config.hidden_size,
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        head_dim=head_dim_of(config),
         channels=config.intermediate_size,
         vocab=config.vocab_size,
         tied=config.tie_word_embeddings,
@@ -115,7 +153,39 @@ def shape_of(config, family: Family) -> ModelShape:
         o_bias=flag(family.o_bias),
         mlp_bias=flag(family.mlp_bias),
         qk_norm=family.qk_norm,
+        window=window_of(config) is not None,
+        stock_bias=isinstance(family.o_bias, str) and isinstance(family.mlp_bias, str),
+        heads_divide_hidden=family.heads_divide_hidden,
     )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a runtime asks of a pruned model.
+
+    ``same_heads``, ``same_channels``: one number in all layers. ``new_bias``: a recovery may add biases. ``all_biases``:
+    where it does, the config's flags give every projection of every layer a bias, of zeros where there is none.
+    ``divisor``: the number of heads must divide it (0: any number).
+    """
+
+    same_heads: bool = False
+    same_channels: bool = False
+    new_bias: bool = True
+    all_biases: bool = False
+    divisor: int = 0
+
+
+def limits_of(runtime: str, shape: ModelShape) -> Limits:
+    """What ``--runtime`` asks of a model of this shape.
+
+    ``vllm`` and ``gguf`` know layers of different widths for Llama's own layer only (DeciLM): not with query and key norms, and
+    vLLM not with a sliding window. Other models must be regular there, as for ``transformers``.
+    """
+    regular = runtime == "transformers" or (shape.qk_norm and runtime != "any") or (shape.window and runtime == "vllm")
+    if runtime == "any" or (runtime == "gguf" and not regular):
+        return Limits()
+    divisor = shape.hidden if regular and shape.heads_divide_hidden else 0
+    return Limits(True, regular, new_bias=shape.stock_bias, all_biases=shape.stock_bias, divisor=divisor)
 
 
 def _source(base_model: str, flag: str) -> tuple[str, dict]:

@@ -7,8 +7,14 @@ import logging
 import os
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
 
 import huggingface_hub
+from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
+
+from .cli import UserError
 
 _TIMEOUT_SECONDS = 5
 
@@ -48,3 +54,36 @@ def rows(path: str, column: str, **kwargs):
     except Exception as error:  # each storage backend raises its own kind
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise OSError(f"hub data set {path}: {reason}") from error
+
+
+def check_push(name: str) -> None:
+    """Raises UserError where nothing could be uploaded to the model repository ``name``: its form, no hub in reach, no login."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"--push_to_hub {name}: {error}") from None
+    if not reachable():
+        raise UserError(f"--push_to_hub {name}: the hub is out of reach, or offline mode is set (HF_HUB_OFFLINE); leave the flag away")
+    with _hub_errors(name, "nothing was done yet"):
+        huggingface_hub.HfApi().whoami()
+
+
+def push(folder: Path, name: str) -> str:
+    """Uploads a checkpoint folder to the model repository ``name``, which is made where it does not exist. Returns its address.
+
+    Raises UserError where the hub refuses.
+    """
+    api = huggingface_hub.HfApi()
+    with _hub_errors(name, f"the checkpoint is complete in {folder}; upload it with: hf upload {name} {folder}"):
+        address = api.create_repo(name, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Pruned with SlimLLM", ignore_patterns=["log.txt", ".*"])
+    return str(address)
+
+
+@contextmanager
+def _hub_errors(name: str, state: str):
+    try:
+        yield
+    except (HTTPError, OSError) as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(f"--push_to_hub {name}: {reason}; {state}") from None

@@ -2,7 +2,8 @@
 
 config.json holds, besides the dense model's own settings, one entry a layer in ``num_attention_heads_per_layer``,
 ``num_key_value_heads_per_layer``, ``intermediate_size_per_layer`` and (true where that projection has a bias)
-``o_proj_bias_per_layer``, ``down_proj_bias_per_layer``.
+``o_proj_bias_per_layer``, ``down_proj_bias_per_layer``. One that vLLM's DeciLM can hold also says its widths in
+``block_configs``, which that class reads.
 """
 
 from torch import nn
@@ -21,6 +22,29 @@ from transformers import (
 def _linear(old, in_features, out_features, bias):
     weight = old.weight
     return nn.Linear(in_features, out_features, bias=bias, device=weight.device, dtype=weight.dtype)
+
+
+class Block(dict):
+    """An entry of ``block_configs``: a dict in config.json, attributes to the class that reads it."""
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class SlimConfigMixin:
+    def __setattr__(self, name, value):
+        if name == "block_configs":
+            value = [Block({part: Block(settings) for part, settings in block.items()}) for block in value]
+        super().__setattr__(name, value)
+
+    def validate(self):
+        """The stock checks, but the number of heads need not divide the hidden size."""
+        for check in getattr(self, "__class_validators__", ()):
+            if check.__name__ != "validate_architecture":
+                check(self)
 
 
 class SlimModelMixin:
@@ -45,7 +69,7 @@ class SlimModelMixin:
             mlp.down_proj = _linear(mlp.down_proj, channels, hidden, config.down_proj_bias_per_layer[index])
 
 
-class SlimLlamaConfig(LlamaConfig):
+class SlimLlamaConfig(SlimConfigMixin, LlamaConfig):
     model_type = "slim_llama"
 
 
@@ -54,7 +78,7 @@ class SlimLlamaForCausalLM(SlimModelMixin, LlamaForCausalLM):
     config_class = SlimLlamaConfig
 
 
-class SlimMistralConfig(MistralConfig):
+class SlimMistralConfig(SlimConfigMixin, MistralConfig):
     model_type = "slim_mistral"
 
 
@@ -63,7 +87,7 @@ class SlimMistralForCausalLM(SlimModelMixin, MistralForCausalLM):
     config_class = SlimMistralConfig
 
 
-class SlimQwen2Config(Qwen2Config):
+class SlimQwen2Config(SlimConfigMixin, Qwen2Config):
     model_type = "slim_qwen2"
 
 
@@ -72,7 +96,7 @@ class SlimQwen2ForCausalLM(SlimModelMixin, Qwen2ForCausalLM):
     config_class = SlimQwen2Config
 
 
-class SlimQwen3Config(Qwen3Config):
+class SlimQwen3Config(SlimConfigMixin, Qwen3Config):
     model_type = "slim_qwen3"
 
 

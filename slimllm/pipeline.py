@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from . import allocation, surgery
 from .config import PruneConfig
 from .evaluation import evaluation_dtype
-from .families import ModelShape, family_of, shape_of
+from .families import ModelShape, family_of, limits_of, shape_of
 from .importance.channels import CHANNEL_SCORES, ChannelStatistics, select_channels
 from .importance.heads import greedy_search, output_gram
 from .record import return_free_memory
@@ -55,7 +55,7 @@ def prune(
 
     Args:
         model: a dense causal LM of a supported family, on the CPU; its layers visit ``device`` one by one.
-        ids: calibration token ids [samples, length]. config: settings, ``resolve_depth`` done.
+        ids: calibration token ids [samples, length]. config: settings, ``resolve`` done.
         on_layer: called with each LayerReport as it is ready.
         held_back: token ids [samples, length] that the costs are measured on with ``layer_ratio`` auto, and only then needed.
     Raises:
@@ -135,13 +135,14 @@ def _removes(shape: ModelShape, p: allocation.LayerPlan) -> bool:
 def _prune_layer(runner, hidden, layer, plan, shape, config, report) -> None:
     family, index = runner.family, report.index
     attention, mlp = getattr(layer, family.attention), getattr(layer, family.mlp)
+    new_bias = limits_of(config.runtime, shape).new_bias
 
     norm, arguments = getattr(layer, family.attention_norm), runner.kwargs[index]
     with Sublayer(hidden, norm, attention, attention.o_proj, arguments, runner.budget) as sub:
         if plan.heads < shape.heads:
             sub.run(input_covariance=True)
             heads, kv_heads = _choose_heads(sub, plan, shape, config)
-            recovered, report.attention_error = sub.recover(surgery.columns(heads, shape.head_dim), config)
+            recovered, report.attention_error = sub.recover(surgery.columns(heads, shape.head_dim), config, new_bias)
             surgery.slice_heads(attention, heads, kv_heads, recovered)
             report.heads, report.kv_heads = heads.tolist(), kv_heads.tolist()
         else:
@@ -151,7 +152,7 @@ def _prune_layer(runner, hidden, layer, plan, shape, config, report) -> None:
         if plan.channels < shape.channels:
             sub.run(input_covariance=config.recovery in NEEDS_INPUT_COVARIANCE, output_covariance=True, norms=True)
             channels = _choose_channels(sub, mlp, plan, shape, config)
-            recovered, report.mlp_error = sub.recover(channels, config)
+            recovered, report.mlp_error = sub.recover(channels, config, new_bias)
             surgery.slice_channels(mlp, channels, recovered)
             report.channels = channels.tolist()
         else:

@@ -147,21 +147,31 @@ def writing(target: Path):
             raise UserError(f"{target}: cannot be written ({error})") from None
         raise
     except OSError as error:
+        if error.errno is None and "written" in str(error):  # numpy, of a file that could not grow
+            raise UserError(f"{target}: cannot be written (the disk is full)") from None
         if error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR, errno.EEXIST):
             raise UserError(f"{target}: cannot be written ({error.strerror})") from None
         raise
 
 
-def write(path: Path, text: str) -> None:
-    """Writes a file, and its folder; what it held before stays until the new content is complete."""
+@contextmanager
+def writing_file(path: Path):
+    """A path to write to; the file takes its place at ``path`` when the block ends well, so what was there stays until then."""
+    path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            partial.write_text(text, encoding="utf-8")
+            yield partial
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a text file, and its folder; what it held before stays until the new content is complete."""
+    with writing_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def keep(results: dict, path: Path) -> None:

@@ -60,7 +60,7 @@ def layer_line(layer, shape) -> str:
 
 def dry_run(shape, plans, config, dtype) -> str:
     """The plan in words: widths at uniform ratios, parameters, bytes, KV cache a token, memory of a run (estimated)."""
-    dense, removed = shape.decoder_parameters + shape.other_parameters, removed_parameters(shape, plans, config.recovery != "none")
+    dense, removed = shape.decoder_parameters + shape.other_parameters, removed_parameters(shape, plans, config)
     widths = {(p.heads, p.kv_heads, p.channels) for p in plans if p.ratio}
     kv = [
         sum(2 * p * shape.head_dim * dtype.itemsize for p in kept)
@@ -198,7 +198,7 @@ def paper_cells(results: list[dict]) -> list[list[str]]:
         if pruning is None:
             ratio, method, order = "0 %", r["of"]["model"], (0.0, False)
         else:
-            tuned, removed = r["of"]["adapter"] is not None, pruning["removed"]
+            tuned, removed = r["of"]["adapter"] is not None or pruning.get("tuned", False), pruning["removed"]
             ratio = f"{removed:.0%}".replace("%", " %") + (" w/ tune" if tuned else " w/o tune")
             method = f"SlimLLM, {pruning['recipe']}: {pruning['recovery']}, {pruning['layer_ratio']}"
             order = (removed, tuned)

@@ -150,8 +150,11 @@ class Sublayer:
             self.outputs.append(y)
         hook.remove()
 
-    def recover(self, keep: torch.Tensor, config: PruneConfig):
-        """(Recovered, (error before, error after)) for the kept input columns ``keep``; replaces the outputs."""
+    def recover(self, keep: torch.Tensor, config: PruneConfig, new_bias: bool = True):
+        """(Recovered, (error before, error after)) for the kept input columns ``keep``; replaces the outputs.
+
+        Without ``new_bias`` a projection that has none gets none: the fit goes through zero.
+        """
         weight, bias = self.weight, self.projection.bias
         bias = None if bias is None else bias.float()
         before, after = (PairMoments(len(weight), weight.device) for _ in range(2))
@@ -166,7 +169,12 @@ class Sublayer:
                 pruned = y.float() - x[:, columns].float() @ part.T
             before.update(pruned, y.float())
             self._pruned.append(pruned)
-        recovered = RECOVERIES[config.recovery](weight, bias, keep, before, self.input_covariance, config.ridge)
+        moments, covariance = before, self.input_covariance
+        if bias is None and not new_bias:
+            moments, covariance = moments.about_zero(), covariance and covariance.about_zero()
+        recovered = RECOVERIES[config.recovery](weight, bias, keep, moments, covariance, config.ridge)
+        if bias is None and not new_bias:
+            recovered.bias = None  # it is zero
         for i, y in enumerate(self.outputs):
             if recovered.scale is None:
                 new = nn.functional.linear(self.inputs[i][:, keep].float(), recovered.weight, recovered.bias)

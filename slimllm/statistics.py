@@ -41,6 +41,13 @@ class Covariance:
             self._comoment[stop:, start:stop] = self._comoment[start:stop, stop:].T
         return self._comoment / self.count
 
+    def about_zero(self) -> Covariance:
+        """The same with raw second moments in place of covariances, and a mean of zero."""
+        raw = Covariance(len(self.mean), self.mean.device)
+        raw.count = self.count
+        raw._comoment = torch.addr(self._comoment, self.mean, self.mean, alpha=self.count)
+        return raw
+
 
 class SquareSum:
     """Sum of squares [n] over all rows, uncentred: the squared column norms. ``update`` takes [tokens, n]."""
@@ -72,6 +79,14 @@ class PairMoments:
         self._xy += (x * y).sum(0) + weight * dx * dy
         self.mean_x, self.mean_y = self.mean_x + dx * (count / total), self.mean_y + dy * (count / total)
         self.count = total
+
+    def about_zero(self) -> PairMoments:
+        """The same with raw second moments in place of variances and covariance, and means of zero."""
+        raw = PairMoments(len(self.mean_x), self.mean_x.device)
+        raw.count = self.count
+        for name, a, b in (("_xx", self.mean_x, self.mean_x), ("_yy", self.mean_y, self.mean_y), ("_xy", self.mean_x, self.mean_y)):
+            setattr(raw, name, getattr(self, name) + self.count * a * b)
+        return raw
 
     @property
     def var_x(self) -> torch.Tensor:

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from slimllm import checkpoint, pipeline
+from slimllm import checkpoint, families, pipeline
 from slimllm.config import PruneConfig
 
 ROOT = Path(__file__).parent.parent
@@ -90,11 +90,17 @@ def make_ids(samples=6, length=16, vocab=97, seed=1):
     return torch.randint(vocab, (samples, length), generator=torch.Generator().manual_seed(seed))
 
 
-def make_config(layers=2, **settings):
+def make_shape(case="llama_gqa", **sizes):
+    """The ModelShape of a random model."""
+    config = FAMILY_CASES[case][1](**{**SIZES, **FAMILY_CASES[case][2], **sizes})
+    return families.shape_of(config, families.family_of(config))
+
+
+def make_config(layers=2, shape=None, **settings):
     config = PruneConfig(
         base_model="test", **{"pruning_ratio": None if "target_sparsity" in settings else 0.5, "pruned_layers": layers, **settings}
     )
-    config.resolve_depth(layers)
+    config.resolve(shape or make_shape(num_hidden_layers=layers))
     return config
 
 
@@ -107,7 +113,7 @@ def prune_to(folder, tokenizer, **sizes):
     """Prunes a random grouped-query Llama to layers of different widths and saves it with its tokenizer; returns ``folder``."""
     model = make_model(**sizes)
     pipeline.prune(model, make_ids(), make_config(pruned_layers=1))
-    checkpoint.save(checkpoint.as_slim_model(model), tokenizer, folder)
+    checkpoint.save(checkpoint.as_slim_model(model), tokenizer, folder, make_ids(2), "dense")
     return folder
 
 
@@ -158,8 +164,6 @@ def gguf_file():
 @pytest.fixture(scope="session")
 def smollm2(gguf_file, tmp_path_factory):
     """The real model converted once to a model folder (float32)."""
-    from slimllm import families
-
     folder = tmp_path_factory.mktemp("models") / "smollm2"
     families.load_model(str(gguf_file), torch.float32).save_pretrained(folder)
     families.load_tokenizer(str(gguf_file)).save_pretrained(folder)

@@ -42,7 +42,7 @@ def test_target_sparsity_is_met_to_within_one_channel(case, head_unit, recovery,
     counted, _ = shape(case, intermediate_size=100)
     config = make_config(layers=6, target_sparsity=target, head_unit=head_unit, recovery=recovery, layer_ratio=layer_ratio)
     plans = plan(counted, COSINE, config)
-    removed = removed_parameters(counted, plans, recovery != "none")
+    removed = removed_parameters(counted, plans, config)
     assert abs(removed - target * counted.decoder_parameters) <= counted.channel_parameters
     for p in plans:
         assert p.heads >= 1 and p.channels >= 1 and p.heads % p.kv_heads == 0
@@ -68,7 +68,7 @@ def test_round_to_keeps_multiples():
         for p in plans:
             assert p.channels % 16 == 0 or p.channels == 100
             assert p.heads * counted.head_dim % 16 == 0
-    removed = removed_parameters(counted, plans, True)
+    removed = removed_parameters(counted, plans, make_config(layers=6))
     assert abs(removed - 0.3 * counted.decoder_parameters) <= 16 * counted.channel_parameters
 
 

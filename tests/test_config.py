@@ -2,6 +2,7 @@ import pytest
 
 from slimllm.cli import UserError
 from slimllm.config import parse_args
+from tests.conftest import make_shape
 
 
 def config(*flags):
@@ -10,7 +11,7 @@ def config(*flags):
 
 def test_defaults_are_the_paper_s():
     c = config()
-    c.resolve_depth(32)
+    c.resolve(make_shape(num_hidden_layers=32))
     assert (c.pruning_ratio, c.pruned_layers, c.alpha, c.num_examples, c.seq_len, c.max_seq_len) == (0.25, 26, 10.0, 32, 128, 128)
     assert (c.recovery, c.keep_lowest, c.layer_ratio, c.no_greedy) == ("linear", 0.01, "importance", False)
 

@@ -1,0 +1,161 @@
+"""Model cards, the warning about shared text, and uploads to a stand-in for the hub."""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from slimllm import calibration, card, export_gguf
+from tests.conftest import TEXT, run_cli
+from tests.test_export_gguf import bpe_tokenizer, save
+
+PRUNE = ("--target_sparsity", 0.2, "--num_examples", 4, "--seq_len", 16, "--max_seq_len", 16, "--pruned_layers", 1, "--device", "cpu")
+
+
+@pytest.fixture
+def base(tmp_path):
+    folder = save("llama_gqa", tmp_path / "base", bpe_tokenizer(), pruned=False)
+    (folder / "README.md").write_text("---\nlicense: llama3.2\nlanguage:\n- en\n---\n# The base\n")
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def prune(base, text, *flags, cwd, **kwargs):
+    return run_cli(
+        "--base_model", base, "--calibration", text, "--eval_data", text, "--save_ckpt_log_name", "small", *PRUNE, *flags, cwd=cwd, **kwargs
+    )
+
+
+def test_the_card_says_where_the_model_comes_from_and_how_good_it_is(base, text, tmp_path):
+    done = prune(base, text, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "prune_log" / "small"
+    found, run = ModelCard.load(folder / "README.md"), json.loads((folder / "pruning.json").read_text())
+    assert found.data.license == "llama3.2" and found.data.library_name == "transformers" and "slimllm" in found.data.tags
+    page, figure = found.text, run["evaluation"][0]
+    for said in (
+        run["command"],
+        run["calibration"]["sha256"],
+        f"{figure['dense']:.2f}",
+        f"{figure['pruned']:.2f}",
+        "trust_remote_code=True",
+    ):
+        assert said in page
+    assert "**Warning:** calibration samples share" in page and figure["calibration_overlap"] == 4  # it was made of the same text
+    for path in folder.iterdir():
+        if path.is_file() and path.name not in ("README.md", "log.txt"):
+            assert hashlib.sha256(path.read_bytes()).hexdigest() in page, path
+    assert export_gguf.main([str(folder)]) == 0
+    assert hashlib.sha256((folder / "small-f16.gguf").read_bytes()).hexdigest() in (folder / "README.md").read_text()
+
+
+def test_each_form_says_how_it_is_loaded(base, text, tmp_path):
+    for runtime, code, vllm in (("transformers", False, "vllm serve small\n"), ("vllm", True, "vllm serve small --trust-remote-code")):
+        assert prune(base, text, "--runtime", runtime, "--overwrite", cwd=tmp_path).returncode == 0
+        page = (tmp_path / "prune_log" / "small" / "README.md").read_text()
+        assert ("trust_remote_code" in page) is code and vllm in page
+
+
+def test_overlap_is_runs_of_the_same_tokens():
+    stream = torch.randperm(4000)
+    samples = torch.stack([stream[100:132], torch.randperm(32) + 5000, torch.cat([stream[7:22], torch.arange(6000, 6017)])])
+    assert calibration.overlap(samples, stream) == 1  # a run of 15 is none
+    assert calibration.overlap(samples[:, :8], stream) == 0
+
+
+def test_the_licence_of_a_gguf_model(gguf_file):
+    assert card.origin_of(str(gguf_file)) == {"hub_name": None, "licence": "apache-2.0"}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's API as an upload needs; what is committed lands in ``server.files``."""
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, data, status=200):
+        body = json.dumps(data).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_HEAD(self):
+        self.answer({})
+
+    def do_GET(self):
+        if self.path.startswith("/api/whoami"):
+            known = self.headers.get("Authorization") == "Bearer hf_known"
+            return self.answer(
+                {"name": "me", "type": "user"} if known else {"error": "Invalid username or password."}, 200 if known else 401
+            )
+        self.answer({"id": "me/small", "sha": "0" * 40, "siblings": [], "xetEnabled": False})
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/api/repos/create":
+            self.server.created.append(json.loads(body)["name"])
+            return self.answer({"url": f"{self.server.address}/me/small", "name": "me/small"})
+        if "/preupload/" in self.path:
+            return self.answer(
+                {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]}
+            )
+        if "/commit/" not in self.path:  # the card's metadata are checked first
+            return self.answer({"errors": [], "warnings": []})
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+        self.answer({"commitUrl": f"{self.server.address}/me/small/commit/1", "commitOid": "1" * 40, "success": True})
+
+
+@pytest.fixture
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.address, server.created, server.files = f"http://127.0.0.1:{server.server_port}", [], {}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def test_push_to_hub_uploads_the_checkpoint(hub, base, text, tmp_path):
+    env = {
+        "HF_ENDPOINT": hub.address,
+        "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": "hf_known",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(tmp_path / "home"),
+    }
+    done = prune(base, text, "--push_to_hub", "me/small", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "prune_log" / "small"
+    local = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "log.txt"}
+    assert hub.created == ["small"] and hub.files == local and "uploaded to" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "name, env, says",
+    [
+        ("me/small", {"HF_HUB_OFFLINE": "1"}, "--push_to_hub me/small: .*offline mode"),
+        ("me/small", {"HF_TOKEN": "hf_wrong"}, "--push_to_hub me/small: .*nothing was done yet"),
+        ("a/b/c", {}, "--push_to_hub a/b/c: Repo id must be"),
+    ],
+)
+def test_push_that_cannot_be_is_said_before_the_run(hub, base, text, tmp_path, name, env, says):
+    env = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), **env}
+    done = prune(base, text, "--push_to_hub", name, cwd=tmp_path, env=env)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert re.search(says, done.stderr), done.stderr
+    assert not (tmp_path / "prune_log").exists() and not hub.files

@@ -1,0 +1,137 @@
+"""``--runtime``: plans that a runtime can hold, and the form in which they are saved."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from slimllm import checkpoint, families, pipeline
+from slimllm.allocation import plan, removed_parameters
+from slimllm.cli import UserError
+from slimllm.config import RUNTIMES
+from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model, make_shape
+
+SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4)
+
+
+def pruned(case, runtime, tmp_path, tokenizer, **settings):
+    """A random model pruned for a runtime and saved. Returns (model, folder, share removed, what one step removes as a share)."""
+    model = make_model(case, **SIZES)
+    shape = make_shape(case, **SIZES)
+    settings = {"target_sparsity": 0.3, "pruned_layers": 3, "recovery": "least_squares", "round_to": 1, **settings}
+    config = make_config(shape=shape, runtime=runtime, **settings)
+    dense = model.num_parameters()
+    pipeline.prune(model, make_ids(), config)
+    checkpoint.in_runtime_form(model, runtime)
+    checkpoint.save(model, tokenizer, tmp_path, make_ids(2, 6), "dense")
+    together = shape.layers if families.limits_of(runtime, shape).same_channels else 1
+    step = together * (3 * shape.hidden + 2) / shape.decoder_parameters
+    return model, tmp_path, (dense - model.num_parameters()) / shape.decoder_parameters, step
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("case", FAMILY_CASES)
+def test_what_a_runtime_gets_is_what_it_holds(case, runtime, tmp_path, tiny_tokenizer):
+    model, folder, removed, step = pruned(case, runtime, tmp_path, tiny_tokenizer)
+    shape, config = make_shape(case, **SIZES), AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    widths = families.widths_of(config)
+    limits = families.limits_of(runtime, shape)
+    assert abs(removed - 0.3) <= step
+    assert not limits.same_heads or len({width[:2] for width in widths}) == 1
+    assert not limits.same_channels or len(set(widths)) == 1
+    assert all(heads % kv_heads == 0 for heads, kv_heads, _ in widths)
+    stock = json.loads((folder / "config.json").read_text())["model_type"] in families.FAMILIES
+    assert stock == limits.same_channels and stock != (folder / "modeling.py").is_file()
+    reloaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=not stock)
+    assert torch.equal(logits(reloaded, make_ids(2, 6)), logits(model, make_ids(2, 6)))
+    if stock:
+        assert type(reloaded) is FAMILY_CASES[case][0]
+
+
+def test_transformers_form_holds_the_recovery_s_biases(tmp_path, tiny_tokenizer):
+    model, folder, _, _ = pruned("llama_gqa", "transformers", tmp_path, tiny_tokenizer)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["attention_bias"] and config["mlp_bias"] and config["head_dim"] == 8 and "auto_map" not in config
+    layer = model.model.layers[1]
+    assert layer.self_attn.o_proj.bias.abs().sum() > 0 and layer.mlp.down_proj.bias.abs().sum() > 0
+    for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.mlp.gate_proj, layer.mlp.up_proj):
+        assert linear.bias.abs().sum() == 0
+
+
+def test_vllm_form_is_what_decilm_reads(tmp_path, tiny_tokenizer):
+    _, folder, _, _ = pruned("llama_mha", "vllm", tmp_path, tiny_tokenizer)
+    raw = json.loads((folder / "config.json").read_text())
+    assert raw["architectures"] == ["DeciLMForCausalLM"] and raw["num_attention_heads"] == 3 == raw["num_key_value_heads"]
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    for block, (heads, kv_heads, channels) in zip(config.block_configs, families.widths_of(config), strict=True):
+        assert (block.attention.n_heads_in_group, block.ffn.intermediate_size) == (heads // kv_heads, channels)
+        assert not (block.attention.no_op or block.ffn.no_op or hasattr(block.ffn, "ffn_mult"))
+    assert len({block.ffn.intermediate_size for block in config.block_configs}) > 1
+    # every bias that the config's flags make vLLM look for is there
+    tensors = checkpoint.Tensors(folder)
+    for name in (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ):
+        assert f"model.layers.0.{name}.bias" in tensors.names
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(index) == set(tensors.names) and set(index.values()) == {"model.safetensors"}
+
+
+def test_qwen2_goes_to_vllm_with_its_own_biases_only(tmp_path, tiny_tokenizer):
+    _, folder, _, _ = pruned("qwen2", "vllm", tmp_path, tiny_tokenizer)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["DeciLMForCausalLM"] and config["qkv_bias"] and not config.get("attention_bias")
+    assert {name.split(".")[-2] for name in checkpoint.Tensors(folder).names if name.endswith("bias")} == {"q_proj", "k_proj", "v_proj"}
+
+
+def test_the_number_of_heads_is_one_that_the_stock_class_takes():
+    shape = make_shape("llama_mha", hidden_size=64, num_attention_heads=8, num_key_value_heads=8, num_hidden_layers=4)
+    for target in (0.1, 0.25, 0.4, 0.6):
+        plans = plan(shape, [0.0] * 4, make_config(shape=shape, target_sparsity=target, pruned_layers=4, runtime="transformers"))
+        assert {p.heads for p in plans} <= {1, 2, 4, 8}
+
+
+def test_gguf_keeps_whole_blocks_of_quantized_rows():
+    shape = make_shape(
+        hidden_size=64, intermediate_size=256, num_attention_heads=8, num_key_value_heads=4, head_dim=16, num_hidden_layers=4
+    )
+    config = make_config(shape=shape, target_sparsity=0.3, pruned_layers=3, runtime="gguf")
+    plans = plan(shape, [0.1, 0.9, 0.8, 0.7], config)
+    assert config.round_to == 32 and all(p.channels % 32 == 0 for p in plans)
+    assert abs(removed_parameters(shape, plans, config) / shape.decoder_parameters - 0.3) <= 32 * 3 * 64 / shape.decoder_parameters
+
+
+@pytest.mark.parametrize("recovery", ["bias", "linear", "least_squares"])
+def test_without_a_place_for_a_bias_the_fit_goes_through_zero(recovery):
+    """The error after recovery is no larger than without, and no bias appears."""
+    model = make_model("mistral", **SIZES)
+    reports = pipeline.prune(model, make_ids(), make_config(4, make_shape("mistral", **SIZES), runtime="transformers", recovery=recovery))
+    assert all(layer.self_attn.o_proj.bias is None and layer.mlp.down_proj.bias is None for layer in model.model.layers)
+    for report in reports:
+        for before, after in (report.attention_error, report.mlp_error):
+            assert after <= before * 1.001 and (recovery == "bias" or after < before)
+
+
+def test_irregular_layers_are_named_with_the_way_out():
+    model = make_model(**SIZES)
+    pipeline.prune(model, make_ids(), make_config(shape=make_shape(**SIZES), pruned_layers=1))
+    with pytest.raises(UserError, match=r"layers \d differ from the 4 heads, 2 KV heads and 96 channels .*--runtime transformers"):
+        checkpoint.as_stock_model(model)
+    assert type(model).__name__ == "LlamaForCausalLM" and model.config.num_attention_heads == 4  # untouched
+
+
+def test_a_regular_slim_model_becomes_a_stock_one(tmp_path, tiny_tokenizer):
+    model = checkpoint.as_slim_model(make_model())
+    before = logits(model, make_ids())
+    checkpoint.as_stock_model(model)
+    checkpoint.save(model, tiny_tokenizer, tmp_path, make_ids(2), "dense")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == "llama" and not set(config) & set(checkpoint.PER_LAYER_SETTINGS)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), make_ids()), before)
