@@ -1,0 +1,248 @@
+"""``python -m slimllm.export_gguf DIR``: a checkpoint, dense or pruned, as a GGUF file for an unmodified llama.cpp.
+
+Layers of one width go out as the family's own architecture, others as ``deci``, which reads the number of heads, KV heads
+and feed-forward channels of each layer, and takes biases where they are. Tensors are read and written one at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from . import card, checkpoint, cli, families, gguf_tokenizer
+from .cli import UserError, check_choices, flag
+from .record import writing_file
+
+log = logging.getLogger("slimllm")
+
+OUTTYPES = {
+    "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
+    "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+}
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # where all layers have one width
+PER_LAYER = "deci"
+ROPE_IN_PAIRS = ("llama", PER_LAYER)  # these turn neighbouring dimensions; transformers turns the two halves of a head
+
+
+@dataclass
+class ExportConfig:
+    """Settings of an export. Raises UserError where a value makes no sense."""
+
+    folder: str = flag("checkpoint", "checkpoint folder, dense or pruned", positional=True, nargs="?")
+    outtype: str = flag(
+        "file", "type of the weight matrices: f32, f16, bf16 or q8_0; several with commas give several files", "f16", metavar="TYPE"
+    )
+    arch: str = flag(
+        "file",
+        "architecture in the file; auto: the family's own where all layers have one width, else deci",
+        "auto",
+        choices=("auto", "llama", PER_LAYER),
+    )
+    output: str = flag("file", "the file [DIR/NAME-OUTTYPE.gguf]")
+    overwrite: bool = flag("file", "replace an existing file", False)
+
+    def __post_init__(self):
+        if not self.folder:
+            raise UserError("name a checkpoint folder: python -m slimllm.export_gguf prune_log/NAME")
+        check_choices(self)
+        self.outtypes = tuple(dict.fromkeys(self.outtype.split(",")))
+        for name in self.outtypes:
+            cli.check_choice("outtype", name, OUTTYPES)
+        if self.output and len(self.outtypes) > 1:
+            raise UserError("--output names one file: give one --outtype")
+
+    def target(self, outtype: str) -> Path:
+        folder = Path(self.folder)
+        return Path(self.output) if self.output else folder / f"{folder.resolve().name}-{outtype}.gguf"
+
+
+def architecture_of(config, biased: bool, wanted: str = "auto") -> str:
+    """The GGUF architecture that can hold a model with this transformers config.
+
+    ``biased``: its output projections have biases. Raises UserError where none can, or not the ``wanted`` one: it names
+    the layers that stand in the way and the flag that would have avoided it.
+    """
+    family, widths = families.base_family_of(config), families.widths_of(config)
+    own = ARCHITECTURES[family.model_type]
+    if getattr(config, "hidden_act", "silu") != "silu":
+        raise UserError(f"hidden_act {config.hidden_act}: llama.cpp computes silu for these models")
+    if wanted == "auto":
+        # llama.cpp's qwen2 and qwen3 have no such biases, and qwen2 a query bias of the hidden size only
+        whole = widths[0][0] * families.head_dim_of(config) == config.hidden_size
+        if len(set(widths)) == 1 and (own == "llama" or (not biased and (whole or own != "qwen2"))):
+            return own
+        wanted = PER_LAYER
+    if wanted == PER_LAYER and family.qk_norm:
+        raise UserError(
+            f"{families.irregular(widths) or 'biases of the output projections'}: llama.cpp holds {family.model_type} with one "
+            "width and no such biases only; prune with --runtime gguf"
+        )
+    if wanted == "llama":
+        if families.irregular(widths):
+            raise UserError(f"--arch llama: {families.irregular(widths)}; prune with --runtime transformers, or export with --arch deci")
+        if own != "llama":
+            raise UserError(f"--arch llama: the model is a {family.model_type}; leave --arch away")
+    return wanted
+
+
+def export(folder: str | os.PathLike, target: Path, outtype: str = "f16", arch: str = "auto") -> Path:
+    """Writes the checkpoint in ``folder`` to ``target``, which appears only when it is complete. Returns ``target``.
+
+    Matrices get ``outtype`` (one whose rows do not fill blocks of 32 stays f16 in q8_0); norms and biases are float32.
+    Raises UserError for a folder that is no checkpoint, a model or tokenizer that llama.cpp has no form for, a full disk.
+    """
+    folder = Path(folder)
+    config = families.load_config(str(folder), "DIR", pruned=True)
+    tensors = checkpoint.Tensors(folder)
+    biased = any(name.endswith(("o_proj.bias", "down_proj.bias")) for name in tensors.names)
+    arch = architecture_of(config, biased, arch)
+    with writing_file(target) as partial:
+        writer = gguf.GGUFWriter(partial, arch)
+        _add_metadata(writer, config, folder, OUTTYPES[outtype][1])
+        gguf_tokenizer.add(writer, folder, config.vocab_size)
+        _write_tensors(writer, tensors, config, arch, OUTTYPES[outtype][0])
+        writer.close()
+    return target
+
+
+def _add_metadata(writer, config, folder: Path, file_type) -> None:
+    widths = families.widths_of(config)
+    heads, kv_heads, channels = (list(column) for column in zip(*widths))
+    if len(set(widths)) == 1 and writer.arch != PER_LAYER:
+        heads, kv_heads, channels = heads[0], kv_heads[0], channels[0]
+    head_dim = families.head_dim_of(config)
+    window = families.window_of(config)
+    writer.add_type("model")
+    writer.add_name(folder.resolve().name)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    # llama.cpp has no sliding window for these architectures; within the window it is the same model
+    writer.add_context_length(min(config.max_position_embeddings, window or config.max_position_embeddings))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(channels)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    _add_rope(writer, config)
+
+
+def _add_rope(writer, config) -> None:
+    rope = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+    elif kind not in ("default", "linear", "llama3"):
+        raise UserError(f"rope_type {kind}: cannot be written to GGUF; default, linear, llama3 and yarn can")
+
+
+def _rope_factors(config) -> np.ndarray | None:
+    """What llama.cpp divides each rotary frequency by, [head size / 2], for llama3 scaling (rope_freqs.weight)."""
+    rope = config.rope_parameters
+    if rope.get("rope_type") != "llama3":
+        return None
+    head_dim = families.head_dim_of(config)
+    frequency = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)  # in the original context
+    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - smooth) / factor + smooth)).float().numpy()
+
+
+def in_pairs(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of q_proj or k_proj, weight [heads * size, D] or bias [heads * size], from halves to neighbouring pairs of each head."""
+    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def _write_tensors(writer, tensors, config, arch: str, quantization) -> None:
+    by_name = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+    places, widths, factors = (
+        gguf.get_tensor_name_map(by_name[arch], config.num_hidden_layers),
+        families.widths_of(config),
+        _rope_factors(config),
+    )
+    listed = []
+    for name in tensors.names:
+        stem, _, suffix = name.rpartition(".")
+        if (name == "lm_head.weight" and config.tie_word_embeddings) or (suffix == "bias" and not tensors[name].any()):
+            continue  # the embedding serves; a bias of zeros is none
+        place, shape = places.get_name(stem), tensors.shape(name)
+        if place is None:
+            raise UserError(f"tensor {name}: the architecture {arch} has no place for it")
+        kind = _kind(shape, quantization)
+        size = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
+        writer.add_tensor_info(f"{place}.{suffix}", shape, np.dtype(np.float32), size, kind)
+        listed.append((name, kind))
+    if factors is not None:
+        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, kind in tqdm(listed, desc="writing", unit="tensor", leave=False, disable=None):
+        tensor, parts = tensors[name].float(), name.split(".")
+        if arch in ROPE_IN_PAIRS and parts[-2] in ("q_proj", "k_proj"):
+            heads, kv_heads, _ = widths[int(parts[2])]
+            tensor = in_pairs(tensor, heads if parts[-2] == "q_proj" else kv_heads)
+        writer.write_tensor_data(gguf.quantize(tensor.numpy(), kind))
+    if factors is not None:
+        writer.write_tensor_data(factors)
+
+
+def _kind(shape: list[int], quantization) -> gguf.GGMLQuantizationType:
+    """The type of a tensor: vectors are float32; a matrix whose rows do not fill the blocks of ``quantization`` is float16."""
+    if len(shape) == 1:
+        return gguf.GGMLQuantizationType.F32
+    block, _ = gguf.GGML_QUANT_SIZES[quantization]
+    return quantization if shape[-1] % block == 0 else gguf.GGMLQuantizationType.F16
+
+
+def run(settings: ExportConfig) -> list[Path]:
+    """Every file that the settings ask for."""
+    targets = [(name, settings.target(name)) for name in settings.outtypes]
+    for _, target in targets:
+        if target.exists() and not settings.overwrite:
+            raise UserError(f"{target} exists: name another --output, or replace it with --overwrite")
+    for name, target in targets:
+        export(settings.folder, target, name, settings.arch)
+        log.info("%s  %.1f MB", target, target.stat().st_size / 1e6)
+    card.update_files(Path(settings.folder))
+    return [target for _, target in targets]
+
+
+def main(argv=None) -> int:
+    """Exit status: 0, 2 for a user's mistake (one line on stderr), 130 when interrupted."""
+    parser = cli.build_parser(
+        ExportConfig,
+        prog="python -m slimllm.export_gguf",
+        usage="python -m slimllm.export_gguf DIR [flags]",
+        description="Writes a checkpoint as a GGUF file for llama.cpp.",
+    )
+
+    def work():
+        with cli.logging_to_console():
+            run(cli.parse(parser, ExportConfig, argv))
+
+    return cli.guarded("export_gguf", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,254 @@
+"""GGUF export and its proof: every file here is loaded by an unmodified llama.cpp and compared with transformers."""
+
+import json
+import re
+import subprocess
+import sys
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from slimllm import checkpoint, evaluation, export_gguf, gguf_tokenizer, pipeline, verify
+from slimllm.cli import UserError
+from slimllm.llama_cpp import LlamaCpp
+from tests.conftest import FAMILY_CASES, ROOT, TEXT, make_config, make_ids, make_model, make_shape
+
+VOCAB = 320
+SIZES = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=3)
+SPLITS = {  # name in the file -> pre-tokenizer
+    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+    **{
+        name: pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(key[0]), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+        for key, name in gguf_tokenizer.PRE_TOKENIZERS.items()
+        if name not in ("gpt-2", "smollm")
+    },
+}
+SAMPLES = (
+    TEXT[:300],
+    "In 2024, 12345 users' devices weren't UP-to-date:\n\n\tα β γ – “naïve” 漢字!!  ok\r\n   end",
+)
+
+
+def bpe_tokenizer(split="gpt-2"):
+    """A byte-level BPE tokenizer trained on the tests' text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = SPLITS[split]
+    trainer = trainers.BpeTrainer(
+        vocab_size=310, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT, "12345 2024 users devices"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template="{{ messages }}")
+
+
+@pytest.fixture(scope="module")
+def spm_tokenizer(tmp_path_factory):
+    """A SentencePiece BPE tokenizer with byte fallback, as Llama 2's, read by transformers from its tokenizer.model."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("spm")
+    (folder / "text.txt").write_text(TEXT)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=310,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
+    )
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def save(case, folder, tokenizer, pruned=True, sizes=SIZES, **settings):
+    """A random model, dense or pruned, as a checkpoint folder."""
+    model = make_model(case, **sizes)
+    ids = make_ids(vocab=300)
+    if pruned:
+        shape = make_shape(case, **sizes)
+        config = make_config(shape=shape, **{"pruned_layers": 2, "recovery": "least_squares", **settings})
+        pipeline.prune(model, ids, config)
+        checkpoint.in_runtime_form(model, config.runtime)
+    checkpoint.save(model, tokenizer, folder, ids[:2], "dense")
+    return folder
+
+
+def checks(folder, path, length=20):
+    """The rows of ``slimllm.verify`` for one file, as {last words of the check: Check}."""
+    model, tokenizer = checkpoint.load(folder, torch.float32), AutoTokenizer.from_pretrained(folder)
+    blocks = evaluation.blocks_of(evaluation.EvalText("t", TEXT, "t"), tokenizer, length, 1)
+    return verify.checks_of_file(str(path), model, tokenizer, TEXT, blocks)
+
+
+def architecture(path):
+    return gguf.GGUFReader(path).fields["general.architecture"].contents()
+
+
+@pytest.mark.parametrize("case", FAMILY_CASES)
+@pytest.mark.parametrize("form", ["dense", "any", "gguf", "transformers"])
+def test_llama_cpp_computes_the_same_model(case, form, tmp_path):
+    folder = save(case, tmp_path, bpe_tokenizer(), form != "dense", round_to=8, **({} if form == "dense" else {"runtime": form}))
+    shape = make_shape(case, **SIZES)
+    if shape.qk_norm and (form == "any" or shape.qkv_bias):  # nothing in llama.cpp holds these
+        with pytest.raises(UserError, match="llama.cpp holds qwen3 .*--runtime gguf"):
+            export_gguf.export(folder, tmp_path / "x.gguf", "f32")
+        assert not list(tmp_path.glob("*.gguf*"))
+        return
+    path = export_gguf.export(folder, tmp_path / "x.gguf", "f32")
+    own = export_gguf.ARCHITECTURES[FAMILY_CASES[case][1].model_type]
+    free = form in ("any", "gguf") and not shape.qk_norm
+    assert architecture(path) == ("deci" if free or own == "qwen2" else own)  # 4 heads of 8: not the hidden size
+    for check in checks(folder, path):
+        assert check.passed and check.measured < 1e-3, check
+
+
+@pytest.mark.parametrize("outtype", export_gguf.OUTTYPES)
+def test_every_type_is_within_its_tolerance(outtype, tmp_path):
+    folder = save("llama_gqa", tmp_path, bpe_tokenizer(), sizes={**SIZES, "intermediate_size": 150})
+    path = export_gguf.export(folder, tmp_path / "x.gguf", outtype)
+    tensors = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert tensors["blk.0.attn_q.weight"] == outtype.upper() and tensors["blk.0.attn_norm.weight"] == "F32"
+    if outtype == "q8_0":  # rows of 75 or 150 channels fill no blocks of 32
+        assert tensors["blk.1.ffn_down.weight"] == "F16"
+    assert checks(folder, path)[1].measured < 10 * verify.GGUF_TOLERANCE[outtype.upper()]  # random weights are larger than a model's
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_byte_level_tokenizers(split, tmp_path):
+    tokenizer = bpe_tokenizer(split)
+    path = export_gguf.export(save("llama_gqa", tmp_path, tokenizer, pruned=False), tmp_path / "x.gguf", "f16")
+    fields = gguf.GGUFReader(path).fields
+    assert fields["tokenizer.ggml.pre"].contents() == split and fields["tokenizer.chat_template"].contents() == "{{ messages }}"
+    assert len(fields["tokenizer.ggml.tokens"].contents()) == VOCAB
+    with LlamaCpp(path) as llama:
+        for text in SAMPLES:
+            assert llama.tokenize(text) == tokenizer(text).input_ids
+
+
+def test_sentencepiece_tokenizer(spm_tokenizer, tmp_path):
+    path = export_gguf.export(save("llama_mha", tmp_path, spm_tokenizer), tmp_path / "x.gguf", "f16")
+    fields = gguf.GGUFReader(path).fields
+    assert fields["tokenizer.ggml.model"].contents() == "llama" and fields["tokenizer.ggml.add_space_prefix"].contents()
+    with LlamaCpp(path) as llama:
+        for text in SAMPLES:
+            assert llama.tokenize(text) == spm_tokenizer(text).input_ids
+
+
+def test_a_gguf_model_s_own_tokenizer_is_kept(gguf_file, tmp_path):
+    gguf_tokenizer.carry(str(gguf_file), tmp_path)
+    (tmp_path / "again").mkdir()
+    gguf_tokenizer.carry(str(tmp_path), tmp_path / "again")  # from checkpoint to checkpoint
+    source = gguf.GGUFReader(gguf_file).fields
+    found = gguf.GGUFReader(tmp_path / "again" / gguf_tokenizer.FILE).fields
+    names = [name for name in source if name.startswith("tokenizer.")]
+    assert "tokenizer.ggml.pre" in names and all(found[name].contents() == source[name].contents() for name in names)
+
+
+def broken(folder, name):
+    path = folder / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return folder
+
+
+@pytest.mark.parametrize(
+    "make, arguments, says",
+    [
+        (lambda f, t: f / "missing", [], "no such folder"),
+        (lambda f, t: f, [], "the folder has no config.json"),
+        (lambda f, t: save("llama_gqa", f, t), [], "no known type for how this tokenizer splits text|WordLevel tokenizer"),
+        (lambda f, t: broken(save("llama_gqa", f, bpe_tokenizer()), "model.safetensors"), [], "model.safetensors: the file is broken"),
+        (
+            lambda f, t: save("llama_gqa", f, bpe_tokenizer(), pruned_layers=1),
+            ["--arch", "llama"],
+            r"layers \d differ .*--runtime",
+        ),
+        (lambda f, t: save("qwen2", f, bpe_tokenizer(), pruned=False), ["--arch", "llama"], "--arch llama: the model is a qwen2"),
+        (lambda f, t: save("llama_gqa", f, bpe_tokenizer()), ["--outtype", "q4_k"], "--outtype q4_k: not one of f32, f16, bf16, q8_0"),
+        (lambda f, t: save("llama_gqa", f, bpe_tokenizer()), ["--outtype", "f16,f32", "--output", "x"], "--output names one file"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_no_file(make, arguments, says, tmp_path, tiny_tokenizer, capsys):
+    folder = make(tmp_path, tiny_tokenizer)
+    assert export_gguf.main([str(folder), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert re.search(says, error) and error.count("\n") == 1
+    assert not [path for path in tmp_path.rglob("*gguf*")]
+
+
+def test_an_existing_file_stays(tmp_path, capsys):
+    folder = save("llama_gqa", tmp_path / "m", bpe_tokenizer())
+    assert export_gguf.main([str(folder)]) == 0
+    path = folder / "m-f16.gguf"
+    before = path.read_bytes()
+    assert export_gguf.main([str(folder)]) == 2 and "exists" in capsys.readouterr().err
+    assert path.read_bytes() == before and export_gguf.main([str(folder), "--overwrite"]) == 0
+
+
+FULL_DISK = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from slimllm import export_gguf
+sys.exit(export_gguf.main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_leaves_no_half_file(tmp_path):
+    folder = save("llama_gqa", tmp_path, bpe_tokenizer(), sizes={**SIZES, "hidden_size": 128})
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, folder, "--outtype", "f32"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and "cannot be written" in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("*.gguf*")) and not list(tmp_path.glob(".*.partial"))
+
+
+def run_verify(*arguments):
+    return verify.main([str(argument) for argument in arguments])
+
+
+def test_verify_passes_what_is_the_same_and_fails_what_is_not(tmp_path, capsys, text_file):
+    folder = save("llama_gqa", tmp_path / "m", bpe_tokenizer())
+    path = export_gguf.export(folder, folder / "m-f32.gguf", "f32")
+    options = ["--text", text_file, "--seq_len", 16, "--blocks", 1]
+    assert run_verify(folder, path, *options) == 0
+    table = capsys.readouterr().out
+    assert table.count(" ok ") == 6 and "FAILED" not in table
+    other = save("llama_gqa", tmp_path / "other", bpe_tokenizer(), recovery="none")  # another model's file
+    assert run_verify(other, path, *options) == 1
+    table = capsys.readouterr().out
+    assert table.count("FAILED") == 2 and "log-probabilities" in next(line for line in table.splitlines() if "FAILED" in line)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0] *= -1  # changed after it was saved
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert run_verify(folder, *options) == 1
+    assert re.search(r"in memory: logits +\| .*FAILED", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("case", ["truncated", "empty", "missing", "no reference", "no folder"])
+def test_verify_says_what_cannot_be_read(case, tmp_path, capsys, text_file):
+    folder = save("llama_gqa", tmp_path / "m", bpe_tokenizer())
+    path = export_gguf.export(folder, folder / "m-f16.gguf", "f16")
+    if case == "truncated":
+        broken(folder, path.name)
+    elif case == "empty":
+        path.write_bytes(b"")
+    elif case == "missing":
+        path.unlink()
+    elif case == "no reference":
+        (folder / checkpoint.REFERENCE).unlink()
+    else:
+        folder = tmp_path / "nowhere"
+    assert run_verify(folder, path, "--text", text_file, "--seq_len", 16) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(folder if case.startswith("no") else path) in error
