@@ -37,7 +37,7 @@ ROWS = (
     ("layer ratio", "auto", {"layer_ratio": "auto"}),
     ("samples", "8", {"num_examples": 8}),
     ("samples", "128", {"num_examples": 128}),
-    ("--recipe best", "", {"recipe": "best"}),
+    ("recovery and layer ratio", "least_squares, auto", {"recovery": "least_squares", "layer_ratio": "auto"}),
 )
 SEQ_LEN = 128  # tokens a sample and a block of text
 CURVE = (0.2, 0.35, 0.5)  # shares removed at which every recovery is measured for the picture
@@ -136,24 +136,25 @@ def run(config: AblationConfig) -> dict:
 
 def main(argv=None) -> int:
     """Exit status: 0, 2 for a user's mistake (one line on stderr), 130 when interrupted."""
-    parser = cli.build_parser(
+
+    def ablate(config):
+        results = run(config)
+        folder = Path(config.output)
+        lines = report.ablation_table(results["rows"], config.target_sparsity)
+        record.write(folder / "table.md", "\n".join(lines) + "\n")
+        report.recovery_curves(results["rows"], folder)
+        log.info("\n%s\n\neverything lies in %s/", "\n".join(lines), folder)
+
+    return cli.program(
         AblationConfig,
-        prog="slimllm.ablation",
-        usage="python -m slimllm.ablation --base_model MODEL [flags]",
-        description="Perplexity with each ingredient of the method off or changed in turn, at equal kept parameters.",
+        "slimllm.ablation",
+        "--base_model MODEL [flags]",
+        "Perplexity with each ingredient of the method off or changed in turn, at equal kept parameters.",
+        ablate,
+        argv,
+        "what is finished is kept; the same command goes on with the rest",
+        "use --device cpu or --dtype bfloat16",
     )
-
-    def ablate():
-        config = cli.parse(parser, AblationConfig, argv)
-        with cli.logging_to_console(), cli.memory_errors("use --device cpu or --dtype bfloat16"):
-            results = run(config)
-            folder = Path(config.output)
-            lines = report.ablation_table(results["rows"], config.target_sparsity)
-            record.write(folder / "table.md", "\n".join(lines) + "\n")
-            report.recovery_curves(results["rows"], folder)
-            log.info("\n%s\n\neverything lies in %s/", "\n".join(lines), folder)
-
-    return cli.guarded("slimllm.ablation", ablate, "what is finished is kept; the same command goes on with the rest")
 
 
 if __name__ == "__main__":

@@ -171,6 +171,23 @@ def device_of(flag: str, name: str):
     return device
 
 
+def program(
+    settings: type, module: str, arguments: str, description: str, work, argv=None, interrupted="nothing was written", memory=""
+) -> int:
+    """The ``main`` of ``python -m module``: flags to ``settings``, then ``work(settings)`` with a log; returns the exit status.
+
+    ``memory`` is the advice where a GPU is full; ``interrupted`` as for :func:`guarded`, which says what the statuses are.
+    """
+    parser = build_parser(settings, prog=module, usage=f"python -m {module} {arguments}", description=description)
+
+    def run():
+        chosen = parse(parser, settings, argv)
+        with logging_to_console(), memory_errors(memory):
+            work(chosen)
+
+    return guarded(module, run, interrupted)
+
+
 @contextmanager
 def memory_errors(advice: str):
     """Turns a GPU that is full into one line with ``advice``."""

@@ -24,8 +24,8 @@ EVAL_NAMES = ("wikitext2", "ptb", "python_manual", "none")
 
 # What a recipe sets where the user says nothing. "paper" is Guo et al.; "best" is what measured best (README).
 RECIPES = {
-    "paper": {"recovery": "linear", "layer_ratio": "importance"},
-    "best": {"recovery": "least_squares", "layer_ratio": "auto"},
+    "paper": {"recovery": "linear"},
+    "best": {"recovery": "least_squares"},
 }
 # The published code spares the lowest-scoring 1 % of the channels. least_squares, not published, does better without.
 PUBLISHED_KEEP_LOWEST = 0.01
@@ -66,8 +66,8 @@ class PruneConfig:
     alpha: float = flag("budget", "with importance: how strongly it spreads the ratios (Eq. 11) [10, or 7 from ratio 0.4 on]", type=float)
     layer_ratio: str = flag(
         "budget",
-        "ratios by layer importance, the same for the least important layers, or auto: by what pruning each layer alone costs "
-        "[importance; best: auto]",
+        "ratios by layer importance, the same for the least important layers, or auto: by what pruning each layer alone costs",
+        "importance",
         choices=LAYER_RATIOS,
     )
     head_unit: str = flag(

@@ -345,20 +345,21 @@ def _adapted(model, adapter: str):
 
 def main(argv=None) -> int:
     """Exit status: 0, 2 for a user's mistake (one line on stderr), 130 when interrupted."""
-    parser = cli.build_parser(
+
+    def evaluate(config):
+        results = run(config)
+        log.info("\n%s\n\nresults: %s", "\n".join(report.paper_table([results])), config.output)
+
+    return cli.program(
         EvalConfig,
-        prog="slimllm.evaluation",
-        usage="python -m slimllm.evaluation MODEL [flags]",
-        description="Perplexity and zero-shot accuracy of a model, dense or pruned, with or without a LoRA adapter.",
+        "slimllm.evaluation",
+        "MODEL [flags]",
+        "Perplexity and zero-shot accuracy of a model, dense or pruned, with or without a LoRA adapter.",
+        evaluate,
+        argv,
+        "what is finished is kept; the same command goes on with the rest",
+        "use --device cpu or --dtype bfloat16",
     )
-
-    def evaluate():
-        config = cli.parse(parser, EvalConfig, argv)
-        with cli.logging_to_console(), cli.memory_errors("use --device cpu or --dtype bfloat16"):
-            results = run(config)
-            log.info("\n%s\n\nresults: %s", "\n".join(report.paper_table([results])), config.output)
-
-    return cli.guarded("slimllm.evaluation", evaluate, "what is finished is kept; the same command goes on with the rest")
 
 
 if __name__ == "__main__":

@@ -230,18 +230,8 @@ def run(settings: ExportConfig) -> list[Path]:
 
 def main(argv=None) -> int:
     """Exit status: 0, 2 for a user's mistake (one line on stderr), 130 when interrupted."""
-    parser = cli.build_parser(
-        ExportConfig,
-        prog="python -m slimllm.export_gguf",
-        usage="python -m slimllm.export_gguf DIR [flags]",
-        description="Writes a checkpoint as a GGUF file for llama.cpp.",
-    )
-
-    def work():
-        with cli.logging_to_console():
-            run(cli.parse(parser, ExportConfig, argv))
-
-    return cli.guarded("export_gguf", work)
+    description = "Writes a checkpoint, dense or pruned, as a GGUF file for llama.cpp."
+    return cli.program(ExportConfig, "slimllm.export_gguf", "DIR [flags]", description, run, argv)
 
 
 if __name__ == "__main__":

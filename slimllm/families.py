@@ -127,7 +127,7 @@ def widths_of(config) -> list[tuple[int, int, int]]:
 
 def irregular(widths: list[tuple[int, int, int]]) -> str:
     """Which layers differ in width from most of the others, in words; empty where all are equal."""
-    most = max(set(widths), key=widths.count)
+    most = max(sorted(set(widths), reverse=True), key=widths.count)
     others = [str(index) for index, width in enumerate(widths) if width != most]
     if not others:
         return ""

@@ -240,22 +240,22 @@ def run(config: LatencyConfig) -> dict:
 
 def main(argv=None) -> int:
     """Exit status: 0, 2 for a user's mistake (one line on stderr), 130 when interrupted."""
-    parser = cli.build_parser(
+
+    def latency(config):
+        result = run(config)
+        log.info("\n%s", "\n".join(tables(result["sizes"], result["measurements"], "dense" if config.baseline else None)))
+        if config.json:
+            record.keep(result, Path(config.json))
+
+    return cli.program(
         LatencyConfig,
-        prog="slimllm.latency",
-        usage="python -m slimllm.latency MODEL [--baseline DENSE] [flags]",
-        description="Size, prefill and decode speed and memory of a model, dense or pruned.",
+        "slimllm.latency",
+        "MODEL [--baseline DENSE] [flags]",
+        "Size, prefill and decode speed and memory of a model, dense or pruned.",
+        latency,
+        argv,
+        memory="lower --batch_size or --length",
     )
-
-    def latency():
-        config = cli.parse(parser, LatencyConfig, argv)
-        with cli.logging_to_console(), cli.memory_errors("lower --batch_size or --length"):
-            result = run(config)
-            log.info("\n%s", "\n".join(tables(result["sizes"], result["measurements"], "dense" if config.baseline else None)))
-            if config.json:
-                record.keep(result, Path(config.json))
-
-    return cli.guarded("slimllm.latency", latency)
 
 
 if __name__ == "__main__":

@@ -142,18 +142,12 @@ def speed_table(found: list[dict]) -> list[str]:
 
 def main(argv=None) -> int:
     """Exit status: 0, 2 for a user's mistake (one line on stderr), 130 when interrupted."""
-    parser = cli.build_parser(
-        SpeedConfig,
-        prog="python -m slimllm.llama_cpp",
-        usage="python -m slimllm.llama_cpp DENSE.gguf PRUNED.gguf ... [flags]",
-        description="Measures how fast llama.cpp reads a prompt and generates with each file.",
-    )
 
-    def work():
-        with cli.logging_to_console():
-            log.info("%s", "\n".join(speed_table(speeds(cli.parse(parser, SpeedConfig, argv)))))
+    def measure(settings):
+        log.info("%s", "\n".join(speed_table(speeds(settings))))
 
-    return cli.guarded("slimllm.llama_cpp", work)
+    description = "Measures how fast llama.cpp reads a prompt and generates with each file."
+    return cli.program(SpeedConfig, "slimllm.llama_cpp", "DENSE.gguf PRUNED.gguf ... [flags]", description, measure, argv)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from slimllm import checkpoint, families, pipeline
+from slimllm import checkpoint, export_transformers, families, pipeline
 from slimllm.allocation import plan, removed_parameters
 from slimllm.cli import UserError
 from slimllm.config import RUNTIMES
-from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model, make_shape
+from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model, make_shape, prune_to
 
 SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4)
 
@@ -127,11 +127,24 @@ def test_irregular_layers_are_named_with_the_way_out():
     assert type(model).__name__ == "LlamaForCausalLM" and model.config.num_attention_heads == 4  # untouched
 
 
-def test_a_regular_slim_model_becomes_a_stock_one(tmp_path, tiny_tokenizer):
-    model = checkpoint.as_slim_model(make_model())
+def test_a_checkpoint_that_is_regular_can_be_exported_as_a_stock_one(tmp_path, tiny_tokenizer, capsys):
+    model = make_model(**SIZES)
+    shape = make_shape(**SIZES)
+    pipeline.prune(model, make_ids(), make_config(4, shape, layer_ratio="uniform", recovery="least_squares"))
+    checkpoint.save(checkpoint.as_slim_model(model), tiny_tokenizer, tmp_path / "slim", make_ids(2), "dense")
     before = logits(model, make_ids())
-    checkpoint.as_stock_model(model)
-    checkpoint.save(model, tiny_tokenizer, tmp_path, make_ids(2), "dense")
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["model_type"] == "llama" and not set(config) & set(checkpoint.PER_LAYER_SETTINGS)
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), make_ids()), before)
+    assert export_transformers.main([str(tmp_path / "slim"), str(tmp_path / "stock")]) == 0
+    config = json.loads((tmp_path / "stock" / "config.json").read_text())
+    assert config["model_type"] == "llama" and not set(config) & {*checkpoint.PER_LAYER_SETTINGS, "auto_map"}
+    assert not (tmp_path / "stock" / "modeling.py").exists()
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "stock"), make_ids()), before)
+    assert export_transformers.main([str(tmp_path / "slim"), str(tmp_path / "stock")]) == 2
+    assert "stock exists" in capsys.readouterr().err
+
+
+def test_an_irregular_checkpoint_is_not_exported_as_a_stock_one(tmp_path, tiny_tokenizer, capsys):
+    folder = prune_to(tmp_path / "slim", tiny_tokenizer)
+    assert export_transformers.main([str(folder), str(tmp_path / "stock")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and " differ from the 4 heads" in error and "--runtime transformers" in error
+    assert not (tmp_path / "stock").exists() and export_transformers.main([str(folder)]) == 2

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# What it costs that a runtime must hold the pruned model, and how fast llama.cpp runs it: bash script/runtimes.sh [MODEL] [flags of hf_prune.py]
+#
+# Prunes for each --runtime at 20 % and 50 %, prints one table; exports the gguf ones and the dense model, proves that the files
+# are the same models, and measures llama.cpp's speed. Without MODEL it takes the embedded SmolLM2-135M-Instruct. What is finished
+# is not done again. NAME=... prefix of what is written to prune_log/ [runtimes]
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+install packages -r requirement.txt
+install llama_cpp "$(grep ^xllamacpp tests/requirement.txt)"
+if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
+    model="$1"
+    shift
+else
+    install_embedded_model
+    model="$(embedded_model)"
+fi
+name="${NAME:-runtimes}"
+python=.venv/bin/python
+runs=()
+
+prune() { # RUN flags...
+    local run="${name}_$1"
+    shift
+    [ -f "prune_log/$run/pruning.json" ] || "$python" hf_prune.py --base_model "$model" --save_ckpt_log_name "$run" "$@"
+}
+
+for share in 20 50; do
+    for runtime in any gguf vllm transformers; do
+        prune "${runtime}_$share" --recipe best --target_sparsity "0.$share" --runtime "$runtime" "$@"
+        runs+=("prune_log/${name}_${runtime}_$share")
+    done
+done
+prune dense --target_sparsity 0 --recovery none --runtime transformers --eval_data none
+
+for run in dense gguf_20 gguf_50; do
+    folder="prune_log/${name}_$run"
+    for type in f16 q8_0; do
+        [ -f "$folder/${name}_$run-$type.gguf" ] || "$python" -m slimllm.export_gguf "$folder" --outtype "$type"
+    done
+    "$python" -m slimllm.verify "$folder" "$folder"/*-f16.gguf "$folder"/*-q8_0.gguf
+done
+for type in f16 q8_0; do
+    "$python" -m slimllm.llama_cpp prune_log/"$name"_{dense,gguf_20,gguf_50}/*-"$type".gguf
+done
+echo
+"$python" -m slimllm.report "${runs[@]}"
