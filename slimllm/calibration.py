@@ -151,7 +151,7 @@ def read_text(path: Path) -> str:
     if Path(path).suffix != ".jsonl":
         return text
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -38,8 +38,8 @@ def reachable() -> bool:
     return True
 
 
-def rows(path: str, column: str, **kwargs):
-    """Iterates over one text column of a hub data set, streamed where the hub can be reached, else from the cache.
+def rows(path: str, column: str | None = None, **kwargs):
+    """Iterates over a hub data set's rows, or one column of them, streamed where the hub can be reached, else from the cache.
 
     Raises OSError where the data set cannot be had.
     """
@@ -50,7 +50,7 @@ def rows(path: str, column: str, **kwargs):
     try:
         data = datasets.load_dataset(path, streaming=online, **kwargs)
         for row in data:
-            yield row[column]
+            yield row if column is None else row[column]
     except Exception as error:  # each storage backend raises its own kind
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise OSError(f"hub data set {path}: {reason}") from error

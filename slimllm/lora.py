@@ -149,7 +149,7 @@ def read_rows(config: TrainConfig) -> list[dict]:
         where = f"--data_path {path}"
         try:
             text = path.read_text(encoding="utf-8")
-            rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line.strip()]
         except FileNotFoundError:
             raise UserError(f"{where}: no such file") from None
         except OSError as error:

@@ -63,7 +63,11 @@ def local_file(name: str, data_dir: str) -> Path:
 def read_rows(path: Path) -> list[dict]:
     """The rows of a .jsonl file in the hub's schema. Raises UserError naming file and line."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    for number, line in enumerate(lines if lines != [""] else [], 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:

@@ -151,6 +151,24 @@ def test_bad_data_is_named(tmp_path, name, content, said):
         lora.read_rows(settings(data_path=str(tmp_path / name)))
 
 
+def test_rows_come_from_the_hub_by_name(monkeypatch):
+    """Up to the libraries' own door: what ``datasets`` would stream from the default data set."""
+    asked = {}
+
+    def load_dataset(path, **kwargs):
+        asked.update(path=path, **kwargs)
+        return iter(ROWS)
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    config = settings()
+    assert lora.read_rows(config) == ROWS and asked["path"] == config.data_path and asked["split"] == "train"
+
+
+def test_a_line_of_json_may_hold_any_character(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one\u2028line"}, ensure_ascii=False) + "\n")
+    assert lora.read_rows(settings(data_path=str(tmp_path / "a.jsonl"))) == [{"text": "one\u2028line"}]
+
+
 def test_collate_pads_what_is_not_learned():
     batch = lora.collate([{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}, {"input_ids": [8], "labels": [8]}])
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
