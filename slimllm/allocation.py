@@ -14,6 +14,7 @@ from .importance.layers import layer_weights
 
 SPREAD = 4.0  # how evenly `auto` spreads the budget over the layers
 MAX_RATIO = 0.9  # of one layer, with `auto`
+HEADS_TO_CHANNELS = 0.5  # where all layers keep the same heads: the share of them that goes, to that of the channels
 
 
 @dataclass
@@ -93,7 +94,9 @@ def plan(shape: ModelShape, signal: list[float], config: PruneConfig) -> list[La
     With ``pruning_ratio`` each layer's ratio is rounded on its own, as published. With ``target_sparsity`` the ratios
     are scaled, heads rounded, and channels take up the rest, so that the decoder's parameters (biases that the
     recovery adds included) meet the target to within half a channel (half of ``round_to`` channels; of each layer, where
-    the runtime wants the same number in all). Raises UserError where the pruned layers cannot give that much.
+    the runtime wants the same number in all). Where it wants one number of heads, that is the one at which heads lose most
+    nearly half the share that channels lose: the layers that importance would spare lose them too.
+    Raises UserError where the pruned layers cannot give that much.
     """
     limits = limits_of(config.runtime, shape)
     if limits.same_channels:
@@ -176,10 +179,10 @@ def _for_target(shape, units, ratios, config, limits) -> list[LayerPlan]:
             failed = error
             continue
         channels = 1 - sum(p.channels for p in plans) / (shape.channels * shape.layers)
-        found.append((abs(1 - steps / units.steps - channels), -steps, plans))
+        found.append((abs(1 - steps / units.steps - HEADS_TO_CHANNELS * channels), -steps, plans))
     if not found:
         raise failed
-    return min(found, key=lambda entry: entry[:2])[2]  # heads and channels lose as nearly the same share as can be
+    return min(found, key=lambda entry: entry[:2])[2]
 
 
 def _with_heads(shape, units, ratios, config, limits, steps=None) -> list[LayerPlan]:
@@ -218,7 +221,7 @@ def _fill_with_channels(shape, plans, target, config, together: bool) -> None:
     unit = _pruned_shape(shape, config).channel_parameters * step * (len(plans) if together else 1)
     surplus = round((removed_parameters(shape, plans, config) - target) / unit)  # steps to give back
     if together:
-        moved = min(max(plans[0].channels + surplus * step, lowest), highest)
+        moved = min(max(plans[0].channels + surplus * step, lowest), shape.channels)
         surplus -= (moved - plans[0].channels) // step
         for p in plans:
             p.channels = moved

@@ -11,7 +11,6 @@ import statistics
 import sys
 import urllib.error
 import urllib.request
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,11 +119,15 @@ class SpeedConfig:
 
 def speeds(settings: SpeedConfig) -> list[dict]:
     """For each file its name, size in bytes and the medians of prompt and generation speed in tokens per second."""
-    with ExitStack() as stack:
-        context = settings.prompt_tokens + settings.new_tokens + 8
-        servers = [stack.enter_context(LlamaCpp(path, context, settings.threads, exact=False)) for path in settings.files]
-        runs = [[server.speed(settings.prompt_tokens, settings.new_tokens) for server in servers] for _ in range(settings.repeats + 1)]
-    medians = [[statistics.median(values) for values in zip(*of_file)] for of_file in zip(*runs[1:])]  # the first warms up
+
+    def once(path):
+        with LlamaCpp(path, settings.prompt_tokens + settings.new_tokens + 8, settings.threads, exact=False) as server:
+            server.speed(settings.prompt_tokens, settings.new_tokens)  # warms up
+            return server.speed(settings.prompt_tokens, settings.new_tokens)
+
+    # in turns, so that all see the same machine, and one server at a time: idle ones would take part of it
+    runs = [[once(path) for path in settings.files] for _ in range(settings.repeats)]
+    medians = [[statistics.median(values) for values in zip(*of_file)] for of_file in zip(*runs)]
     return [
         {"file": Path(path).name, "bytes": Path(path).stat().st_size, "prompt": prompt, "generation": generation}
         for path, (prompt, generation) in zip(settings.files, medians)

@@ -1,6 +1,7 @@
 """Random two-layer models of every family, a tiny tokenizer, and the real embedded model."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -180,3 +181,25 @@ def run_cli(*args, cwd, env=None, timeout=600):
         timeout=timeout,
         env={**os.environ, **(env or {})},
     )
+
+
+@pytest.fixture(scope="session")
+def run(gguf_file, tmp_path_factory):
+    """One run from the .gguf file with no network and nothing named but the amount. Returns (folder, record, stdout)."""
+    home = tmp_path_factory.mktemp("run")
+    done = run_cli(
+        "--base_model",
+        gguf_file,
+        "--target_sparsity",
+        0.2,
+        "--num_examples",
+        8,
+        "--eval_limit",
+        16,
+        "--save_ckpt_log_name",
+        "real",
+        cwd=home,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = home / "prune_log" / "real"
+    return folder, json.loads((folder / "pruning.json").read_text()), done.stdout

@@ -11,7 +11,9 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from slimllm import calibration, card, export_gguf
+import hf_prune
+import post_training
+from slimllm import calibration, card, evaluation, export_gguf, report
 from tests.conftest import TEXT, run_cli
 from tests.test_export_gguf import bpe_tokenizer, save
 
@@ -32,16 +34,25 @@ def text(tmp_path):
     return path
 
 
-def prune(base, text, *flags, cwd, **kwargs):
-    return run_cli(
-        "--base_model", base, "--calibration", text, "--eval_data", text, "--save_ckpt_log_name", "small", *PRUNE, *flags, cwd=cwd, **kwargs
-    )
+def flags_of(base, text, *flags):
+    named = ("--base_model", base, "--calibration", text, "--eval_data", text, "--save_ckpt_log_name", "small")
+    return [str(flag) for flag in (*named, *PRUNE, *flags)]
 
 
-def test_the_card_says_where_the_model_comes_from_and_how_good_it_is(base, text, tmp_path):
-    done = prune(base, text, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "prune_log" / "small"
+@pytest.fixture
+def prune(base, text, tmp_path, monkeypatch, capsys):
+    """Prunes the tiny model in this process; what it wrote: the checkpoint folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags):
+        assert hf_prune.main(flags_of(base, text, *flags)) == 0, capsys.readouterr().err
+        return tmp_path / "prune_log" / "small"
+
+    return run
+
+
+def test_the_card_says_where_the_model_comes_from_and_how_good_it_is(prune):
+    folder = prune()
     found, run = ModelCard.load(folder / "README.md"), json.loads((folder / "pruning.json").read_text())
     assert found.data.license == "llama3.2" and found.data.library_name == "transformers" and "slimllm" in found.data.tags
     page, figure = found.text, run["evaluation"][0]
@@ -61,10 +72,9 @@ def test_the_card_says_where_the_model_comes_from_and_how_good_it_is(base, text,
     assert hashlib.sha256((folder / "small-f16.gguf").read_bytes()).hexdigest() in (folder / "README.md").read_text()
 
 
-def test_each_form_says_how_it_is_loaded(base, text, tmp_path):
+def test_each_form_says_how_it_is_loaded(prune):
     for runtime, code, vllm in (("transformers", False, "vllm serve small\n"), ("vllm", True, "vllm serve small --trust-remote-code")):
-        assert prune(base, text, "--runtime", runtime, "--overwrite", cwd=tmp_path).returncode == 0
-        page = (tmp_path / "prune_log" / "small" / "README.md").read_text()
+        page = (prune("--runtime", runtime, "--overwrite") / "README.md").read_text()
         assert ("trust_remote_code" in page) is code and vllm in page
 
 
@@ -138,7 +148,7 @@ def test_push_to_hub_uploads_the_checkpoint(hub, base, text, tmp_path):
         "HF_HUB_DISABLE_XET": "1",
         "HF_HOME": str(tmp_path / "home"),
     }
-    done = prune(base, text, "--push_to_hub", "me/small", cwd=tmp_path, env=env)
+    done = run_cli(*flags_of(base, text, "--push_to_hub", "me/small"), cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "prune_log" / "small"
     local = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "log.txt"}
@@ -155,7 +165,24 @@ def test_push_to_hub_uploads_the_checkpoint(hub, base, text, tmp_path):
 )
 def test_push_that_cannot_be_is_said_before_the_run(hub, base, text, tmp_path, name, env, says):
     env = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), **env}
-    done = prune(base, text, "--push_to_hub", name, cwd=tmp_path, env=env)
+    done = run_cli(*flags_of(base, text, "--push_to_hub", name), cwd=tmp_path, env=env)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert re.search(says, done.stderr), done.stderr
     assert not (tmp_path / "prune_log").exists() and not hub.files
+
+
+def test_a_post_trained_model_has_a_card_of_both_steps(prune, text, tmp_path):
+    prune("--max_seq_len", 128)
+    (tmp_path / "rows.jsonl").write_text('{"text": "it was the best of times"}\n' * 16)
+    data = ("--data_path", "rows.jsonl", "--val_set_size", 0, "--extra_val_dataset", text, "--cutoff_len", 32)
+    steps = ("--num_epochs", 1, "--batch_size", 8, "--micro_batch_size", 8, "--output_dir", "tuned", "--merge")
+    assert post_training.main([str(flag) for flag in ("--prune_model", "prune_log/small", *data, *steps)]) == 0
+    page = (tmp_path / "tuned" / "merged" / "README.md").read_text()
+    run = json.loads((tmp_path / "tuned" / "merged" / "pruning.json").read_text())
+    (figure,) = run["evaluation"]
+    assert "LoRA, merged" in page and f"{figure['pruned']:.2f} -> {figure['tuned']:.2f}" in page and "llama3.2" in page
+    merged = tmp_path / "tuned" / "merged"
+    flags = [str(merged), "--tasks", "none", "--eval_data", str(text), "--max_seq_len", "16", "--output", str(tmp_path / "r.json")]
+    assert evaluation.main(flags) == 0
+    (row,) = report.paper_cells([json.loads((tmp_path / "r.json").read_text())])[1:]
+    assert row[0] == f"{run['parameters']['decoder_removed']:.0%}".replace("%", " %") + " w/ tune"

@@ -12,46 +12,34 @@ from tests.conftest import run_cli
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("deployment")
+def half(gguf_file, tmp_path_factory):
+    """The real model with half of its decoder removed, all layers alike, as a plain Llama: its folder."""
+    home = tmp_path_factory.mktemp("half")
+    flags = ("--target_sparsity", 0.5, "--runtime", "transformers", "--recipe", "best", "--save_ckpt_log_name", "half")
+    data = ("--calibration", "self", "--num_examples", 4, "--eval_data", "none")
+    done = run_cli("--base_model", gguf_file, *flags, *data, cwd=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return home / "prune_log" / "half"
 
 
-@pytest.fixture(scope="module")
-def pruned(home, gguf_file):
-    """Prunes the real model to a share once: (share, flags) -> checkpoint folder."""
-    made = {}
-
-    def prune(share, *flags):
-        key = (share, *flags)
-        if key not in made:
-            name = f"pruned_{len(made)}"
-            base = ("--base_model", gguf_file, "--target_sparsity", share, "--save_ckpt_log_name", name)
-            done = run_cli(*base, "--calibration", "self", "--num_examples", 4, "--eval_data", "none", *flags, cwd=home)
-            assert done.returncode == 0, done.stderr[-3000:]
-            made[key] = home / "prune_log" / name
-        return made[key]
-
-    return prune
-
-
-@pytest.mark.parametrize(
-    "share, flags, outtypes",
-    [
-        (0.2, (), "f32,f16,q8_0"),
-        (0.5, ("--runtime", "transformers", "--recovery", "least_squares"), "bf16"),
-    ],
-)
-def test_the_exported_model_is_the_pruned_one(pruned, share, flags, outtypes, capsys):
-    folder = pruned(share, *flags)
+def proved(folder, outtypes, capsys):
     assert export_gguf.main([str(folder), "--outtype", outtypes]) == 0
-    assert verify.main([str(folder), *map(str, sorted(folder.glob("*-*.gguf"))), "--seq_len", "48", "--blocks", "1"]) == 0
+    files = sorted(map(str, folder.glob("*-*.gguf")))
+    assert verify.main([str(folder), *files, "--seq_len", "48", "--blocks", "1"]) == 0
     table = capsys.readouterr().out
     assert "FAILED" not in table and table.count("log-probabilities") == len(outtypes.split(","))
 
 
-def test_served_over_http_it_says_what_transformers_says(pruned):
-    folder = pruned(0.2)
-    path = export_gguf.export(folder, folder / "served-f32.gguf", "f32")
+def test_the_exported_model_is_the_pruned_one(run, half, capsys):
+    """20 % in layers of different widths, 50 % in layers that are alike."""
+    folder, _, _ = run
+    proved(folder, "f32,q8_0", capsys)
+    proved(half, "f16", capsys)
+
+
+def test_served_over_http_it_says_what_transformers_says(run, tmp_path):
+    folder, _, _ = run
+    path = export_gguf.export(folder, tmp_path / "served.gguf", "f32")
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -65,12 +53,9 @@ def test_served_over_http_it_says_what_transformers_says(pruned):
     assert said.strip() == expected.strip() and len(said) > 10
 
 
-def test_llama_cpp_runs_the_pruned_model_faster(pruned, smollm2, home):
-    files = []
-    for name, folder in (("dense", smollm2), ("pruned", pruned(0.5, "--runtime", "transformers", "--recovery", "least_squares"))):
-        for outtype in ("f16", "q8_0"):
-            files.append(export_gguf.export(folder, home / f"{name}-{outtype}.gguf", outtype))
-    for dense, small in ((files[0], files[2]), (files[1], files[3])):
-        settings = llama_cpp.SpeedConfig(files=(str(dense), str(small)), prompt_tokens=192, new_tokens=32, repeats=3, threads=2)
-        before, after = llama_cpp.speeds(settings)
-        assert after["prompt"] > before["prompt"] and after["generation"] > before["generation"], (before, after)
+@pytest.mark.parametrize("outtype", ["f16", "q8_0"])
+def test_llama_cpp_runs_the_pruned_model_faster(half, smollm2, tmp_path, outtype):
+    folders = {"dense": smollm2, "half": half}
+    files = tuple(str(export_gguf.export(folder, tmp_path / f"{name}.gguf", outtype)) for name, folder in folders.items())
+    before, after = llama_cpp.speeds(llama_cpp.SpeedConfig(files=files, prompt_tokens=192, new_tokens=32, repeats=3, threads=2))
+    assert after["prompt"] > before["prompt"] and after["generation"] > before["generation"], (before, after)

@@ -11,29 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimllm import calibration, evaluation, families
 from slimllm.benchmark import main as benchmark
-from tests.conftest import ROOT, make_config, run_cli
-
-
-@pytest.fixture(scope="module")
-def run(gguf_file, tmp_path_factory):
-    """One run from the .gguf file with no network and nothing named but the amount. Returns (folder, record, stdout)."""
-    home = tmp_path_factory.mktemp("run")
-    done = run_cli(
-        "--base_model",
-        gguf_file,
-        "--target_sparsity",
-        0.2,
-        "--num_examples",
-        8,
-        "--eval_limit",
-        16,
-        "--save_ckpt_log_name",
-        "real",
-        cwd=home,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    folder = home / "prune_log" / "real"
-    return folder, json.loads((folder / "pruning.json").read_text()), done.stdout
+from tests.conftest import ROOT, make_config
 
 
 def test_twenty_percent_is_twenty_percent(run):
