@@ -165,6 +165,10 @@ class PruneConfig:
         if self.pruned_layers > shape.layers:
             raise UserError(f"--pruned_layers {self.pruned_layers}: the model has {shape.layers} layers")
         if limits_of(self.runtime, shape).same_channels:
+            if self.layer_ratio == "auto":
+                raise UserError(
+                    f"--layer_ratio auto and --runtime {self.runtime}: all layers of this model lose the same there; leave one away"
+                )
             self.layer_ratio = "uniform"
 
     def to_dict(self) -> dict:

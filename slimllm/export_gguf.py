@@ -32,6 +32,12 @@ OUTTYPES = {
 }
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # where all layers have one width
 PER_LAYER = "deci"
+ROPE_SETTINGS = {  # rope types, and what of each llama.cpp computes as transformers does
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
 ROPE_IN_PAIRS = ("llama", PER_LAYER)  # these turn neighbouring dimensions; transformers turns the two halves of a head
 
 
@@ -145,14 +151,17 @@ def _add_metadata(writer, config, folder: Path, file_type) -> None:
 def _add_rope(writer, config) -> None:
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
+    if kind not in ROPE_SETTINGS:
+        raise UserError(f"rope_type {kind}: cannot be written to GGUF; {', '.join(ROPE_SETTINGS)} can")
+    strange = sorted(key for key in rope if rope[key] is not None and key not in ("rope_type", "type", "rope_theta", *ROPE_SETTINGS[kind]))
+    if strange:
+        raise UserError(f"rope_type {kind} with {', '.join(strange)}: cannot be written to GGUF")
     writer.add_rope_freq_base(rope["rope_theta"])
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
         writer.add_rope_scaling_factor(rope["factor"])
     if kind == "yarn":
         writer.add_rope_scaling_orig_ctx_len(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
-    elif kind not in ("default", "linear", "llama3"):
-        raise UserError(f"rope_type {kind}: cannot be written to GGUF; default, linear, llama3 and yarn can")
 
 
 def _rope_factors(config) -> np.ndarray | None:

@@ -119,14 +119,15 @@ def test_llama_cpp_computes_the_same_model(case, form, tmp_path):
         {"rope_type": "linear", "factor": 4.0},
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
         {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "attention_factor": 1.5},
     ],
-    ids=lambda rope: rope["rope_type"],
+    ids=("linear", "yarn", "dynamic", "yarn with a setting of its own"),
 )
 def test_rope_scaling(rope, tmp_path):
     sizes = {**SIZES, "rope_parameters": {"rope_theta": 10000.0, **rope}, "head_dim": 32, "max_position_embeddings": 64}
     folder = save("llama_gqa", tmp_path, bpe_tokenizer(), sizes=sizes)
-    if rope["rope_type"] == "dynamic":
-        with pytest.raises(UserError, match="rope_type dynamic: cannot be written to GGUF"):
+    if rope["rope_type"] == "dynamic" or "attention_factor" in rope:
+        with pytest.raises(UserError, match="rope_type (dynamic|yarn with attention_factor): cannot be written to GGUF"):
             export_gguf.export(folder, tmp_path / "x.gguf", "f32")
         return
     for check in checks(folder, export_gguf.export(folder, tmp_path / "x.gguf", "f32"), length=40):

@@ -109,6 +109,11 @@ def test_heads_that_every_layer_loses_are_half_the_share_of_channels(runtime):
         assert abs(1 - plans[0].heads / 16 - channels / 2) <= 1 / 16
 
 
+def test_auto_where_all_layers_must_be_alike_is_a_mistake():
+    with pytest.raises(UserError, match="--layer_ratio auto and --runtime transformers: all layers"):
+        make_config(shape=make_shape(), layer_ratio="auto", runtime="transformers")
+
+
 def test_nothing_removed_is_the_dense_model():
     shape = make_shape(**SIZES)
     (found,) = {
