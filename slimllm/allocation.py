@@ -147,7 +147,7 @@ def _from_ratios(shape, units, ratios, round_to, limits: Limits, steps: int | No
 
 def removed_parameters(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig) -> int:
     """Decoder parameters that the plans remove, less the biases that the recovery and the runtime's form of the model add."""
-    kept, new_bias = _pruned_shape(shape, config), config.recovery != "none" and limits_of(config.runtime, shape).new_bias
+    kept, new_bias = _pruned_shape(shape, plans, config), config.recovery != "none" and limits_of(config.runtime, shape).new_bias
     left = sum(
         kept.layer_parameters(
             p.heads,
@@ -161,11 +161,14 @@ def removed_parameters(shape: ModelShape, plans: list[LayerPlan], config: PruneC
     return shape.decoder_parameters - left
 
 
-def _pruned_shape(shape: ModelShape, config: PruneConfig) -> ModelShape:
+def _pruned_shape(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig) -> ModelShape:
     """The shape with the biases that every layer of the pruned model has."""
     if config.recovery == "none" or not limits_of(config.runtime, shape).all_biases:
         return shape
-    return dataclasses.replace(shape, qkv_bias=True, o_bias=True, mlp_bias=True)
+    attention, mlp = any(p.heads < shape.heads for p in plans), any(p.channels < shape.channels for p in plans)
+    return dataclasses.replace(
+        shape, qkv_bias=shape.qkv_bias or attention, o_bias=shape.o_bias or attention, mlp_bias=shape.mlp_bias or mlp
+    )
 
 
 def _for_target(shape, units, ratios, config, limits) -> list[LayerPlan]:
@@ -218,7 +221,7 @@ def _fill_with_channels(shape, plans, target, config, together: bool) -> None:
     step = config.round_to
     lowest, highest = step, (shape.channels - 1) // step * step
     pruned = [p for p in plans if p.channels < shape.channels] if not together else plans
-    unit = _pruned_shape(shape, config).channel_parameters * step * (len(plans) if together else 1)
+    unit = _pruned_shape(shape, plans, config).channel_parameters * step * (len(plans) if together else 1)
     surplus = round((removed_parameters(shape, plans, config) - target) / unit)  # steps to give back
     if together:
         moved = min(max(plans[0].channels + surplus * step, lowest), shape.channels)

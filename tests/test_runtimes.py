@@ -50,7 +50,7 @@ def test_what_a_runtime_gets_is_what_it_holds(case, runtime, tmp_path, tiny_toke
 
 
 def test_transformers_form_holds_the_recovery_s_biases(tmp_path, tiny_tokenizer):
-    model, folder, _, _ = pruned("llama_gqa", "transformers", tmp_path, tiny_tokenizer)
+    model, folder, _, _ = pruned("llama_gqa", "transformers", tmp_path, tiny_tokenizer, target_sparsity=0.6)
     config = json.loads((folder / "config.json").read_text())
     assert config["attention_bias"] and config["mlp_bias"] and config["head_dim"] == 8 and "auto_map" not in config
     layer = model.model.layers[1]
