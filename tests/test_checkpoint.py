@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from slimllm import checkpoint, pipeline
@@ -40,6 +41,7 @@ def test_a_model_that_was_not_pruned_round_trips(tmp_path):
 
 LOAD_ALONE = """
 import sys, json, torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 try:
     import slimllm
@@ -119,12 +121,20 @@ def test_large_checkpoints_are_sharded(tmp_path):
     assert torch.equal(logits(checkpoint.load(tmp_path), make_ids()), logits(model, make_ids()))
 
 
-def test_a_checkpoint_that_is_another_model_fails_the_run(tmp_path):
+def spoil(folder):
+    """Changes one tensor of a saved checkpoint."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] += 0.1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_a_checkpoint_that_is_another_model_fails_the_run(tmp_path, tiny_tokenizer):
     model = pruned()
-    model.save_pretrained(tmp_path)
-    model.model.layers[1].mlp.down_proj.weight.data += 0.1
+    checkpoint.save(model, tiny_tokenizer, tmp_path, make_ids(2), "dense")
+    checkpoint.reload_and_compare(copy.deepcopy(model), tmp_path)
+    spoil(tmp_path)
     with pytest.raises(RuntimeError, match="does not load as the model that was saved"):
-        checkpoint.reload_and_compare(model, tmp_path, make_ids())
+        checkpoint.reload_and_compare(model, tmp_path)
 
 
 def test_staged_moves_into_place_and_leaves_nothing_behind(tmp_path):

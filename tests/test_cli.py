@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import hf_prune
 from slimllm import checkpoint, pipeline
 from tests.conftest import ROOT, logits, make_config, make_ids, make_model, run_cli
+from tests.test_checkpoint import spoil
 
 
 @pytest.fixture
@@ -299,9 +300,9 @@ def test_interrupted_in_the_middle_leaves_the_old_checkpoint(cli, monkeypatch):
 def test_a_save_that_fails_to_load_fails_the_run(cli, monkeypatch):
     save = checkpoint.save
 
-    def wrong(model, tokenizer, folder):
-        save(model, tokenizer, folder)
-        model.model.norm.weight.data += 1
+    def wrong(model, tokenizer, folder, *rest):
+        save(model, tokenizer, folder, *rest)
+        spoil(folder)
 
     monkeypatch.setattr(checkpoint, "save", wrong)
     with pytest.raises(RuntimeError, match="does not load as the model that was saved"):
