@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 
@@ -18,7 +17,7 @@ FILES_HEADING = "## Files"
 def write(folder: Path, run: dict) -> None:
     """Writes the card of the checkpoint in ``folder`` from the record of its run (``pruning.json``)."""
     config = families.load_config(str(folder), "DIR", pruned=True)
-    name, removed, base = folder_name(run), run["parameters"], run["config"]["base_model"]
+    name, removed = Path(run["config"]["save_ckpt_log_name"]).name, run["parameters"]
     base_id, licence = run["model"].get("hub_name"), run["model"].get("licence")
     data = ModelCardData(
         base_model=base_id,
@@ -32,17 +31,13 @@ def write(folder: Path, run: dict) -> None:
         f"{run['model']['name']} with {removed['decoder_removed']:.2%} of its decoder layers' parameters removed ({removed['removed']:.2%} "
         f"of all: {removed['dense'] / 1e6:.1f} M -> {removed['pruned'] / 1e6:.1f} M), whole attention heads and feed-forward channels, by "
         "[SlimLLM](https://arxiv.org/abs/2505.22689).",
-        _origin(run, base, base_id, licence),
+        _origin(run, base_id, licence),
         *_quality(run),
         *_use(name, config),
         FILES_HEADING,
         _files(folder),
     ]
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n").save(folder / FILE)
-
-
-def folder_name(run: dict) -> str:
-    return Path(run["config"]["save_ckpt_log_name"]).name
 
 
 def update_files(folder: Path) -> None:
@@ -74,7 +69,7 @@ def origin_of(base_model: str) -> dict:
     return {"hub_name": hub_name, "licence": licence}
 
 
-def _origin(run: dict, base: str, base_id: str | None, licence: str | None) -> str:
+def _origin(run: dict, base_id: str | None, licence: str | None) -> str:
     calibration, environment = run["calibration"], run["environment"]
     rows = [
         ["base model", f"[{base_id}](https://huggingface.co/{base_id})" if base_id else run["model"]["name"]],
@@ -135,6 +130,5 @@ def _files(folder: Path) -> str:
     rows = [["file", "bytes", "sha256"]]
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name not in (FILE, "log.txt") and not path.name.startswith("."):
-            with path.open("rb") as file:
-                rows.append([path.name, str(path.stat().st_size), hashlib.file_digest(file, "sha256").hexdigest()])
+            rows.append([path.name, str(path.stat().st_size), record.file_hash(path)])
     return "\n".join(report.aligned(rows))

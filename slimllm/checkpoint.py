@@ -41,8 +41,7 @@ def in_runtime_form(model, runtime: str = "any"):
     limits = limits_of(runtime, shape_of(model.config, family))
     if limits.same_channels:
         return as_stock_model(model)
-    as_slim_model(model)
-    return _as_deci_model(model, family) if limits.same_heads else model
+    return _as_deci_model(model, family) if limits.same_heads else as_slim_model(model)
 
 
 def _blocks(model) -> list[tuple]:
@@ -117,10 +116,10 @@ def _fill_biases(model, family, way: str) -> None:
 
 
 def _as_deci_model(model, family):
-    """Adds to a slim model's config what vLLM's DeciLMForCausalLM reads: one number of heads, and a block of settings a layer."""
-    config, widths = model.config, _widths(model)
-    heads, kv_heads, _ = widths[0]
+    """:func:`as_slim_model`, and what vLLM's DeciLMForCausalLM reads of a config: one number of heads, a block of settings a layer."""
     _fill_biases(model, family, "prune with --runtime vllm")
+    config, widths = as_slim_model(model).config, _widths(model)
+    heads, kv_heads, _ = widths[0]
     if family.qkv_bias is True:
         config.qkv_bias = True
     config.num_attention_heads, config.num_key_value_heads = heads, kv_heads
@@ -131,7 +130,7 @@ def _as_deci_model(model, family):
         }
         for _, _, channels in widths
     ]
-    return as_slim_model(model)  # the new biases are in its lists
+    return model
 
 
 class Tensors:
@@ -191,12 +190,16 @@ def tolerance(dtype: torch.dtype) -> float:
     return 1e-5 if dtype == torch.float32 else 1e-2
 
 
+def log_probabilities(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """log p(ids[:, t] | before) in nats, [samples, length - 1], from logits [samples, length, vocabulary] of ids [samples, length]."""
+    return logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+
+
 @torch.no_grad()
 def _outputs(model, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Log-probability of each next token, and the logits after the last: what tells one model from another in few bytes."""
     logits = model(ids.to(model.device), use_cache=False).logits.float().cpu()
-    likely = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    return {"log_probabilities": likely, "last_logits": logits[:, -1].clone()}
+    return {"log_probabilities": log_probabilities(logits, ids), "last_logits": logits[:, -1].clone()}
 
 
 def compare_with_reference(model, folder: str | os.PathLike) -> tuple[float, float]:

@@ -271,7 +271,7 @@ def run(config: EvalConfig) -> dict:
             record.keep(results, output)
         for name in missing:
             started = time.perf_counter()
-            source = _file_hash(zero_shot.local_file(name, config.data_dir)) if config.data_dir else "hub"
+            source = record.file_hash(zero_shot.local_file(name, config.data_dir)) if config.data_dir else "hub"
             scores = zero_shot.score(model, tokenizer, name, config.data_dir, config.limit)
             reported = zero_shot.TASKS[name].reported
             seconds = round(time.perf_counter() - started, 1)
@@ -295,7 +295,7 @@ def _identity(config: EvalConfig, model_config, device) -> dict:
     if os.path.isdir(config.model):
         weights = _folder_hash(Path(config.model))
     elif os.path.isfile(config.model):
-        weights = _file_hash(Path(config.model))
+        weights = record.file_hash(Path(config.model))
     return {
         "model": Path(config.model).name,
         "weights": weights,
@@ -320,16 +320,11 @@ def _pruning_of(folder: Path) -> dict | None:
     }
 
 
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _folder_hash(folder: Path) -> str:
     """SHA-256 over the names and contents of a model folder's weights and config."""
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
-        digest.update(f"{path.name} {_file_hash(path)}\n".encode())
+        digest.update(f"{path.name} {record.file_hash(path)}\n".encode())
     return digest.hexdigest()
 
 

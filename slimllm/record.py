@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -135,6 +136,12 @@ def read_json(path: str | os.PathLike) -> dict:
 def read(folder: str | os.PathLike) -> dict:
     """The record of a pruning run: pruning.json in its folder. Raises as :func:`read_json` does."""
     return read_json(Path(folder) / "pruning.json")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

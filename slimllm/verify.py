@@ -64,12 +64,6 @@ class Check:
 
 
 @torch.no_grad()
-def log_probabilities(model, ids: torch.Tensor) -> torch.Tensor:
-    """log p(ids[:, t] | before) in nats, [samples, length - 1], for ids [samples, length]."""
-    return model(ids, use_cache=False).logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-
-
-@torch.no_grad()
 def greedy(model, ids: torch.Tensor, tokens: int, banned: list[int], cached: bool = True) -> list[int]:
     """The ``tokens`` ids that follow ids [length], each the most probable that is not ``banned`` (special tokens end a text)."""
     attention = torch.ones_like(ids[None])
@@ -130,7 +124,9 @@ def checks_of_file(path: str, model, tokenizer, text: str, blocks: torch.Tensor)
             for block in blocks:
                 values.append(llama.log_probabilities(block.tolist()))
                 bar.update(len(block))
-        difference = (torch.tensor(values) - log_probabilities(model, blocks)).abs()
+        with torch.no_grad():
+            in_transformers = checkpoint.log_probabilities(model(blocks, use_cache=False).logits.float(), blocks)
+        difference = (torch.tensor(values) - in_transformers).abs()
         checks.append(
             Check(f"{name}: mean difference of {difference.numel()} log-probabilities", float(difference.mean()), allowed, "nats")
         )
