@@ -14,12 +14,14 @@ from .importance.layers import layer_weights
 
 SPREAD = 4.0  # how evenly `auto` spreads the budget over the layers
 MAX_RATIO = 0.9  # of one layer, with `auto`
-HEADS_TO_CHANNELS = 0.5  # where all layers keep the same heads: the share of them that goes, to that of the channels
+# The share of the heads that goes, to that of the channels:
+ATTENTION_SHARES = (1.0, 0.5)  # `auto` tries these
+COMMON_ATTENTION_SHARE = 0.5  # where all layers keep the same number of heads
 
 
 @dataclass
 class LayerPlan:
-    """What one layer keeps. ``ratio`` is the share that was asked of it (Eq. 11), before rounding."""
+    """What one layer keeps. ``ratio`` is the share of its channels that was asked of it (Eq. 11), before rounding."""
 
     ratio: float
     heads: int
@@ -88,14 +90,35 @@ def spread(sensitivity: list[float], total: float) -> list[float]:
     return ratios(high).tolist()
 
 
-def plan(shape: ModelShape, signal: list[float], config: PruneConfig) -> list[LayerPlan]:
+def candidates(shape: ModelShape, sensitivity: list[float], config: PruneConfig) -> dict[float, list[LayerPlan]]:
+    """The plans between which ``--layer_ratio auto`` chooses, all of the same size: {attention share: plans}.
+
+    Where two shares give the same plan, or one cannot meet the budget, there are fewer.
+    """
+    found, failed = {}, None
+    for share in ATTENTION_SHARES:
+        try:
+            plans = plan(shape, sensitivity, config, share)
+        except UserError as error:
+            failed = error
+            continue
+        if plans not in found.values():
+            found[share] = plans
+    if not found:
+        raise failed
+    return found
+
+
+def plan(shape: ModelShape, signal: list[float], config: PruneConfig, attention: float | None = None) -> list[LayerPlan]:
     """One LayerPlan a layer, from the dense model's layer cosines [L] or, with ``--layer_ratio auto``, its sensitivities.
+
+    ``attention``: the share of the heads that goes, to that of the channels, which make up for the rest; none is the usual.
 
     With ``pruning_ratio`` each layer's ratio is rounded on its own, as published. With ``target_sparsity`` the ratios
     are scaled, heads rounded, and channels take up the rest, so that the decoder's parameters (biases that the
     recovery adds included) meet the target to within half a channel (half of ``round_to`` channels; of each layer, where
     the runtime wants the same number in all). Where it wants one number of heads, that is the one at which heads lose most
-    nearly half the share that channels lose: the layers that importance would spare lose them too.
+    nearly the usual half of the share that channels lose: the layers that importance would spare lose them too.
     Raises UserError where the pruned layers cannot give that much.
     """
     limits = limits_of(config.runtime, shape)
@@ -120,17 +143,21 @@ def plan(shape: ModelShape, signal: list[float], config: PruneConfig) -> list[La
             "allow no such multiple"
         )
     if config.target_sparsity is None:
-        return _from_ratios(shape, units, ratios(config.pruning_ratio), config.round_to, limits)
-    return _for_target(shape, units, ratios, config, limits)
+        plans = _from_ratios(shape, units, ratios(config.pruning_ratio), config.round_to, limits)
+        if attention in (None, 1.0):
+            return plans
+        share = removed_parameters(shape, plans, config) / shape.decoder_parameters
+        config = dataclasses.replace(config, pruning_ratio=None, target_sparsity=share)
+    return _for_target(shape, units, ratios, config, limits, attention)
 
 
-def _from_ratios(shape, units, ratios, round_to, limits: Limits, steps: int | None = None) -> list[LayerPlan]:
+def _from_ratios(shape, units, ratios, round_to, limits: Limits, attention=1.0, steps: int | None = None) -> list[LayerPlan]:
     """A plan a layer; ``steps``: of heads, in every layer, instead of what the ratios say."""
     plans = []
     mean = sum(ratios) / len(ratios)
     for ratio in ratios:
         inside = min(ratio, 1.0)
-        of_heads = min(mean, 1.0) if limits.same_heads else inside
+        of_heads = attention * (min(mean, 1.0) if limits.same_heads else inside)
         kept = steps or (units.kept_steps(of_heads, round_to) if of_heads else units.steps)
         heads = units.widths(kept)
         if not ratio:
@@ -171,29 +198,30 @@ def _pruned_shape(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig
     )
 
 
-def _for_target(shape, units, ratios, config, limits) -> list[LayerPlan]:
+def _for_target(shape, units, ratios, config, limits, attention) -> list[LayerPlan]:
     if not limits.same_heads:
-        return _with_heads(shape, units, ratios, config, limits)
+        return _with_heads(shape, units, ratios, config, limits, 1.0 if attention is None else attention)
+    attention = COMMON_ATTENTION_SHARE if attention is None else attention
     found, failed = [], None
     for steps in units.allowed_steps(config.round_to):
         try:
-            plans = _with_heads(shape, units, ratios, config, limits, steps)
+            plans = _with_heads(shape, units, ratios, config, limits, attention, steps)
         except UserError as error:
             failed = error
             continue
         channels = 1 - sum(p.channels for p in plans) / (shape.channels * shape.layers)
-        found.append((abs(1 - steps / units.steps - HEADS_TO_CHANNELS * channels), -steps, plans))
+        found.append((abs(1 - steps / units.steps - attention * channels), -steps, plans))
     if not found:
         raise failed
     return min(found, key=lambda entry: entry[:2])[2]
 
 
-def _with_heads(shape, units, ratios, config, limits, steps=None) -> list[LayerPlan]:
+def _with_heads(shape, units, ratios, config, limits, attention, steps=None) -> list[LayerPlan]:
     """Plans that meet the target; with ``steps``, of so many steps of heads in every layer."""
     target = config.target_sparsity * shape.decoder_parameters
 
     def planned(scale):
-        return _from_ratios(shape, units, ratios(scale), config.round_to, limits, steps)
+        return _from_ratios(shape, units, ratios(scale), config.round_to, limits, attention, steps)
 
     low, high = 0.0, 1.0
     while removed_parameters(shape, planned(high), config) < target:

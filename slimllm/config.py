@@ -24,8 +24,8 @@ EVAL_NAMES = ("wikitext2", "ptb", "python_manual", "none")
 
 # What a recipe sets where the user says nothing. "paper" is Guo et al.; "best" is what measured best (README).
 RECIPES = {
-    "paper": {"recovery": "linear"},
-    "best": {"recovery": "least_squares"},
+    "paper": {"recovery": "linear", "layer_ratio": "importance"},
+    "best": {"recovery": "least_squares", "layer_ratio": "auto"},
 }
 # The published code spares the lowest-scoring 1 % of the channels. least_squares, not published, does better without.
 PUBLISHED_KEEP_LOWEST = 0.01
@@ -38,8 +38,7 @@ PAPER_SETTINGS = ((0.4, 26, 10.0), (1.0, 30, 7.0))
 class PruneConfig:
     """Settings of one run. Raises UserError where a value, or two together, make no sense.
 
-    Fields that default to None are resolved in ``__post_init__`` (from the recipe) or, where they depend on the
-    model's depth, by :meth:`resolve`.
+    Fields that default to None are resolved in ``__post_init__`` or, where they depend on the model, by :meth:`resolve`.
     """
 
     base_model: str = flag("model", "local folder, hub name or .gguf file (required)")
@@ -66,8 +65,8 @@ class PruneConfig:
     alpha: float = flag("budget", "with importance: how strongly it spreads the ratios (Eq. 11) [10, or 7 from ratio 0.4 on]", type=float)
     layer_ratio: str = flag(
         "budget",
-        "ratios by layer importance, the same for the least important layers, or auto: by what pruning each layer alone costs",
-        "importance",
+        "ratios by layer importance, the same for the least important layers, or auto: by what pruning each layer alone costs, "
+        "and as much from the heads as from the channels or half of it, whichever costs less [importance; best: auto]",
         choices=LAYER_RATIOS,
     )
     head_unit: str = flag(
@@ -122,9 +121,8 @@ class PruneConfig:
         if not self.base_model:
             raise UserError("--base_model is required: a local folder, hub name or .gguf file")
         check_choices(self)
-        for name, value in RECIPES[self.recipe].items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+        if self.recovery is None:
+            self.recovery = RECIPES[self.recipe]["recovery"]
         if self.keep_lowest is None:
             self.keep_lowest = 0.0 if self.recovery == "least_squares" else PUBLISHED_KEEP_LOWEST
         if self.round_to is None:
@@ -152,9 +150,8 @@ class PruneConfig:
         self.eval_data = tuple(self.eval_data) if self.eval_data else None
 
     def resolve(self, shape: ModelShape) -> None:
-        """Sets what depends on the model: pruned_layers and alpha where the user gave none (the paper's, scaled to its depth).
-
-        Where the runtime wants all layers alike, the layer ratios are uniform.
+        """Sets what depends on the model: pruned_layers and alpha where the user gave none (the paper's, scaled to its depth),
+        and layer_ratio: the recipe's, or uniform where the runtime wants all layers alike.
         """
         amount = self.pruning_ratio if self.target_sparsity is None else self.target_sparsity
         layers, alpha = next((n, a) for limit, n, a in PAPER_SETTINGS if amount < limit)
@@ -170,6 +167,8 @@ class PruneConfig:
                     f"--layer_ratio auto and --runtime {self.runtime}: all layers of this model lose the same there; leave one away"
                 )
             self.layer_ratio = "uniform"
+        if self.layer_ratio is None:
+            self.layer_ratio = RECIPES[self.recipe]["layer_ratio"]
 
     def to_dict(self) -> dict:
         return asdict(self)

@@ -7,6 +7,7 @@ pruned layers before it give. Attention goes first, then the feed-forward part (
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ from .importance.heads import greedy_search, output_gram
 from .record import return_free_memory
 from .recovery import NEEDS_INPUT_COVARIANCE
 from .runner import LayerRunner, Sublayer
+
+log = logging.getLogger("slimllm")
 
 PROBE_RATIO = 0.5  # how much of each layer the allocation `auto` takes away to see what it costs
 
@@ -65,8 +68,12 @@ def prune(
     shape = shape_of(model.config, family)
     runner = LayerRunner(model, family, ids, device)
     cosine = runner.layer_cosines()
-    sensitivity = layer_sensitivities(model, ids, held_back, config, device) if config.layer_ratio == "auto" else None
-    plans = allocation.plan(shape, sensitivity or cosine, config)
+    sensitivity = None
+    if config.layer_ratio == "auto":
+        sensitivity = layer_sensitivities(model, ids, held_back, config, device)
+        plans = _best_plan(model, ids, held_back, allocation.candidates(shape, sensitivity, config), config, device)
+    else:
+        plans = allocation.plan(shape, cosine, config)
     pruned = [index for index, p in enumerate(plans) if _removes(shape, p)]
     hidden = runner.embed() if pruned else None
     reports = []
@@ -126,6 +133,43 @@ def layer_sensitivities(model, ids: torch.Tensor, held_back: torch.Tensor, confi
     for store in (hidden, *streams):
         store.close()
     return costs
+
+
+@torch.no_grad()
+def plan_divergences(model, ids: torch.Tensor, held_back: torch.Tensor, candidates: list, config: PruneConfig, device="cpu") -> list[float]:
+    """KL divergence (nats a token) of the dense model's next-token distribution from that of the model pruned by each candidate.
+
+    Measured on ``held_back``, pruned from ``ids`` (both [samples, length]); the model is left as it is, and no pruned one is
+    ever whole in memory: a candidate, one LayerPlan a layer, is tried on a copy of one layer at a time.
+    """
+    family = family_of(model.config)
+    shape = shape_of(model.config, family)
+    seen, held = (LayerRunner(model, family, samples, device) for samples in (ids, held_back))
+    dtype = evaluation_dtype(model.dtype, seen.device)
+    dense = held.embed(dtype)
+    trials = [(plans, seen.embed(), held.embed(dtype)) for plans in candidates]
+    for index in tqdm(range(shape.layers), desc="plans", unit="layer", leave=False, disable=None):
+        with seen.layer(index) as layer:
+            for plans, hidden, stream in trials:
+                pruned, report = copy.deepcopy(layer), LayerReport(index, 0.0, plans[index].ratio, [], [], [])
+                _prune_layer(seen, hidden, pruned, plans[index], shape, config, report)
+                held.advance(stream, pruned.to(dtype), index)
+            held.advance(dense, copy.deepcopy(layer).to(dtype), index)
+        return_free_memory()
+    costs = held.divergences(dense, [stream for _, _, stream in trials])
+    for store in (dense, *(store for _, *stores in trials for store in stores)):
+        store.close()
+    return costs
+
+
+def _best_plan(model, ids, held_back, candidates: dict, config, device) -> list[allocation.LayerPlan]:
+    """The candidate that moves the model's distribution least."""
+    if len(candidates) == 1:
+        return next(iter(candidates.values()))
+    costs = plan_divergences(model, ids, held_back, list(candidates.values()), config, device)
+    for share, cost in zip(candidates, costs):
+        log.info("heads lose %g of what channels lose: divergence %.4f nats a token", share, cost)
+    return min(zip(costs, candidates.values()), key=lambda pair: pair[0])[1]
 
 
 def _removes(shape: ModelShape, p: allocation.LayerPlan) -> bool:
