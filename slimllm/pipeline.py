@@ -167,9 +167,10 @@ def _best_plan(model, ids, held_back, candidates: dict, config, device) -> list[
     if len(candidates) == 1:
         return next(iter(candidates.values()))
     costs = plan_divergences(model, ids, held_back, list(candidates.values()), config, device)
-    for share, cost in zip(candidates, costs):
-        log.info("heads lose %g of what channels lose: divergence %.4f nats a token", share, cost)
-    return min(zip(costs, candidates.values()), key=lambda pair: pair[0])[1]
+    best = costs.index(min(costs))
+    for i, (share, cost) in enumerate(zip(candidates, costs)):
+        log.info("plan where heads lose %g x what channels lose: divergence %.4f nats a token%s", share, cost, ", taken" * (i == best))
+    return list(candidates.values())[best]
 
 
 def _removes(shape: ModelShape, p: allocation.LayerPlan) -> bool:

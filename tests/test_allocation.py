@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from slimllm.allocation import MAX_RATIO, SPREAD, HeadUnits, plan, removed_parameters, spread
+from slimllm.allocation import MAX_RATIO, SPREAD, HeadUnits, candidates, plan, removed_parameters, spread
 from slimllm.cli import UserError
 from slimllm.families import FAMILIES, shape_of
 from tests.conftest import FAMILY_CASES, make_config, make_model
@@ -111,6 +111,29 @@ def test_spread_solves_its_problem():
         prices = [x / 0.15 + SPREAD * r for x, r in zip(s, ratios) if 0 < r < MAX_RATIO]
         assert max(prices) == pytest.approx(min(prices)) and len(prices) >= 3
         assert all(x / 0.15 >= min(prices) - 1e-9 for x, r in zip(s, ratios) if r == 0)
+
+
+@pytest.mark.parametrize("settings", [dict(target_sparsity=0.3), dict(pruning_ratio=0.3), dict(target_sparsity=0.3, runtime="vllm")])
+def test_auto_s_candidates_take_the_same_from_all_or_half_as_much_from_the_heads(settings):
+    sizes = dict(hidden_size=128, num_attention_heads=16, num_key_value_heads=16, intermediate_size=200)
+    counted, _ = shape("llama_mha", **sizes)
+    config = make_config(layers=6, layer_ratio="auto", recovery="linear", **{"pruning_ratio": None, **settings})
+    found = candidates(counted, [0.2, 0.1, 0.3, 0.2, 0.1, 0.2], config)
+    assert list(found) == [1.0, 0.5]
+    removed = [removed_parameters(counted, plans, config) for plans in found.values()]
+    assert abs(removed[0] - removed[1]) <= counted.channel_parameters
+    for share, plans in found.items():
+        heads = 1 - sum(p.heads for p in plans) / (16 * 6)
+        channels = 1 - sum(p.channels for p in plans) / (200 * 6)
+        assert heads == pytest.approx(share * channels, abs=1 / 16)  # a head
+
+
+def test_auto_has_no_second_plan_where_there_is_nothing_to_choose():
+    counted, _ = shape("llama_gqa", intermediate_size=100)
+    assert list(candidates(counted, COSINE, make_config(layers=6, layer_ratio="auto", target_sparsity=0.0))) == [1.0]
+    everything = make_config(layers=6, layer_ratio="auto", target_sparsity=0.99)
+    with pytest.raises(UserError, match="--target_sparsity 0.99"):
+        candidates(counted, COSINE, everything)
 
 
 def test_spread_of_equal_or_no_costs_is_even():

@@ -91,10 +91,9 @@ def test_same_seed_same_bytes(cli):
     assert (cli.folder / "prune_log/a/model.safetensors").read_bytes() == (cli.folder / "prune_log/c/model.safetensors").read_bytes()
 
 
-def test_auto_measures_each_layer_on_text_of_its_own(cli):
-    flags = ("--recipe", "best", "--layer_ratio", "auto", "--calibration", "self")
-    assert cli(*flags, "--target_sparsity", "0.3", "--save_ckpt_log_name", "auto")[0] == 0
-    record = json.loads((cli.folder / "prune_log" / "auto" / "pruning.json").read_text())
+def test_the_best_recipe_measures_each_layer_on_text_of_its_own(cli):
+    assert cli("--recipe", "best", "--target_sparsity", "0.3", "--save_ckpt_log_name", "best", "--calibration", "self")[0] == 0
+    record = json.loads((cli.folder / "prune_log" / "best" / "pruning.json").read_text())
     assert record["config"]["layer_ratio"] == "auto" and record["config"]["recovery"] == "least_squares"
     assert all(layer["sensitivity"] > 0 for layer in record["layers"]) and len({layer["ratio"] for layer in record["layers"]}) == 2
     assert cli("--target_sparsity", "0.3", "--save_ckpt_log_name", "paper")[0] == 0

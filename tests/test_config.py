@@ -30,6 +30,22 @@ def test_a_recipe_sets_only_what_the_user_left_open(flags, recovery, keep_lowest
     assert (c.recovery, c.keep_lowest) == (recovery, keep_lowest)
 
 
+@pytest.mark.parametrize(
+    "flags, layer_ratio",
+    [
+        (["--recipe", "best"], "auto"),
+        (["--recipe", "best", "--layer_ratio", "importance"], "importance"),
+        (["--recipe", "best", "--runtime", "vllm"], "auto"),
+        (["--recipe", "best", "--runtime", "transformers"], "uniform"),
+        (["--runtime", "transformers"], "uniform"),
+    ],
+)
+def test_a_recipe_s_layer_ratio_waits_for_the_runtime(flags, layer_ratio):
+    c = config(*flags)
+    c.resolve(make_shape())
+    assert c.layer_ratio == layer_ratio
+
+
 def test_save_model_can_be_said_both_ways():
     assert config("--save_model").save_model and config().save_model and not config("--no_save_model").save_model
 

@@ -189,4 +189,34 @@ def test_auto_ratios_follow_the_sensitivities():
     reports = pipeline.prune(model, ids[:9], config, held_back=ids[9:])
     order = sorted(reports, key=lambda r: r.sensitivity)
     assert [r.ratio for r in order] == sorted((r.ratio for r in order), reverse=True) and order[0].ratio > order[-1].ratio
-    assert sum(r.ratio for r in reports) == pytest.approx(0.5 * 4)
+
+
+@pytest.mark.parametrize("case", FAMILY_CASES)
+def test_a_plan_s_divergence_is_that_of_the_pruned_model(case, monkeypatch):
+    monkeypatch.setattr(pipeline, "evaluation_dtype", lambda dtype, device: dtype)
+    dense, ids = make_model(case, num_hidden_layers=3), make_ids(samples=12)
+    config = make_config(layers=3, recovery="least_squares")
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+    seen, held = ids[:9], ids[9:]
+    shape = shape_of(dense.config, FAMILIES[dense.config.model_type])
+    candidates = [pipeline.allocation.probe(shape, ratio, config) for ratio in (0.0, 0.25, 0.5)]
+    found = pipeline.plan_divergences(dense, seen, held, candidates, config)
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+    p = logits(dense, held).log_softmax(-1)
+    for plans, divergence in zip(candidates, found):
+        model = copy.deepcopy(dense)
+        monkeypatch.setattr(pipeline.allocation, "plan", lambda *_, plans=plans: plans)
+        pipeline.prune(model, seen, config)
+        wanted = (p.exp() * (p - logits(model, held).log_softmax(-1))).sum(-1).mean()
+        assert divergence == pytest.approx(wanted.item(), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("costs", [(0.1, 0.2), (0.2, 0.1)])
+def test_auto_takes_the_plan_that_costs_least(costs, monkeypatch):
+    model, ids = make_model(num_hidden_layers=4, intermediate_size=128), make_ids(samples=12)
+    config = make_config(layers=4, layer_ratio="auto", recovery="least_squares", target_sparsity=0.4)
+    tried = []
+    monkeypatch.setattr(pipeline, "plan_divergences", lambda *a: tried.extend(a[3]) or list(costs))
+    reports = pipeline.prune(model, ids[:9], config, held_back=ids[9:])
+    taken = tried[costs.index(min(costs))]
+    assert [(len(r.heads), len(r.channels)) for r in reports] == [(p.heads, p.channels) for p in taken]
