@@ -21,7 +21,7 @@ prune() { # RUN flags...
 
 for share in 20 50; do
     for runtime in any gguf vllm transformers; do
-        prune "${runtime}_$share" --recipe best --target_sparsity "0.$share" --runtime "$runtime" "$@"
+        prune "${runtime}_$share" --recovery least_squares --target_sparsity "0.$share" --runtime "$runtime" "$@"
         runs+=("prune_log/${name}_${runtime}_$share")
     done
 done

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import random
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -274,8 +275,11 @@ def trainer_for(model, train: list[dict], held_out: list[dict], config: TrainCon
         bias="none",
         task_type="CAUSAL_LM",
     )
+    with warnings.catch_warnings():  # peft 0.21 asks for it under its old name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        adapted = get_peft_model(model, lora)
     trainer = Trainer(
-        model=get_peft_model(model, lora),
+        model=adapted,
         args=arguments,
         train_dataset=train,
         eval_dataset=held_out or None,
