@@ -15,12 +15,12 @@ from tests.conftest import ROOT, run_cli
 
 
 @pytest.fixture(scope="module")
-def half(gguf_file, tmp_path_factory):
-    """The real model with half of its decoder removed, all layers alike, as a plain Llama: its folder."""
+def half(smollm2, tmp_path_factory):
+    """The real model, from safetensors, with half of its decoder removed, all layers alike, as a plain Llama: its folder."""
     home = tmp_path_factory.mktemp("half")
     flags = ("--target_sparsity", 0.5, "--runtime", "transformers", "--round_to", 32, "--recipe", "best", "--save_ckpt_log_name", "half")
     data = ("--calibration", "self", "--num_examples", 4, "--eval_data", "none")
-    done = run_cli("--base_model", gguf_file, *flags, *data, cwd=home)
+    done = run_cli("--base_model", smollm2, *flags, *data, cwd=home)
     assert done.returncode == 0, done.stderr[-3000:]
     return home / "prune_log" / "half"
 
