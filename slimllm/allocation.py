@@ -112,13 +112,14 @@ def candidates(shape: ModelShape, sensitivity: list[float], config: PruneConfig)
 def plan(shape: ModelShape, signal: list[float], config: PruneConfig, attention: float | None = None) -> list[LayerPlan]:
     """One LayerPlan a layer, from the dense model's layer cosines [L] or, with ``--layer_ratio auto``, its sensitivities.
 
-    ``attention``: the share of the heads that goes, to that of the channels, which make up for the rest; none is the usual.
+    ``attention``: the share of the heads that goes, to that of the channels, which make up for the rest. By default it is 1, or
+    with ``target_sparsity`` COMMON_ATTENTION_SHARE where the runtime wants one number of heads.
 
     With ``pruning_ratio`` each layer's ratio is rounded on its own, as published. With ``target_sparsity`` the ratios
     are scaled, heads rounded, and channels take up the rest, so that the decoder's parameters (biases that the
     recovery adds included) meet the target to within half a channel (half of ``round_to`` channels; of each layer, where
     the runtime wants the same number in all). Where it wants one number of heads, that is the one at which heads lose most
-    nearly the usual half of the share that channels lose: the layers that importance would spare lose them too.
+    nearly that share of what channels lose: the layers that importance would spare lose them too.
     Raises UserError where the pruned layers cannot give that much.
     """
     limits = limits_of(config.runtime, shape)
@@ -136,6 +137,8 @@ def plan(shape: ModelShape, signal: list[float], config: PruneConfig, attention:
         def ratios(amount):
             return [amount * weight for weight in weights]
 
+    if attention is None:
+        attention = COMMON_ATTENTION_SHARE if limits.same_heads and config.target_sparsity is not None else 1.0
     units = HeadUnits(shape, config.head_unit, limits.divisor)
     if config.round_to > shape.channels or not units.allowed_steps(config.round_to):
         raise UserError(
@@ -144,7 +147,7 @@ def plan(shape: ModelShape, signal: list[float], config: PruneConfig, attention:
         )
     if config.target_sparsity is None:
         plans = _from_ratios(shape, units, ratios(config.pruning_ratio), config.round_to, limits)
-        if attention in (None, 1.0):
+        if attention == 1.0:
             return plans
         share = removed_parameters(shape, plans, config) / shape.decoder_parameters
         config = dataclasses.replace(config, pruning_ratio=None, target_sparsity=share)
@@ -200,8 +203,7 @@ def _pruned_shape(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig
 
 def _for_target(shape, units, ratios, config, limits, attention) -> list[LayerPlan]:
     if not limits.same_heads:
-        return _with_heads(shape, units, ratios, config, limits, 1.0 if attention is None else attention)
-    attention = COMMON_ATTENTION_SHARE if attention is None else attention
+        return _with_heads(shape, units, ratios, config, limits, attention)
     found, failed = [], None
     for steps in units.allowed_steps(config.round_to):
         try:

@@ -41,7 +41,6 @@ def test_a_model_that_was_not_pruned_round_trips(tmp_path):
 
 LOAD_ALONE = """
 import sys, json, torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 try:
     import slimllm

@@ -161,6 +161,15 @@ def test_layers_run_as_in_the_whole_model(case):
         assert reports[0].attention_error[1] == pytest.approx(error.item(), rel=1e-3)
 
 
+def divergence_of_pruned(dense, plans, seen, held, config, monkeypatch):
+    """KL divergence of the dense model's next-token distribution from that of the model really pruned by ``plans``."""
+    model = copy.deepcopy(dense)
+    monkeypatch.setattr(pipeline.allocation, "plan", lambda *_: plans)
+    pipeline.prune(model, seen, config)
+    p = logits(dense, held).log_softmax(-1)
+    return (p.exp() * (p - logits(model, held).log_softmax(-1))).sum(-1).mean().item()
+
+
 @pytest.mark.parametrize("case, recovery", [("llama_mha", "none"), *((case, "least_squares") for case in FAMILY_CASES)])
 def test_sensitivity_is_the_divergence_that_pruning_one_layer_alone_makes(case, recovery, monkeypatch):
     monkeypatch.setattr(pipeline, "evaluation_dtype", lambda dtype, device: dtype)
@@ -173,22 +182,20 @@ def test_sensitivity_is_the_divergence_that_pruning_one_layer_alone_makes(case, 
     shape = shape_of(dense.config, FAMILIES[dense.config.model_type])
     probe = pipeline.allocation.probe(shape, pipeline.PROBE_RATIO, config)
     whole = LayerPlan(0.0, shape.heads, shape.kv_heads, shape.channels)
-    p = logits(dense, held).log_softmax(-1)
+    config = make_config(layers=3, recovery=recovery)
     for index in range(3):
-        model = copy.deepcopy(dense)
         plans = [probe[i] if i == index else whole for i in range(3)]
-        monkeypatch.setattr(pipeline.allocation, "plan", lambda *_, plans=plans: plans)
-        pipeline.prune(model, seen, make_config(layers=3, recovery=recovery))
-        divergence = (p.exp() * (p - logits(model, held).log_softmax(-1))).sum(-1).mean()
-        assert found[index] == pytest.approx(divergence.item(), rel=1e-3)
+        assert found[index] == pytest.approx(divergence_of_pruned(dense, plans, seen, held, config, monkeypatch), rel=1e-3)
 
 
-def test_auto_ratios_follow_the_sensitivities():
+def test_auto_ratios_follow_the_sensitivities(monkeypatch):
     model, ids = make_model(num_hidden_layers=4), make_ids(samples=12)
     config = make_config(layers=4, layer_ratio="auto", recovery="least_squares")
+    monkeypatch.setattr(pipeline, "plan_divergences", lambda *a: list(range(len(a[3]))))  # the first: heads lose what channels lose
     reports = pipeline.prune(model, ids[:9], config, held_back=ids[9:])
     order = sorted(reports, key=lambda r: r.sensitivity)
     assert [r.ratio for r in order] == sorted((r.ratio for r in order), reverse=True) and order[0].ratio > order[-1].ratio
+    assert sum(r.ratio for r in reports) == pytest.approx(0.5 * 4)
 
 
 @pytest.mark.parametrize("case", FAMILY_CASES)
@@ -202,13 +209,9 @@ def test_a_plan_s_divergence_is_that_of_the_pruned_model(case, monkeypatch):
     candidates = [pipeline.allocation.probe(shape, ratio, config) for ratio in (0.0, 0.25, 0.5)]
     found = pipeline.plan_divergences(dense, seen, held, candidates, config)
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
-    p = logits(dense, held).log_softmax(-1)
     for plans, divergence in zip(candidates, found):
-        model = copy.deepcopy(dense)
-        monkeypatch.setattr(pipeline.allocation, "plan", lambda *_, plans=plans: plans)
-        pipeline.prune(model, seen, config)
-        wanted = (p.exp() * (p - logits(model, held).log_softmax(-1))).sum(-1).mean()
-        assert divergence == pytest.approx(wanted.item(), rel=1e-3, abs=1e-6)
+        wanted = divergence_of_pruned(dense, plans, seen, held, config, monkeypatch)
+        assert divergence == pytest.approx(wanted, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("costs", [(0.1, 0.2), (0.2, 0.1)])
