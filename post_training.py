@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from slimllm.cli import device_of, guarded, logging_to_console, memory_errors
+from slimllm.cli import guarded, logging_to_console
 
 log = logging.getLogger("slimllm")
 
@@ -18,7 +18,7 @@ def main(argv=None) -> int:
     """Exit status: 0, 2 for a user's mistake (one line on stderr), 130 when interrupted."""
 
     def train():
-        from slimllm.lora import parse_args
+        from slimllm.training.config import parse_args
 
         run(parse_args(argv))
 
@@ -27,79 +27,103 @@ def main(argv=None) -> int:
 
 def run(config) -> None:
     """One run, as its settings say, on one process or on each of several. Raises UserError for what the user can mend."""
-    import torch
-
-    from slimllm import evaluation, families, lora, record
+    from slimllm.utils.files import writing
+    from slimllm.utils.memory import memory_errors, return_free_memory
 
     output = Path(config.output_dir)
     advice = "lower --micro_batch_size or --cutoff_len"
-    with logging_to_console() as lines, record.writing(output), memory_errors(advice):
-        device = device_of("device", config.device)
-        model_config = families.load_config(config.prune_model, "--prune_model", pruned=True)
-        resume = _resume_point(config, output)
-        timed = record.Stopwatch()
-        tokenizer = families.load_tokenizer(config.prune_model, "--prune_model")
-        train, held_out, digest = lora.load_data(config, tokenizer)
-        dtype = lora.training_dtype(device, model_config.dtype or torch.float32)
-        arguments = lora.training_arguments(config, device, dtype, len(train), bool(held_out))
-        main_process = arguments.process_index == 0
-        texts = evaluation.load_texts(config.extra_val_dataset, "--extra_val_dataset")
-        blocks = [evaluation.blocks_of(text, tokenizer, 128, config.eval_limit) for text in texts]
-        with timed("loading"):
-            model = families.load_model(config.prune_model, dtype, "--prune_model")
-        lora.check_targets(model, config.target_modules)
-        if main_process:
-            if config.overwrite and output.exists():  # not before everything that can be wrong was read
-                shutil.rmtree(output)
-            output.mkdir(parents=True, exist_ok=True)
-            lines.to_file(output / "log.txt")
-        else:
-            log.setLevel(logging.ERROR)
-        log.info("%s", record.command())
-        trainer = lora.trainer_for(model, train, held_out, config, arguments)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        log.info("%s: %.2f M of %.1f M parameters are trained", config.prune_model, trained / 1e6, model.num_parameters() / 1e6)
-        log.info("%s: %d rows, %d held out; %s on %s", config.data_path, len(train), len(held_out), record.name_of(dtype), arguments.device)
+    with logging_to_console() as lines, writing(output), memory_errors(advice):
+        record, ids = _train(config, output, lines)
+        if record is None:
+            return  # not the first of several processes
+        if config.merge:
+            return_free_memory()  # the model that was trained is gone by now; the merged one is read anew
+            _write_merged(output, config, record, ids)
+        _finish(output, record)
 
-        def perplexities(stage: str) -> list[float]:
-            if not main_process:
-                return []
-            with timed("evaluation"):
-                model.eval()
-                values = [evaluation.perplexity(model, ids, f"{text.name} ({stage})") for text, ids in zip(texts, blocks)]
-            for text, value in zip(texts, values):
-                log.info("%s: %s perplexity %.3f", stage, text.name, value)
-            return values
 
-        with trainer.model.disable_adapter():
-            before = perplexities("before")
-        with timed("training"):
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        after = perplexities("after")
+def _train(config, output: Path, lines):
+    """The run up to the adapter. Returns (TrainingRecord, token ids [1, length] of a row), or (None, None) but for the first process."""
+    import torch
+
+    from slimllm.data.texts import blocks_of, load_texts
+    from slimllm.evaluation.perplexity import perplexity
+    from slimllm.models import loading
+    from slimllm.reporting.record import Stopwatch, TrainingRecord, command
+    from slimllm.training import trainer as training
+    from slimllm.training.data import load_data
+    from slimllm.utils.device import device_of, name_of, training_dtype
+    from slimllm.utils.files import atomic_dir
+
+    device = device_of("device", config.device)
+    model_config = loading.load_config(config.prune_model, "--prune_model", pruned=True)
+    resume = _resume_point(config, output)
+    timed = Stopwatch()
+    tokenizer = loading.load_tokenizer(config.prune_model, "--prune_model")
+    train, held_out, digest = load_data(config, tokenizer)
+    dtype = training_dtype(device, model_config.dtype or torch.float32)
+    arguments = training.training_arguments(config, device, dtype, len(train), bool(len(held_out)))
+    main_process = arguments.process_index == 0
+    texts = load_texts(config.extra_val_dataset, "--extra_val_dataset")
+    blocks = [blocks_of(text, tokenizer, 128, config.eval_limit) for text in texts]
+    with timed("loading"):
+        model = loading.load_model(config.prune_model, dtype, "--prune_model")
+    training.target_modules(model, config)
+    if main_process:
+        if config.overwrite and output.exists():  # not before everything that can be wrong was read
+            shutil.rmtree(output)
+        output.mkdir(parents=True, exist_ok=True)
+        lines.to_file(output / "log.txt")
+    else:
+        log.setLevel(logging.ERROR)
+    log.info("%s", command())
+    trainer = training.trainer_for(model, train, held_out, config, arguments)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log.info("%s: %.2f M of %.1f M parameters are trained", config.prune_model, trained / 1e6, model.num_parameters() / 1e6)
+    log.info("%s: %d rows, %d held out; %s on %s", config.data_path, len(train), len(held_out), name_of(dtype), arguments.device)
+
+    def perplexities(stage: str) -> list[float]:
         if not main_process:
-            return
-        figures = [text.figure(ids, config.eval_limit, before=b, after=a) for text, ids, b, a in zip(texts, blocks, before, after)]
-        result = {
-            **record.of_run(config),
-            "data": {"name": config.data_path, "rows": len(train), "held_out": len(held_out), "sha256": digest},
-            "parameters": {"trained": trained, "model": model.num_parameters() - trained},
-            "dtype": record.name_of(dtype),
-            "processes": arguments.world_size,
-            "evaluation": figures,
-            **_losses(trainer.state.log_history),
-            "seconds": timed.seconds,
-            "peak_memory": record.peak_memory(),
-        }
-        _write(output, config, trainer, tokenizer, result)
+            return []
+        with timed("evaluation"):
+            model.eval()
+            values = [perplexity(model, ids, f"{text.name} ({stage})") for text, ids in zip(texts, blocks)]
+        for text, value in zip(texts, values):
+            log.info("%s: %s perplexity %.3f", stage, text.name, value)
+        return values
+
+    with trainer.model.disable_adapter():
+        before = perplexities("before")
+    with timed("training"):
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    after = perplexities("after")
+    if not main_process:
+        return None, None
+    with atomic_dir(output / "adapter", overwrite=True) as folder:
+        trainer.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    log.info("adapter: %s", output / "adapter")
+    record = TrainingRecord(
+        config=config.to_dict(),
+        data={"name": config.data_path, "rows": len(train), "held_out": len(held_out), "sha256": digest},
+        parameters={"trained": trained, "model": model.num_parameters() - trained},
+        dtype=name_of(dtype),
+        processes=arguments.world_size,
+        evaluation=[text.figure(ids, config.eval_limit, before=b, after=a) for text, ids, b, a in zip(texts, blocks, before, after)],
+        **_losses(trainer.state.log_history),
+        seconds=timed.seconds,
+    )
+    trainer.accelerator.free_memory()
+    return record, torch.tensor([train[0]["input_ids"][:64]])
 
 
 def _resume_point(config, output: Path) -> Path | None:
     """The checkpoint to go on from. Raises UserError where there is none, or where a new run would mix with an old one."""
-    from slimllm import lora
-    from slimllm.cli import UserError
+    from slimllm.errors import UserError
+    from slimllm.training.trainer import last_checkpoint
 
     if config.resume_from_checkpoint == "last":
-        point = lora.last_checkpoint(output)
+        point = last_checkpoint(output)
         if point is None:
             raise UserError(f"--resume_from_checkpoint last: {output} holds no finished checkpoint; start without the flag")
         return point
@@ -111,7 +135,7 @@ def _resume_point(config, output: Path) -> Path | None:
     if int(os.environ.get("RANK", 0)):
         return None  # the first process looks at the folder
     if output.exists() and any(output.iterdir()) and not config.overwrite:
-        way = "go on with --resume_from_checkpoint last, " if lora.last_checkpoint(output) else ""
+        way = "go on with --resume_from_checkpoint last, " if last_checkpoint(output) else ""
         raise UserError(f"--output_dir {output}: not empty; {way}choose another, or replace it with --overwrite")
     if config.overwrite and output.exists():
         known = {"adapter", "merged", "figures", "log.txt", "post_training.json"}
@@ -124,56 +148,61 @@ def _resume_point(config, output: Path) -> Path | None:
 def _losses(log_history: list[dict]) -> dict:
     """The losses of each step, and the perplexity of the held-out rows before training and where it was best."""
     history = [entry for entry in log_history if "loss" in entry or "eval_loss" in entry]
+    for entry in history:
+        if not math.isfinite(entry.get("grad_norm", 0.0)):
+            entry["grad_norm"] = None  # a step that float16 skipped
     validation = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     perplexity = {"before": math.exp(validation[0]), "after": math.exp(min(validation))} if validation else None
     return {"validation": perplexity, "history": history}
 
 
-def _write(output: Path, config, trainer, tokenizer, result: dict) -> None:
-    """Adapter, merged model, picture and, last, the record."""
-    import torch
+def _write_merged(output: Path, config, record, ids) -> None:
+    """OUTPUT_DIR/merged: the checkpoint with the adapter's update added to its weights, its record and its card."""
+    from slimllm.deploy import checkpoint
+    from slimllm.models import loading
+    from slimllm.training.trainer import merged
+    from slimllm.utils.files import atomic_dir
 
-    from slimllm import checkpoint, families, lora, record, report
-
-    with checkpoint.staged(output / "adapter", overwrite=True) as folder:
-        trainer.model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    log.info("adapter: %s", output / "adapter")
-    if config.merge:
-        del trainer.model, trainer.model_wrapped
-        record.return_free_memory()
-        model = families.load_model(config.prune_model, "auto", "--prune_model")
-        ids = torch.tensor([trainer.train_dataset[0]["input_ids"][:64]])
-        with checkpoint.staged(output / "merged", overwrite=True) as folder:
-            model = lora.merged(model, output / "adapter", ids)
-            checkpoint.save(model, tokenizer, folder, ids, config.prune_model)
-            checkpoint.reload_and_compare(model, folder)
-            _describe_merged(folder, output.name, config, result)
-        log.info("merged model: %s (the same logits as model and adapter)", output / "merged")
-    report.loss_curve(result, output / "figures")
-    record.write(output / "post_training.json", record.dumps(result))
-    rows = [["text", "before", "after"]] + [[f["data"], f"{f['before']:.2f}", f"{f['after']:.2f}"] for f in result["evaluation"]]
-    if result["validation"]:
-        rows.append(["held-out rows", *(f"{result['validation'][when]:.2f}" for when in ("before", "after"))])
-    log.info("\nperplexity\n%s\n\neverything lies in %s/", "\n".join(report.aligned(rows)), output)
+    with atomic_dir(output / "merged", overwrite=True) as folder:
+        model = merged(loading.load_model(config.prune_model, "auto", "--prune_model"), output / "adapter", ids)
+        checkpoint.save(model, loading.load_tokenizer(config.prune_model, "--prune_model"), folder, ids, config.prune_model)
+        checkpoint.reload_and_compare(model, folder)
+        _describe_merged(folder, output.name, config, record)
+    log.info("merged model: %s (the same logits as model and adapter)", output / "merged")
 
 
-def _describe_merged(folder: Path, name: str, config, result: dict) -> None:
+def _describe_merged(folder: Path, name: str, config, training) -> None:
     """Record and card of the merged model: those of the pruned one, and what the training made of it."""
-    from slimllm import card, record
+    from slimllm.reporting import card
+    from slimllm.reporting.record import PruningRecord
 
-    if not (Path(config.prune_model) / "pruning.json").is_file():
+    if not (Path(config.prune_model) / PruningRecord.FILE).is_file():
         return  # a dense model
-    run = record.read(config.prune_model)
-    run["post_training"] = {key: result[key] for key in ("command", "config", "data")}
-    run["config"]["save_ckpt_log_name"] = name
+    run = PruningRecord.read(config.prune_model)
+    run.post_training = {"command": training.command, "config": training.config, "data": training.data}
+    run.config["save_ckpt_log_name"] = name
     of = ("data", "sha256", "seq_len", "blocks")
-    after = {tuple(f[key] for key in of): f["after"] for f in result["evaluation"]}
-    for figure in run["evaluation"]:
+    after = {tuple(f[key] for key in of): f["after"] for f in training.evaluation}
+    for figure in run.evaluation:
         if (key := tuple(figure[name] for name in of)) in after:
             figure["tuned"] = after[key]
-    (folder / "pruning.json").write_text(record.dumps(run), encoding="utf-8")
+    run.write(folder)
     card.write(folder, run)
+
+
+def _finish(output: Path, record) -> None:
+    """Picture, table and, last, the record."""
+    from slimllm.reporting.figures import loss_curve
+    from slimllm.reporting.tables import aligned
+    from slimllm.utils.memory import peak_memory
+
+    loss_curve(record, output / "figures")
+    record.peak_memory = peak_memory()
+    record.write(output)
+    rows = [["text", "before", "after"]] + [[f["data"], f"{f['before']:.2f}", f"{f['after']:.2f}"] for f in record.evaluation]
+    if record.validation:
+        rows.append(["held-out rows", *(f"{record.validation[when]:.2f}" for when in ("before", "after"))])
+    log.info("\nperplexity\n%s\n\neverything lies in %s/", "\n".join(aligned(rows)), output)
 
 
 if __name__ == "__main__":

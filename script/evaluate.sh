@@ -6,4 +6,4 @@
 #   bash script/evaluate.sh prune_log/NAME --adapter tune_log/NAME/adapter         with a LoRA adapter
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install packages -r requirement.txt
-exec .venv/bin/python -m slimllm.evaluation "$@"
+exec .venv/bin/python -m slimllm evaluate "$@"

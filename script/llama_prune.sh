@@ -23,7 +23,7 @@ fi
 prune() { .venv/bin/python hf_prune.py --base_model "$model" --overwrite "$@"; }
 
 case " $* " in
-*" --pruning_ratio"* | *" --target_sparsity"* | *" --help "* | *" -h "* | *" --dry_run "*)
+*" --pruning_ratio"* | *" --plan"* | *" --target_sparsity"* | *" --help "* | *" -h "* | *" --dry_run "*)
     prune "${extra[@]}" --save_ckpt_log_name "$name" "$@"
     exit
     ;;
@@ -41,6 +41,6 @@ esac
 prune "${extra[@]}" "${first[@]}" --save_ckpt_log_name "${name}_20" "$@"
 prune "${extra[@]}" "${second[@]}" "${same[@]}" --save_ckpt_log_name "${name}_50" "$@"
 echo
-.venv/bin/python -m slimllm.report "prune_log/${name}_20" "prune_log/${name}_50"
+.venv/bin/python -m slimllm report "prune_log/${name}_20" "prune_log/${name}_50"
 echo
 echo "checkpoints, records, logs and figures: $PWD/prune_log/${name}_20 and $PWD/prune_log/${name}_50"

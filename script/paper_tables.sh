@@ -6,7 +6,7 @@
 # Without MODEL it takes the embedded SmolLM2-135M-Instruct. What is finished is not done again, so a stopped run goes on with
 # the same command. The other steps get their flags from the environment:
 #   NAME=...     prefix of what is written to prune_log/, tune_log/ and eval_log/ [the model's name]
-#   TRAIN="..."  flags of post_training.py      EVALUATE="..."  flags of python -m slimllm.evaluation
+#   TRAIN="..."  flags of post_training.py      EVALUATE="..."  flags of python -m slimllm evaluate
 #   TUNE=0       without the post-trained rows
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install packages -r requirement.txt
@@ -29,7 +29,7 @@ results=()
 evaluated() { # RESULT MODEL [--adapter DIR]
     local result="eval_log/$name/$1.json"
     shift
-    "$python" -m slimllm.evaluation "$@" --output "$result" "${evaluate[@]}"
+    "$python" -m slimllm evaluate "$@" --output "$result" "${evaluate[@]}"
     results+=("$result")
 }
 
@@ -51,6 +51,6 @@ for i in 0 1; do
     fi
 done
 echo
-"$python" -m slimllm.report "${results[@]}" --output "eval_log/$name"
+"$python" -m slimllm report "${results[@]}" --output "eval_log/$name"
 echo
 echo "the table as Markdown, LaTeX and JSON: eval_log/$name/"

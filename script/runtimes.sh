@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# What it costs that a runtime must hold the pruned model, and how fast llama.cpp runs it: bash script/runtimes.sh [MODEL] [flags of hf_prune.py]
+# What it costs that a runtime must hold the pruned model, and how fast each runs it: bash script/runtimes.sh [MODEL] [flags of hf_prune.py]
 #
-# Prunes for each --runtime at 20 % and 50 %, prints one table; exports the gguf ones and the dense model, proves that the files
-# are the same models, and measures llama.cpp's speed. Without MODEL it takes the embedded SmolLM2-135M-Instruct. What is finished
-# is not done again. NAME=... prefix of what is written to prune_log/ [runtimes]
+# Prunes for each --runtime at 20 % and 50 %, prints one table; proves that llama.cpp and vLLM compute the same models, and measures
+# how fast they do, dense against pruned. Without MODEL it takes the embedded SmolLM2-135M-Instruct. What is finished is not done again.
+#   NAME=...   prefix of what is written to prune_log/ [runtimes]      VLLM=0   without vLLM and its environment of 2 GB
+#   VLLM_PYTHON=...   interpreter of an environment that has vLLM [.vllm/bin/python, made by script/vllm.sh]
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install packages -r requirement.txt
 install llama_cpp "$(grep ^xllamacpp tests/requirement.txt)"
@@ -30,12 +31,20 @@ prune dense --target_sparsity 0 --recovery none --runtime transformers --eval_da
 for run in dense gguf_20 gguf_50; do
     folder="prune_log/${name}_$run"
     for type in f16 q8_0; do
-        [ -f "$folder/${name}_$run-$type.gguf" ] || "$python" -m slimllm.export_gguf "$folder" --outtype "$type"
+        [ -f "$folder/${name}_$run-$type.gguf" ] || "$python" -m slimllm export-gguf "$folder" --outtype "$type"
     done
-    "$python" -m slimllm.verify "$folder" "$folder"/*-f16.gguf "$folder"/*-q8_0.gguf
+    "$python" -m slimllm verify "$folder" "$folder"/*-f16.gguf "$folder"/*-q8_0.gguf
 done
 for type in f16 q8_0; do
-    "$python" -m slimllm.llama_cpp prune_log/"$name"_{dense,gguf_20,gguf_50}/*-"$type".gguf
+    "$python" -m slimllm llama-cpp-speed prune_log/"$name"_{dense,gguf_20,gguf_50}/*-"$type".gguf
 done
+if [ "${VLLM:-1}" = 1 ]; then
+    [ -n "${VLLM_PYTHON:-}" ] || bash script/vllm.sh
+    vllm="${VLLM_PYTHON:-.vllm/bin/python}"
+    for run in vllm_20 vllm_50 transformers_20 transformers_50; do
+        "$python" -m slimllm verify "prune_log/${name}_$run" --vllm "$vllm"
+    done
+    "$python" -m slimllm vllm-speed prune_log/"$name"_{dense,vllm_20,vllm_50,transformers_20,transformers_50} --vllm "$vllm"
+fi
 echo
-"$python" -m slimllm.report "${runs[@]}"
+"$python" -m slimllm report "${runs[@]}"

@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
+import math
 import os
 import signal
 import sys
+import types
+import typing
 from contextlib import contextmanager
 from dataclasses import MISSING, field, fields
+
+from .errors import UserError, nearest
 
 log = logging.getLogger("slimllm")
 
 
-class UserError(ValueError):
-    """A mistake that the user can mend: one line that names the thing and the way out, exit status 2."""
-
-
-def nearest(value: str, allowed) -> str:
-    """``"; did you mean 'x'?"`` for the allowed name that ``value`` begins, or is nearest to; or an empty string."""
-    allowed, value = list(allowed), str(value)
-    begun = [name for name in allowed if value.strip("-") and name.startswith(value)]
-    close = begun or difflib.get_close_matches(value, allowed, n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
-
-
-def check_choice(flag: str, value: str, allowed) -> None:
+def check_choice(option_name: str, value: str, allowed) -> None:
     if value not in allowed:
-        raise UserError(f"--{flag} {value}: not one of {', '.join(allowed)}{nearest(value, allowed)}")
+        raise UserError(f"--{option_name} {value}: not one of {', '.join(allowed)}{nearest(value, allowed)}")
 
 
 def flag(group: str, help: str, default=None, **kwargs):
     """A dataclass field that is a command-line flag: its group and text in ``--help``, and what argparse is told.
 
-    ``choices`` are checked by :func:`check_choices`, ``negatable`` gives a boolean its ``--no_`` form, and a flag with
-    ``positional`` is an argument without a name.
+    Its type is the field's annotation, and a tuple takes several values. ``choices`` are checked by :func:`check_choices`,
+    ``negatable`` gives a boolean its ``--no_`` form, and a flag with ``positional`` is an argument without a name.
     """
     return field(default=default, metadata={"group": group, "help": help, **kwargs})
 
@@ -49,15 +41,15 @@ def check_choices(settings) -> None:
                 check_choice(f.name, item, f.metadata["choices"])
 
 
-def check_range(settings, name: str, low: float, high: float = float("inf"), right_open: bool = False, left_open: bool = False) -> None:
-    """Raises UserError for a field outside low .. high; None passes."""
+def check_range(settings, name: str, low: float, high: float = math.inf, right_open: bool = False, left_open: bool = False) -> None:
+    """Raises UserError for a field outside low .. high, or one that is not a finite number; None passes."""
     value = getattr(settings, name)
     if value is None:
         return
-    if not low <= value <= high or (right_open and value == high) or (left_open and value == low):
+    if not math.isfinite(value) or not low <= value <= high or (right_open and value == high) or (left_open and value == low):
         least = f"above {low:g}" if left_open else f"at least {low:g}"
-        bound = least if high == float("inf") else f"from {low:g} to {'below ' if right_open else ''}{high:g}"
-        raise UserError(f"--{name} {value}: must be {bound}")
+        bound = f"a finite number, {least}" if high == math.inf else f"from {low:g} to {'below ' if right_open else ''}{high:g}"
+        raise UserError(f"--{name} {value}: must be {bound if not math.isfinite(value) or high != math.inf else least}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -67,17 +59,36 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def help_text(action: argparse.Action) -> str:
+    """What ``--help`` says of a flag: its text and, where there is one, its default."""
+    default = action.default
+    if default in (None, False, "", ()) or default == argparse.SUPPRESS or action.const:
+        return action.help % {}
+    return f"{action.help % {}} [{' '.join(map(str, default)) if isinstance(default, tuple) else default}]"
+
+
 class _Formatter(argparse.HelpFormatter):
-    def _get_help_string(self, action):
-        shown = action.default not in (None, False, argparse.SUPPRESS) and not action.const
-        return action.help + (" [%(default)s]" if shown else "")
+    def _expand_help(self, action):
+        return help_text(action)
+
+
+def _element_type(annotation) -> tuple[type, bool]:
+    """(type of one value, whether there are several) of ``float | None``, ``tuple[int, ...]`` and the like."""
+    if isinstance(annotation, types.UnionType):
+        annotation = next(part for part in typing.get_args(annotation) if part is not types.NoneType)
+    if typing.get_origin(annotation) is tuple:
+        return typing.get_args(annotation)[0], True
+    return annotation, False
 
 
 def build_parser(settings: type, prog: str, usage: str, description: str) -> argparse.ArgumentParser:
     """The parser of a program, one flag for each field of the dataclass ``settings``."""
     parser = _Parser(prog=prog, usage=usage, description=description, allow_abbrev=False, formatter_class=_Formatter)
     groups: dict = {}
+    annotations = typing.get_type_hints(settings)
     for f in fields(settings):
+        if "group" not in f.metadata:
+            continue  # not a flag
         meta = dict(f.metadata)
         name = meta.pop("group")
         group = groups.setdefault(name, parser.add_argument_group(name))
@@ -85,15 +96,20 @@ def build_parser(settings: type, prog: str, usage: str, description: str) -> arg
         if choices:  # checked by the dataclass, which names the nearest
             meta["metavar"] = "{" + ",".join(choices) + "}"
         default = None if f.default is MISSING else f.default
-        if isinstance(default, bool):
+        element, several = _element_type(annotations[f.name])
+        if element is bool:
             negatable = meta.pop("negatable", False)
             group.add_argument(f"--{f.name}", action="store_true", default=default, **meta)
             if negatable:
                 group.add_argument(f"--no_{f.name}", dest=f.name, action="store_false", help=argparse.SUPPRESS)
-        else:
-            meta.setdefault("metavar", f.name.upper() if "type" not in meta else "N" if meta["type"] is int else "X")
-            positional = meta.pop("positional", False)
-            group.add_argument(f.name if positional else f"--{f.name}", default=default, **meta)
+            continue
+        if several:
+            meta.setdefault("nargs", "+")
+        if element is not str:
+            meta["type"] = element
+        meta.setdefault("metavar", f.name.upper() if element is str else "N" if element is int else "X")
+        positional = meta.pop("positional", False)
+        group.add_argument(f.name if positional else f"--{f.name}", default=default, **meta)
     return parser
 
 
@@ -107,21 +123,20 @@ def parse(parser: argparse.ArgumentParser, settings: type, argv=None):
 
 
 def guarded(prog: str, run, interrupted: str = "nothing was written") -> int:
-    """Runs ``run()``; exit status 0, 2 for a user's mistake (one line on stderr), 130 when interrupted or terminated.
+    """Runs ``run()``; exit status 0 or what it returns, 2 for a user's mistake (one line on stderr), 130 when interrupted or terminated.
 
     ``interrupted`` is what a user who stops the program is told about what is left on disk.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        run()
+        return run() or 0
     except UserError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; {interrupted}", file=sys.stderr)
         return 130
-    return 0
 
 
 class Log:
@@ -155,45 +170,3 @@ def logging_to_console():
         for handler in lines.handlers:
             log.removeHandler(handler)
             handler.close()
-
-
-def device_of(flag: str, name: str):
-    """The torch device that ``--flag NAME`` means; auto is a GPU if there is one. Raises UserError for one that is not there."""
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--{flag} {name}: no such device here; use cpu{', cuda' if torch.cuda.is_available() else ''} or auto") from None
-    return device
-
-
-def program(
-    settings: type, module: str, arguments: str, description: str, work, argv=None, interrupted="nothing was written", memory=""
-) -> int:
-    """The ``main`` of ``python -m module``: flags to ``settings``, then ``work(settings)`` with a log; returns the exit status.
-
-    ``memory`` is the advice where a GPU is full; ``interrupted`` as for :func:`guarded`, which says what the statuses are.
-    """
-    parser = build_parser(settings, prog=module, usage=f"python -m {module} {arguments}", description=description)
-
-    def run():
-        chosen = parse(parser, settings, argv)
-        with logging_to_console(), memory_errors(memory):
-            work(chosen)
-
-    return guarded(module, run, interrupted)
-
-
-@contextmanager
-def memory_errors(advice: str):
-    """Turns a GPU that is full into one line with ``advice``."""
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"out of memory on the GPU ({str(error).splitlines()[0]}); {advice}") from None

@@ -1,11 +1,11 @@
 """Llama-family models whose layers differ in width. This file is copied beside every checkpoint, so it stands alone.
 
-config.json holds, besides the dense model's own settings, one entry a layer in ``num_attention_heads_per_layer``,
-``num_key_value_heads_per_layer``, ``intermediate_size_per_layer`` and (true where that projection has a bias)
-``o_proj_bias_per_layer``, ``down_proj_bias_per_layer``. One that vLLM's DeciLM can hold also says its widths in
-``block_configs``, which that class reads.
+config.json holds, besides the dense model's own settings, one entry per layer in each of PER_LAYER_SETTINGS: the numbers of query
+heads, KV heads and feed-forward channels, and whether the output projections have a bias. One that vLLM's DeciLM can hold also
+says its widths in ``block_configs``, which that class reads.
 """
 
+import torch
 from torch import nn
 from transformers import (
     LlamaConfig,
@@ -18,10 +18,36 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+PER_LAYER_SETTINGS = (
+    "num_attention_heads_per_layer",
+    "num_key_value_heads_per_layer",
+    "intermediate_size_per_layer",
+    "o_proj_bias_per_layer",
+    "down_proj_bias_per_layer",
+)
 
-def _linear(old, in_features, out_features, bias):
-    weight = old.weight
-    return nn.Linear(in_features, out_features, bias=bias, device=weight.device, dtype=weight.dtype)
+
+class LayerConfig:
+    """What the modules of one layer see of the model's config: that layer's own widths, and everything else as it is."""
+
+    def __init__(self, config, index):
+        self._config = config
+        self.num_attention_heads = config.num_attention_heads_per_layer[index]
+        self.num_key_value_heads = config.num_key_value_heads_per_layer[index]
+        self.intermediate_size = config.intermediate_size_per_layer[index]
+
+    def __getattr__(self, name):
+        if name.startswith("__") or name == "_config":  # looked up before there is one, by copy and pickle
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
+
+def _set_bias(linear, wanted):
+    if wanted and linear.bias is None:
+        weight = linear.weight
+        linear.bias = nn.Parameter(torch.zeros(linear.out_features, device=weight.device, dtype=weight.dtype))
+    elif not wanted:
+        linear.bias = None
 
 
 class Block(dict):
@@ -48,25 +74,15 @@ class SlimConfigMixin:
 
 
 class SlimModelMixin:
-    """Builds the dense model, then gives each layer its own widths before any weight is loaded."""
+    """Builds the dense model, then each layer anew with its own widths, before any weight is loaded."""
 
     def __init__(self, config):
         super().__init__(config)
-        hidden, head_dim = config.hidden_size, self.model.layers[0].self_attn.head_dim
-        for index, layer in enumerate(self.model.layers):
-            heads = config.num_attention_heads_per_layer[index]
-            groups = config.num_key_value_heads_per_layer[index]
-            channels = config.intermediate_size_per_layer[index]
-            attention, mlp = layer.self_attn, layer.mlp
-            attention.num_key_value_groups = heads // groups
-            attention.q_proj = _linear(attention.q_proj, hidden, heads * head_dim, attention.q_proj.bias is not None)
-            attention.k_proj = _linear(attention.k_proj, hidden, groups * head_dim, attention.k_proj.bias is not None)
-            attention.v_proj = _linear(attention.v_proj, hidden, groups * head_dim, attention.v_proj.bias is not None)
-            attention.o_proj = _linear(attention.o_proj, heads * head_dim, hidden, config.o_proj_bias_per_layer[index])
-            mlp.intermediate_size = channels
-            mlp.gate_proj = _linear(mlp.gate_proj, hidden, channels, mlp.gate_proj.bias is not None)
-            mlp.up_proj = _linear(mlp.up_proj, hidden, channels, mlp.up_proj.bias is not None)
-            mlp.down_proj = _linear(mlp.down_proj, channels, hidden, config.down_proj_bias_per_layer[index])
+        layers = self.model.layers
+        for index, layer in enumerate(layers):
+            layers[index] = type(layer)(LayerConfig(config, index), index)
+            _set_bias(layers[index].self_attn.o_proj, config.o_proj_bias_per_layer[index])
+            _set_bias(layers[index].mlp.down_proj, config.down_proj_bias_per_layer[index])
 
 
 class SlimLlamaConfig(SlimConfigMixin, LlamaConfig):

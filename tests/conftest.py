@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # tests never go to the hub
 
 import pytest
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -26,13 +27,18 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from slimllm import checkpoint, families, pipeline
-from slimllm.config import PruneConfig
+from slimllm.deploy import checkpoint, runtimes
+from slimllm.models import loading
+from slimllm.models import shape as shapes
+from slimllm.pruning import pipeline
+from slimllm.pruning.allocation.inputs import AllocationInputs
+from slimllm.pruning.allocation.layer_ratios import LAYER_RATIOS
+from slimllm.pruning.config import PruneConfig
 
 ROOT = Path(__file__).parent.parent
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 SIZES = dict(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8, max_position_embeddings=64
@@ -94,7 +100,7 @@ def make_ids(samples=6, length=16, vocab=97, seed=1):
 def make_shape(case="llama_gqa", **sizes):
     """The ModelShape of a random model."""
     config = FAMILY_CASES[case][1](**{**SIZES, **FAMILY_CASES[case][2], **sizes})
-    return families.shape_of(config, families.family_of(config))
+    return shapes.shape_of(config)
 
 
 def make_config(layers=2, shape=None, **settings):
@@ -103,6 +109,11 @@ def make_config(layers=2, shape=None, **settings):
     )
     config.resolve(shape or make_shape(num_hidden_layers=layers))
     return config
+
+
+def plan(shape, layer_scores, config):
+    """The plans of ``config`` where the layers have these scores."""
+    return LAYER_RATIOS[config.layer_ratio](AllocationInputs(shape, config, layer_scores)).plans
 
 
 def logits(model, ids):
@@ -114,7 +125,7 @@ def prune_to(folder, tokenizer, **sizes):
     """Prunes a random grouped-query Llama to layers of different widths and saves it with its tokenizer; returns ``folder``."""
     model = make_model(**sizes)
     pipeline.prune(model, make_ids(), make_config(pruned_layers=1))
-    checkpoint.save(checkpoint.as_slim_model(model), tokenizer, folder, make_ids(2), "dense")
+    checkpoint.save(runtimes.as_slim_model(model), tokenizer, folder, make_ids(2), "dense")
     return folder
 
 
@@ -162,13 +173,27 @@ def gguf_file():
     return found[0]
 
 
+def once(tmp_path_factory, name, make):
+    """A folder that ``make(folder)`` fills, once for all the processes that share the tests. Tests leave it as it is."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / name
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "made").exists():
+            folder.mkdir(exist_ok=True)
+            make(folder)
+            (folder / "made").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def smollm2(gguf_file, tmp_path_factory):
     """The real model converted once to a model folder (float32)."""
-    folder = tmp_path_factory.mktemp("models") / "smollm2"
-    families.load_model(str(gguf_file), torch.float32).save_pretrained(folder)
-    families.load_tokenizer(str(gguf_file)).save_pretrained(folder)
-    return folder
+
+    def make(folder):
+        loading.load_model(str(gguf_file), torch.float32).save_pretrained(folder / "smollm2")
+        loading.load_tokenizer(str(gguf_file)).save_pretrained(folder / "smollm2")
+
+    return once(tmp_path_factory, "model", make) / "smollm2"
 
 
 def run_cli(*args, cwd, env=None, timeout=600):
@@ -186,20 +211,13 @@ def run_cli(*args, cwd, env=None, timeout=600):
 @pytest.fixture(scope="session")
 def run(gguf_file, tmp_path_factory):
     """One run from the .gguf file with no network and nothing named but the amount. Returns (folder, record, stdout)."""
-    home = tmp_path_factory.mktemp("run")
-    done = run_cli(
-        "--base_model",
-        gguf_file,
-        "--target_sparsity",
-        0.2,
-        "--num_examples",
-        8,
-        "--eval_limit",
-        16,
-        "--save_ckpt_log_name",
-        "real",
-        cwd=home,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    flags = ("--base_model", gguf_file, "--target_sparsity", 0.2, "--num_examples", 8, "--eval_limit", 16, "--save_ckpt_log_name", "real")
+
+    def make(home):
+        done = run_cli(*flags, cwd=home)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (home / "stdout").write_text(done.stdout)
+
+    home = once(tmp_path_factory, "run", make)
     folder = home / "prune_log" / "real"
-    return folder, json.loads((folder / "pruning.json").read_text()), done.stdout
+    return folder, json.loads((folder / "pruning.json").read_text()), (home / "stdout").read_text()

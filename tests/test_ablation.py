@@ -3,7 +3,9 @@ import json
 import pytest
 from PIL import Image
 
-from slimllm import ablation, report
+from slimllm.__main__ import main as slim
+from slimllm.experiments import ablation
+from slimllm.reporting import tables
 
 
 @pytest.fixture
@@ -30,8 +32,8 @@ def test_every_row_keeps_the_same_parameters_and_a_stopped_run_goes_on(flags, mo
         return prune(*args, **kwargs)
 
     monkeypatch.setattr(ablation.pipeline, "prune", stops)
-    assert ablation.main(flags) == 130 and len(rows()) == 3
-    assert ablation.main(flags) == 0
+    assert slim(["ablation", *flags]) == 130 and len(rows()) == 3
+    assert slim(["ablation", *flags]) == 0
     found = rows()
     assert len(found) == len(ablation.ROWS) + 4 == len({(r["ingredient"], r["variant"], r["share"]) for r in found})
     assert len(calls) == len(found) + 1  # the one that was stopped ran twice
@@ -42,7 +44,7 @@ def test_every_row_keeps_the_same_parameters_and_a_stopped_run_goes_on(flags, mo
     table = open("out/table.md").read()
     assert "30 %: fox" in table and "* limited" in table and table.count("\n|") == len(ablation.ROWS) + 1
     assert Image.open("out/recovery.png").size[0] > 300
-    assert ablation.main([*flags, "--seed", "1"]) == 2
+    assert slim(["ablation", *flags, "--seed", "1"]) == 2
     assert "another seed" in capsys.readouterr().err
 
 
@@ -56,10 +58,10 @@ def test_the_picture_takes_each_recovery_once():
 def test_a_missing_figure_is_a_dash():
     figure = {"data": "ptb", "pruned": 3.0, "limited": False, "blocks": 1, "seq_len": 8}
     found = [{"ingredient": "a", "variant": "", "share": 0.2, "perplexity": [figure]}]
-    assert report.ablation_table(found, (0.2, 0.5))[-1].split("|")[3:5] == [" 3.0       ", " -         "]
+    assert tables.ablation_table(found, (0.2, 0.5))[-1].split("|")[3:5] == [" 3.0       ", " -         "]
 
 
 @pytest.mark.parametrize("wrong, said", [(["--target_sparsity", "1.5"], "above 0 and below 1"), (["--base_model", ""], "required")])
 def test_mistakes(flags, wrong, said, capsys):
-    assert ablation.main([*flags, *wrong]) == 2
+    assert slim(["ablation", *flags, *wrong]) == 2
     assert said in capsys.readouterr().err

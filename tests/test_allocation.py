@@ -2,17 +2,19 @@ import math
 
 import pytest
 
-from slimllm.allocation import MAX_RATIO, SPREAD, HeadUnits, candidates, plan, removed_parameters, spread
-from slimllm.cli import UserError
-from slimllm.families import FAMILIES, shape_of
-from tests.conftest import FAMILY_CASES, make_config, make_model
+from slimllm.errors import UserError
+from slimllm.models.shape import shape_of
+from slimllm.pruning.allocation.auto import MAX_RATIO, SPREAD, candidates, spread
+from slimllm.pruning.allocation.head_units import HeadUnits
+from slimllm.pruning.allocation.plan import removed_parameters
+from tests.conftest import FAMILY_CASES, make_config, make_model, plan
 
 COSINE = [0.1, 0.9, 0.95, 0.5, 0.92, 0.93]
 
 
 def shape(case="llama_gqa", **sizes):
     model = make_model(case, num_hidden_layers=6, **sizes)
-    return shape_of(model.config, FAMILIES[model.config.model_type]), model
+    return shape_of(model.config), model
 
 
 @pytest.mark.parametrize("case", FAMILY_CASES)
@@ -41,7 +43,7 @@ def test_ratio_is_rounded_layer_by_layer_as_published():
 def test_target_sparsity_is_met_to_within_one_channel(case, head_unit, recovery, target, layer_ratio):
     counted, _ = shape(case, intermediate_size=100)
     config = make_config(layers=6, target_sparsity=target, head_unit=head_unit, recovery=recovery, layer_ratio=layer_ratio)
-    plans = plan(counted, COSINE, config)
+    plans = candidates(counted, COSINE, config)[1.0] if layer_ratio == "auto" else plan(counted, COSINE, config)
     removed = removed_parameters(counted, plans, config)
     assert abs(removed - target * counted.decoder_parameters) <= counted.channel_parameters
     for p in plans:
@@ -79,7 +81,7 @@ def test_round_to_that_cannot_be(round_to):
 
 
 @pytest.mark.parametrize(
-    "case, unit, steps, units, classes",
+    "case, unit, steps, units, groups",
     [
         ("llama_mha", "group", 4, 4, 1),
         ("llama_mha", "query", 4, 4, 1),
@@ -89,9 +91,9 @@ def test_round_to_that_cannot_be(round_to):
         ("llama_mqa", "query", 4, 4, 1),
     ],
 )
-def test_head_units(case, unit, steps, units, classes):
+def test_head_units(case, unit, steps, units, groups):
     found = HeadUnits(shape(case)[0], unit)
-    assert (found.steps, found.units, found.classes) == (steps, units, classes)
+    assert (found.steps, found.units, found.groups) == (steps, units, groups)
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,20 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.errors import HTTPError
 from safetensors.torch import save_file
+from tokenizers import AddedToken
+from transformers import GenerationConfig
 
-from slimllm import calibration, hub
-from slimllm.cli import UserError
-from tests.conftest import TEXT, make_config, make_model
+from slimllm.data import calibration
+from slimllm.errors import UserError
+from slimllm.models import hub
+from tests.conftest import TEXT, make_model, tiny_tokenizer_of
 
 
-def load(tokenizer, **settings):
-    return calibration.load(make_config(num_examples=4, seq_len=16, **settings), make_model(vocab_size=len(tokenizer)), tokenizer)
+def load(tokenizer, source=None, seed=42):
+    spec = calibration.SampleSpec(4, 16, seed)
+    return calibration.load(source, make_model(vocab_size=len(tokenizer)), tokenizer, spec)
 
 
 def test_text_files_jsonl_and_folders(tmp_path, tiny_tokenizer):
@@ -18,7 +23,7 @@ def test_text_files_jsonl_and_folders(tmp_path, tiny_tokenizer):
     (tmp_path / "d" / "a.txt").write_text(TEXT)
     (tmp_path / "d" / "b.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in TEXT.splitlines()))
     for name in ("d/a.txt", "d/b.jsonl", "d"):
-        samples = load(tiny_tokenizer, calibration=str(tmp_path / name))
+        samples = load(tiny_tokenizer, str(tmp_path / name))
         assert samples.ids.shape == (4, 16) and samples.ids.dtype == torch.int64
         text = tiny_tokenizer.decode(samples.ids[0], skip_special_tokens=True).replace(" ", "")
         assert text.replace("\n", "") in (TEXT * 2).replace(" ", "").replace("\n", "")
@@ -27,36 +32,36 @@ def test_text_files_jsonl_and_folders(tmp_path, tiny_tokenizer):
 def test_short_texts_are_joined(tmp_path, tiny_tokenizer):
     path = tmp_path / "short.jsonl"
     path.write_text("\n".join(json.dumps({"text": "ab"}) for _ in range(40)))
-    assert load(tiny_tokenizer, calibration=str(path)).ids.shape == (4, 16)
+    assert load(tiny_tokenizer, str(path)).ids.shape == (4, 16)
 
 
 def test_same_seed_same_samples_other_seed_others(text_file, tiny_tokenizer):
-    a, b, c = (load(tiny_tokenizer, calibration=str(text_file), seed=seed) for seed in (1, 1, 2))
+    a, b, c = (load(tiny_tokenizer, str(text_file), seed=seed) for seed in (1, 1, 2))
     assert torch.equal(a.ids, b.ids) and a.sha256 == b.sha256
     assert not torch.equal(a.ids, c.ids) and a.sha256 != c.sha256
     assert len({tuple(row.tolist()) for row in a.ids}) == 4
 
 
 def test_saved_samples_are_taken_back(tmp_path, text_file, tiny_tokenizer):
-    first = load(tiny_tokenizer, calibration=str(text_file))
+    first = load(tiny_tokenizer, str(text_file))
     first.save(tmp_path)
-    again = load(tiny_tokenizer, calibration=str(tmp_path / "calibration.safetensors"), seed=7)
+    again = load(tiny_tokenizer, str(tmp_path / "calibration.safetensors"), seed=7)
     assert torch.equal(first.ids, again.ids) and first.sha256 == again.sha256
 
 
 def test_self_samples_are_deterministic_and_leave_the_random_state_alone(tiny_tokenizer):
-    a, b, c = (load(tiny_tokenizer, calibration="self", seed=seed) for seed in (1, 1, 2))
+    a, b, c = (load(tiny_tokenizer, "self", seed=seed) for seed in (1, 1, 2))
     assert a.ids.shape == (4, 16) and torch.equal(a.ids, b.ids) and not torch.equal(a.ids, c.ids)
     model, state = make_model(vocab_size=len(tiny_tokenizer)), torch.get_rng_state()
-    calibration.sample_from_model(model, tiny_tokenizer, make_config(num_examples=2, seq_len=4))
+    calibration.sample_from_model(model, tiny_tokenizer, calibration.SampleSpec(2, 4))
     assert torch.equal(torch.get_rng_state(), state)
     assert not set(tiny_tokenizer.all_special_ids) & set(a.ids.flatten().tolist())
 
 
-def test_held_back_samples_are_no_calibration_samples(tiny_tokenizer):
-    model, config = make_model(vocab_size=len(tiny_tokenizer)), make_config(num_examples=8, seq_len=16, calibration="self")
-    held = calibration.held_back(model, tiny_tokenizer, config)
-    samples = calibration.load(config, model, tiny_tokenizer).ids.tolist()
+def test_probe_samples_are_no_calibration_samples(tiny_tokenizer):
+    model, spec = make_model(vocab_size=len(tiny_tokenizer)), calibration.SampleSpec(8, 16)
+    held = calibration.probe_samples(model, tiny_tokenizer, spec)
+    samples = calibration.load("self", model, tiny_tokenizer, spec).ids.tolist()
     assert held.shape == (4, 16) and not any(row in samples for row in held.tolist())
 
 
@@ -75,7 +80,7 @@ def test_hub_sources_join_rows(name, tiny_tokenizer, monkeypatch):
         yield from TEXT.splitlines()
 
     monkeypatch.setattr(hub, "rows", rows)
-    samples = load(tiny_tokenizer, calibration=name)
+    samples = load(tiny_tokenizer, name)
     assert samples.source == name and samples.ids.shape == (4, 16)
     assert asked["split"] == "train" and asked["column"] == "text" and "/" in asked["path"]
 
@@ -89,6 +94,7 @@ def test_hub_sources_join_rows(name, tiny_tokenizer, monkeypatch):
         (lambda p: p / "empty.txt", "0 tokens are too few"),
         (lambda p: p / "short.txt", "too few for 4 samples of 16"),
         (lambda p: p / "bad.jsonl", "bad.jsonl, line 2: not a JSON object with a text field"),
+        (lambda p: p / "number.jsonl", "number.jsonl, line 2: not a JSON object with a text field that is a string"),
         (lambda p: p / "latin.txt", "not UTF-8"),
         (lambda p: p / "nothing", "holds no .txt or .jsonl file"),
         (lambda p: p / "image.png", "not a .txt, .jsonl or .safetensors file"),
@@ -101,6 +107,7 @@ def test_hub_sources_join_rows(name, tiny_tokenizer, monkeypatch):
 def test_bad_sources_are_named(make, message, tmp_path, tiny_tokenizer):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("a few words")
+    (tmp_path / "number.jsonl").write_text('{"text": "good"}\n{"text": 7}\n')
     (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"txet": 1}\n')
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "nothing").mkdir()
@@ -112,4 +119,66 @@ def test_bad_sources_are_named(make, message, tmp_path, tiny_tokenizer):
     with pytest.raises(UserError, match=message):
         name = str(make(tmp_path))
         calibration.check_source(name)
-        load(tiny_tokenizer, calibration=name)
+        load(tiny_tokenizer, name)
+
+
+def test_special_tokens_and_the_generation_config_leave_self_samples_alone():
+    """Reserved special tokens without a role, several end tokens, penalties: as in Llama-3.1's tokenizer and generation config."""
+    tokenizer = tiny_tokenizer_of()
+    tokenizer.add_tokens([AddedToken(f"<|reserved_{i}|>", special=True) for i in range(8)], special_tokens=True)
+    model = make_model(vocab_size=len(tokenizer) + 3)  # rows without a token, too
+    reserved = set(range(len(tokenizer) - 8, len(tokenizer) + 3))
+    plain = calibration.sample_from_model(model, tokenizer, calibration.SampleSpec(20, 16))  # more than one batch
+    assert plain.shape == (20, 16) and not reserved & set(plain.flatten().tolist())
+    common = plain.flatten().mode().values.item()
+    model.generation_config = GenerationConfig(
+        eos_token_id=[2, common], pad_token_id=len(tokenizer) - 1, repetition_penalty=5.0, top_k=1, max_new_tokens=2, min_length=3
+    )
+    ids = calibration.sample_from_model(model, tokenizer, calibration.SampleSpec(20, 16))
+    assert ids.shape == (20, 16) and not (reserved | {2, common}) & set(ids.flatten().tolist())
+    assert len(set(ids.flatten().tolist())) > 16  # no penalty and no top-k narrows what is sampled
+    assert model.generation_config.repetition_penalty == 5.0  # and it is the model's own again
+
+
+@pytest.mark.parametrize("name, streams", [("bookcorpus", True), ("c4", True), ("wikitext2", False)])
+def test_small_hub_data_is_downloaded_and_large_data_streamed(name, streams, tiny_tokenizer, monkeypatch):
+    """What is downloaded lies in the cache for a node without a network."""
+    asked = []
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    def load_dataset(path, **kwargs):
+        asked.append(kwargs)
+        return iter({"text": line} for line in TEXT.splitlines())
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    load(tiny_tokenizer, name)
+    assert asked[0]["streaming"] is streams
+    asked.clear()
+    list(hub.rows("yahma/alpaca-cleaned", split="train"))
+    assert asked[0]["streaming"] is False
+
+
+def test_the_hub_is_probed_with_the_client_that_is_used(monkeypatch):
+    """Its proxies and certificates are not urllib's."""
+
+    class Session:
+        def head(self, url, timeout):
+            seen.append((url, timeout))
+            if fails:
+                raise HTTPError("certificate verify failed")
+
+    seen, fails = [], False
+    monkeypatch.setattr(hub, "get_session", Session)
+    monkeypatch.setattr(hub.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    hub.reachable.cache_clear()
+    assert hub.reachable() and seen == [(hub.huggingface_hub.constants.ENDPOINT, 5)]
+    hub.reachable.cache_clear()
+    fails = True
+    assert not hub.reachable() and hub.huggingface_hub.constants.HF_HUB_OFFLINE
+    hub.reachable.cache_clear()
+
+
+def test_a_calibration_file_of_before_the_first_release_is_read(tmp_path, tiny_tokenizer):
+    ids = torch.arange(64).view(4, 16)
+    save_file({"calibration_ids": ids, "held_back_ids": ids + 1}, tmp_path / "old.safetensors")
+    found = load(tiny_tokenizer, str(tmp_path / "old.safetensors"))
+    assert torch.equal(found.ids, ids) and torch.equal(found.probe_ids, ids + 1)

@@ -10,11 +10,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HTTPError
 
 import hf_prune
 import post_training
-from slimllm import calibration, card, evaluation, export_gguf, report
-from tests.conftest import TEXT, run_cli
+import slimllm
+from slimllm.__main__ import main as slim
+from slimllm.data import calibration
+from slimllm.reporting import card, tables
+from slimllm.reporting.record import PruningRecord
+from tests.conftest import TEXT, make_ids, make_model, run_cli
 from tests.test_export_gguf import bpe_tokenizer, save
 
 PRUNE = ("--target_sparsity", 0.2, "--num_examples", 4, "--seq_len", 16, "--max_seq_len", 16, "--pruned_layers", 1, "--device", "cpu")
@@ -68,7 +73,7 @@ def test_the_card_says_where_the_model_comes_from_and_how_good_it_is(prune):
     for path in folder.iterdir():
         if path.is_file() and path.name not in ("README.md", "log.txt"):
             assert hashlib.sha256(path.read_bytes()).hexdigest() in page, path
-    assert export_gguf.main([str(folder)]) == 0
+    assert slim(["export-gguf", str(folder)]) == 0
     assert hashlib.sha256((folder / "small-f16.gguf").read_bytes()).hexdigest() in (folder / "README.md").read_text()
 
 
@@ -86,7 +91,24 @@ def test_overlap_is_runs_of_the_same_tokens():
 
 
 def test_the_licence_of_a_gguf_model(gguf_file):
-    assert card.origin_of(str(gguf_file)) == {"hub_name": None, "licence": "apache-2.0"}
+    assert card.origin_of(str(gguf_file)) == {"hub_name": None, "license": "apache-2.0"}
+
+
+def test_the_card_of_a_hub_model_is_asked_for_before_the_work_and_may_fail(monkeypatch):
+    """A checkpoint that took hours is not lost to a hub that stopped to answer."""
+
+    def fails(name):
+        raise HTTPError("503 Service Unavailable")
+
+    monkeypatch.setattr(card.hub, "reachable", lambda: True)
+    monkeypatch.setattr(card.ModelCard, "load", fails)
+    assert card.origin_of("meta-llama/Llama-2-7b-hf") == {"hub_name": "meta-llama/Llama-2-7b-hf", "license": None}
+    asked = []
+    monkeypatch.setattr(card, "origin_of", lambda name: asked.append(name) or {"hub_name": None, "license": None})
+    monkeypatch.setattr("slimllm.pruning.pipeline.prune", lambda *args: pytest.fail("no request came first") if not asked else [])
+    result = slimllm.prune(make_model(), calibration=make_ids())
+    monkeypatch.setattr(card, "origin_of", lambda name: pytest.fail("asked again"))
+    assert result.record().model.license is None
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -117,7 +139,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.path == "/api/repos/create":
-            self.server.created.append(json.loads(body)["name"])
+            self.server.created.append(json.loads(body))
             return self.answer({"url": f"{self.server.address}/me/small", "name": "me/small"})
         if "/preupload/" in self.path:
             return self.answer(
@@ -125,6 +147,7 @@ class Hub(BaseHTTPRequestHandler):
             )
         if "/commit/" not in self.path:  # the card's metadata are checked first
             return self.answer({"errors": [], "warnings": []})
+        self.server.committed.add(self.path)
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
                 self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
@@ -135,12 +158,15 @@ class Hub(BaseHTTPRequestHandler):
 def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.address, server.created, server.files = f"http://127.0.0.1:{server.server_port}", [], {}
+    server.committed = set()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
 
 
-def test_push_to_hub_uploads_the_checkpoint(hub, base, text, tmp_path):
+@pytest.mark.parametrize("name, flags", [("me/small", []), ("small", ["--public"])])
+def test_push_to_hub_uploads_the_checkpoint(hub, base, text, tmp_path, name, flags):
+    """To the id that the hub answers; what is new there is private unless it is asked for."""
     env = {
         "HF_ENDPOINT": hub.address,
         "HF_HUB_OFFLINE": "0",
@@ -148,11 +174,13 @@ def test_push_to_hub_uploads_the_checkpoint(hub, base, text, tmp_path):
         "HF_HUB_DISABLE_XET": "1",
         "HF_HOME": str(tmp_path / "home"),
     }
-    done = run_cli(*flags_of(base, text, "--push_to_hub", "me/small"), cwd=tmp_path, env=env)
+    done = run_cli(*flags_of(base, text, "--push_to_hub", name, *flags), cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "prune_log" / "small"
     local = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "log.txt"}
-    assert hub.created == ["small"] and hub.files == local and "uploaded to" in done.stdout
+    (created,) = hub.created
+    assert created["name"] == "small" and bool(created.get("private") or created.get("visibility") == "private") is not bool(flags)
+    assert hub.files == local and "uploaded to" in done.stdout and hub.committed == {"/api/models/me/small/commit/main"}
 
 
 @pytest.mark.parametrize(
@@ -183,6 +211,14 @@ def test_a_post_trained_model_has_a_card_of_both_steps(prune, text, tmp_path):
     assert "LoRA, merged" in page and f"{figure['pruned']:.2f} -> {figure['tuned']:.2f}" in page and "llama3.2" in page
     merged = tmp_path / "tuned" / "merged"
     flags = [str(merged), "--tasks", "none", "--eval_data", str(text), "--max_seq_len", "16", "--output", str(tmp_path / "r.json")]
-    assert evaluation.main(flags) == 0
-    (row,) = report.paper_cells([json.loads((tmp_path / "r.json").read_text())])[1:]
+    assert slim(["evaluate", *flags]) == 0
+    (row,) = tables.paper_cells([json.loads((tmp_path / "r.json").read_text())])[1:]
     assert row[0] == f"{run['parameters']['decoder_removed']:.0%}".replace("%", " %") + " w/ tune"
+
+
+def test_a_record_of_before_the_first_release_is_read(prune):
+    folder = prune()
+    run = json.loads((folder / "pruning.json").read_text())
+    run["model"]["licence"] = run["model"].pop("license")
+    (folder / "pruning.json").write_text(json.dumps(run))
+    assert PruningRecord.read(folder).model.license == "llama3.2"

@@ -8,9 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from slimllm import checkpoint, pipeline
-from slimllm.cli import UserError
-from slimllm.recovery import RECOVERIES
+from slimllm.deploy import checkpoint, runtimes
+from slimllm.errors import UserError
+from slimllm.pruning import pipeline
+from slimllm.pruning.recovery import RECOVERIES
+from slimllm.utils import files
 from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model
 
 
@@ -18,7 +20,7 @@ def pruned(case="llama_gqa", **settings):
     model = make_model(case)
     settings = {"recovery": "least_squares", "layer_ratio": "uniform", **settings}
     pipeline.prune(model, make_ids(), make_config(**settings))
-    return checkpoint.as_slim_model(model)
+    return runtimes.as_slim_model(model)
 
 
 @pytest.mark.parametrize("recovery", RECOVERIES)
@@ -35,7 +37,7 @@ def test_saved_and_reloaded_logits_are_equal(case, recovery, tmp_path):
 def test_a_model_that_was_not_pruned_round_trips(tmp_path):
     model = make_model()
     before = logits(model, make_ids())
-    checkpoint.as_slim_model(model).save_pretrained(tmp_path)
+    runtimes.as_slim_model(model).save_pretrained(tmp_path)
     assert torch.equal(logits(checkpoint.load(tmp_path), make_ids()), before)
 
 
@@ -138,18 +140,18 @@ def test_a_checkpoint_that_is_another_model_fails_the_run(tmp_path, tiny_tokeniz
 
 def test_staged_moves_into_place_and_leaves_nothing_behind(tmp_path):
     target = tmp_path / "log" / "run"
-    with checkpoint.staged(target, overwrite=False) as folder:
+    with files.atomic_dir(target, overwrite=False) as folder:
         (folder / "a").write_text("1")
         assert not target.exists()
     assert [p.name for p in target.parent.iterdir()] == ["run"] and (target / "a").read_text() == "1"
     with pytest.raises(UserError, match="--overwrite"):
-        with checkpoint.staged(target, overwrite=False):
+        with files.atomic_dir(target, overwrite=False):
             pass
     with pytest.raises(KeyboardInterrupt):
-        with checkpoint.staged(target, overwrite=True) as folder:
+        with files.atomic_dir(target, overwrite=True) as folder:
             (folder / "a").write_text("2")
             raise KeyboardInterrupt
     assert [p.name for p in target.parent.iterdir()] == ["run"] and (target / "a").read_text() == "1"
-    with checkpoint.staged(target, overwrite=True) as folder:
+    with files.atomic_dir(target, overwrite=True) as folder:
         (folder / "a").write_text("3")
     assert [p.name for p in target.parent.iterdir()] == ["run"] and (target / "a").read_text() == "3"

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import os
@@ -5,13 +6,22 @@ import resource
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import hf_prune
-from slimllm import checkpoint, pipeline
+from slimllm.commands.evaluate import EvalConfig
+from slimllm.commands.latency import LatencyConfig
+from slimllm.data import calibration
+from slimllm.deploy import checkpoint, runtimes
+from slimllm.errors import UserError
+from slimllm.models import loading
+from slimllm.pruning import pipeline
+from slimllm.pruning.config import PruneConfig
+from slimllm.training.config import TrainConfig
 from tests.conftest import ROOT, logits, make_config, make_ids, make_model, run_cli
 from tests.test_checkpoint import spoil
 
@@ -121,7 +131,7 @@ def test_dry_run_reads_no_weights_and_writes_nothing(cli, tiny_folder):
     (tiny_folder / "model.safetensors").unlink()
     status, out, _ = cli("--dry_run", "--target_sparsity", "0.3")
     assert status == 0 and not (cli.folder / "prune_log").exists()
-    for word in ("parameters", "KV cache a token", "peak memory", "uniform ratios"):
+    for word in ("parameters", "KV cache per token", "peak memory", "all layers taken to matter the same"):
         assert word in out
 
 
@@ -155,6 +165,13 @@ def test_dry_run_reads_no_weights_and_writes_nothing(cli, tiny_folder):
         (["--calibration", "nowhere.txt"], "--calibration nowhere.txt: no such file"),
         (["--eval_data", "nowhere.txt"], "--eval_data nowhere.txt: no such file"),
         (["--max_seq_len", "100000"], "do not fill one block"),
+        (["--target_sparsity", "0.99"], "all 2 layers can give up at most"),
+        (["--target_sparsity", "0.99"], "lower it: a part of each layer must stay"),
+        (["--device", "mps"], "--device mps: Apple's GPU has no float64"),
+        (["--save_ckpt_log_name", "x" * 300], "the name is too long"),
+        (["--plan", "nowhere.json"], "--plan nowhere.json: No such file"),
+        (["--plan", "x", "--pruning_ratio", "0.2"], "--plan and --pruning_ratio both say how much to remove"),
+        (["--no_greedy", "--head_choice", "greedy"], "contradict each other"),
     ],
 )
 def test_a_bad_flag_is_one_line_and_status_2(cli, args, message):
@@ -187,10 +204,19 @@ def break_model(folder, how):
         weights = load_file(folder / "model.safetensors")
         del weights["model.layers.1.mlp.up_proj.weight"]
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    elif how == "mismatched":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
+    elif how == "llama4":
+        (folder / "config.json").write_text('{"model_type": "llama4_text"}')
+    elif how in ("bitsandbytes", "awq", "gptq", "compressed-tensors"):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": how, "bits": 4}}))
+        (folder / "model.safetensors").unlink()
     elif how == "slim":
         model = make_model()
         pipeline.prune(model, make_ids(), make_config())
-        checkpoint.as_slim_model(model).save_pretrained(folder)
+        runtimes.as_slim_model(model).save_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +229,10 @@ def break_model(folder, how):
         ("truncated", "safetensors file is broken"),
         ("garbage", "safetensors file is broken"),
         ("weights", "cannot read the weights"),
-        ("missing", "1 weights are missing or of the wrong shape, the first model.layers.1.mlp.up_proj.weight"),
+        ("missing", "1 weights are missing, the first model.layers.1.mlp.up_proj.weight"),
+        ("mismatched", "is [32, 48] in the weights and [32, 40] by config.json"),
+        ("llama4", "model_type llama4_text: supported are llama, mistral, qwen2, qwen3"),
+        *((name, f"its weights are quantized ({name})") for name in ("bitsandbytes", "awq", "gptq", "compressed-tensors")),
         ("slim", "pruned already"),
     ],
 )
@@ -211,7 +240,56 @@ def test_a_bad_model_is_one_line_and_status_2(cli, tiny_folder, how, message):
     break_model(tiny_folder, how)
     status, _, err = cli()
     assert status == 2 and message in err and len(err.strip().splitlines()) == 1
+    assert "did you mean" not in err and "ignore_mismatched" not in err
     assert not any((cli.folder / "prune_log").glob(".*"))
+
+
+def test_a_gated_model_names_the_way_to_log_in(cli, monkeypatch):
+    def gated(*args, **kwargs):
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it at https://...")
+
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", gated)
+    status, _, err = cli(model="meta-llama/Llama-2-7b-hf")
+    assert status == 2 and "gated" in err and "hf auth login" in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("settings", [PruneConfig, TrainConfig, EvalConfig, LatencyConfig])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_no_flag_takes_infinity(settings, value):
+    needed = {"base_model": "m", "prune_model": "m", "model": "m"}
+    needed = {f.name: needed[f.name] for f in dataclasses.fields(settings) if f.name in needed}
+    for f in dataclasses.fields(settings):
+        if str(f.type) in ("float", "float | None"):
+            with pytest.raises(UserError, match=f"--{f.name} {value}: must be"):
+                settings(**needed, **{f.name: value})
+
+
+def test_with_nothing_to_evaluate_the_model_is_not_moved(cli, monkeypatch):
+    """--eval_device holds the whole model, which may be larger than it."""
+
+    def moved(*_):
+        raise AssertionError("the model went to --eval_device")
+
+    monkeypatch.setattr(loading, "placed_for_evaluation", moved)
+    assert cli("--eval_data", "none")[0] == 0
+    with pytest.raises(AssertionError, match="went to --eval_device"):
+        cli("--overwrite")
+
+
+def test_samples_of_the_model_itself_are_made_where_it_is_evaluated(cli, monkeypatch):
+    placed, inside = loading.placed_for_evaluation, []
+
+    @contextmanager
+    def watched(model, device):
+        inside.append(device)
+        with placed(model, device):
+            yield
+        inside.pop()
+
+    sample = calibration.sample_from_model
+    monkeypatch.setattr(loading, "placed_for_evaluation", watched)
+    monkeypatch.setattr(calibration, "sample_from_model", lambda *args: sample(*args) if inside else pytest.fail("on the wrong device"))
+    assert cli("--eval_data", "none", "--calibration", "self", "--recipe", "best")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -282,12 +360,12 @@ def test_interrupted_in_the_middle_leaves_the_old_checkpoint(cli, monkeypatch):
     before = (cli.folder / "prune_log/a/model.safetensors").read_bytes()
     prune = pipeline.prune
 
-    def interrupted(model, ids, config, device, on_layer, held_back):
+    def interrupted(model, ids, config, device, on_layer, *rest):
         def stop(report):
             on_layer(report)
             raise KeyboardInterrupt
 
-        return prune(model, ids, config, device, stop, held_back)
+        return prune(model, ids, config, device, stop, *rest)
 
     monkeypatch.setattr(pipeline, "prune", interrupted)
     status, out, err = cli("--save_ckpt_log_name", "a", "--overwrite")

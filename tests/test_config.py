@@ -1,7 +1,7 @@
 import pytest
 
-from slimllm.cli import UserError
-from slimllm.config import parse_args
+from slimllm.errors import UserError
+from slimllm.pruning.config import parse_args
 from tests.conftest import make_shape
 
 

@@ -1,43 +1,42 @@
 """The real model, pruned, exported, proved to be the same model, served by llama.cpp and asked over HTTP as a client would."""
 
 import json
-import re
-import subprocess
-import sys
 import urllib.request
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from slimllm import export_gguf, llama_cpp, verify
-from tests.conftest import ROOT, run_cli
+from slimllm.__main__ import main as slim
+from slimllm.deploy import export_gguf, llama_cpp
+from tests.conftest import once, run_cli
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def half(smollm2, tmp_path_factory):
     """The real model, from safetensors, with half of its decoder removed, all layers alike, as a plain Llama: its folder."""
-    home = tmp_path_factory.mktemp("half")
     flags = ("--target_sparsity", 0.5, "--runtime", "transformers", "--round_to", 32, "--recipe", "best", "--save_ckpt_log_name", "half")
     data = ("--calibration", "self", "--num_examples", 4, "--eval_data", "none")
-    done = run_cli("--base_model", smollm2, *flags, *data, cwd=home)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return home / "prune_log" / "half"
+
+    def make(home):
+        done = run_cli("--base_model", smollm2, *flags, *data, cwd=home)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return once(tmp_path_factory, "half", make) / "prune_log" / "half"
 
 
-def proved(folder, outtypes, capsys):
-    assert export_gguf.main([str(folder), "--outtype", outtypes]) == 0
-    files = sorted(map(str, folder.glob("*-*.gguf")))
-    assert verify.main([str(folder), *files, "--seq_len", "48", "--blocks", "1"]) == 0
+def proved(folder, outtypes, capsys, tmp_path):
+    files = [str(export_gguf.export(folder, tmp_path / f"{folder.name}-{name}.gguf", name)) for name in outtypes.split(",")]
+    assert slim(["verify", str(folder), *files, "--seq_len", "48", "--blocks", "1"]) == 0
     table = capsys.readouterr().out
     assert "FAILED" not in table and table.count("log-probabilities") == len(outtypes.split(","))
 
 
-def test_the_exported_model_is_the_pruned_one(run, half, capsys):
+def test_the_exported_model_is_the_pruned_one(run, half, capsys, tmp_path):
     """20 % in layers of different widths, 50 % in layers that are alike."""
     folder, _, _ = run
-    proved(folder, "f32,q8_0", capsys)
-    proved(half, "f16", capsys)
+    proved(folder, "f32,q8_0", capsys, tmp_path)
+    proved(half, "f16", capsys, tmp_path)
 
 
 def test_served_over_http_it_says_what_transformers_says(run, tmp_path):
@@ -54,14 +53,3 @@ def test_served_over_http_it_says_what_transformers_says(run, tmp_path):
         with urllib.request.urlopen(request, timeout=120) as answer:
             said = json.load(answer)["choices"][0]["message"]["content"]
     assert said.strip() == expected.strip() and len(said) > 10
-
-
-@pytest.mark.parametrize("outtype", ["f16", "q8_0"])
-def test_llama_cpp_runs_the_pruned_model_faster(half, smollm2, tmp_path, outtype):
-    folders = {"dense": smollm2, "half": half}
-    files = [export_gguf.export(folder, tmp_path / f"{name}.gguf", outtype) for name, folder in folders.items()]
-    command = [sys.executable, "-m", "slimllm.llama_cpp", *files, "--repeats", "3", "--threads", "2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    faster = [float(ratio) for ratio in re.findall(r"\(([\d.]+) x\)", done.stdout.splitlines()[-1])]
-    assert len(faster) == 2 and min(faster) > 1, done.stdout

@@ -9,9 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from slimllm import calibration, evaluation, families
-from slimllm.benchmark import main as benchmark
-from tests.conftest import ROOT, make_config
+from slimllm.__main__ import main as slim
+from slimllm.data import calibration, texts
+from slimllm.evaluation.perplexity import perplexity
+from slimllm.models import loading
+from tests.conftest import ROOT
 
 
 def test_twenty_percent_is_twenty_percent(run):
@@ -39,13 +41,13 @@ def test_the_pruned_model_still_works(run, smollm2):
     assert figure["dense"] < figure["pruned"] < 4 * figure["dense"]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.get_vocab() == families.load_tokenizer(str(smollm2)).get_vocab() and tokenizer.chat_template
+    assert tokenizer.get_vocab() == loading.load_tokenizer(str(smollm2)).get_vocab() and tokenizer.chat_template
     inputs = tokenizer("The capital of France is", return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     assert output.shape[1] == inputs.input_ids.shape[1] + 8
-    (text,) = evaluation.load_texts(("python_manual",))
-    blocks = evaluation.blocks_of(text, tokenizer, 128, limit=16)
-    assert evaluation.perplexity(model, blocks) == pytest.approx(figure["pruned"], rel=0.02)
+    (text,) = texts.load_texts(("python_manual",))
+    blocks = texts.blocks_of(text, tokenizer, 128, limit=16)
+    assert perplexity(model, blocks) == pytest.approx(figure["pruned"], rel=0.02)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
@@ -84,23 +86,25 @@ def test_interrupted_in_the_middle_of_pruning(smollm2, text_file, tmp_path, sent
 
 PEAK = """
 import sys, torch
-from slimllm import families, pipeline, record
+from slimllm.models import loading
+from slimllm.pruning import pipeline
+from slimllm.utils import memory
 from tests.conftest import make_config
-model = families.load_model(sys.argv[1], torch.float32)
+model = loading.load_model(sys.argv[1], torch.float32)
 ids = torch.randint(1000, (int(sys.argv[2]), 128), generator=torch.Generator().manual_seed(0))
 pipeline.prune(model, ids, make_config(layers=len(model.model.layers), recovery="least_squares", pruning_ratio=0.25))
-print(record.peak_memory()["cpu_bytes"])
+print(memory.peak_memory()["cpu_bytes"])
 """
 
 
 def test_memory_does_not_grow_with_the_number_of_samples(smollm2, tmp_path):
-    """The first two layers of the real model, so that 512 samples take seconds; less model makes the bound stricter."""
-    model = families.load_model(str(smollm2), torch.float32)
+    """The first two layers of the real model, so that 256 samples take seconds; less model makes the bound stricter."""
+    model = loading.load_model(str(smollm2), torch.float32)
     model.model.layers = model.model.layers[:2]
     model.config.num_hidden_layers = 2
     model.save_pretrained(tmp_path / "two")
     peaks = []
-    for samples in (32, 512):
+    for samples in (32, 256):
         done = subprocess.run([sys.executable, "-c", PEAK, tmp_path / "two", str(samples)], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         peaks.append(int(done.stdout.split()[-1]))
@@ -108,18 +112,18 @@ def test_memory_does_not_grow_with_the_number_of_samples(smollm2, tmp_path):
 
 
 def test_self_samples_read_like_text(smollm2):
-    model, tokenizer = families.load_model(str(smollm2), torch.float32), families.load_tokenizer(str(smollm2))
-    ids = calibration.sample_from_model(model, tokenizer, make_config(num_examples=8, seq_len=24))
+    model, tokenizer = loading.load_model(str(smollm2), torch.float32), loading.load_tokenizer(str(smollm2))
+    ids = calibration.sample_from_model(model, tokenizer, calibration.SampleSpec(8, 24))
     assert ids.shape == (8, 24)
     random = torch.randint(1000, 40000, (8, 24), generator=torch.Generator().manual_seed(0))
-    assert evaluation.perplexity(model, ids) < 0.01 * evaluation.perplexity(model, random)
+    assert perplexity(model, ids) < 0.01 * perplexity(model, random)
 
 
 def test_the_benchmark_runs(smollm2, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("slimllm.benchmark.SAMPLES", 1)
-    monkeypatch.setattr("slimllm.benchmark.LENGTH", 48)
-    monkeypatch.setattr("slimllm.benchmark.LLAMA_7B", dict(hidden_size=64, intermediate_size=96, num_attention_heads=4))
-    assert benchmark(["--base_model", str(smollm2), "--repeats", "1", "--json", str(tmp_path / "b.json")]) == 0
+    monkeypatch.setattr("slimllm.experiments.benchmark.SAMPLES", 1)
+    monkeypatch.setattr("slimllm.experiments.benchmark.LENGTH", 48)
+    monkeypatch.setattr("slimllm.experiments.benchmark.LLAMA_7B", dict(hidden_size=64, intermediate_size=96, num_attention_heads=4))
+    assert slim(["benchmark", "--base_model", str(smollm2), "--repeats", "1", "--json", str(tmp_path / "b.json")]) == 0
     assert "speed-up" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "b.json").read_text())["results"]) == 2
 
@@ -127,7 +131,7 @@ def test_the_benchmark_runs(smollm2, tmp_path, capsys, monkeypatch):
 def test_post_training_lowers_the_perplexity_of_held_out_text(run, tmp_path):
     """The Python manual: its beginning for training, what follows for the figures; one short epoch on the pruned real model."""
     folder, _, _ = run
-    (text,) = evaluation.load_texts(("python_manual",))
+    (text,) = texts.load_texts(("python_manual",))
     parts = [text.text[i : i + 400] for i in range(0, 48_000, 400)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in parts[:96]))
     (tmp_path / "later.txt").write_text("".join(parts[96:]))

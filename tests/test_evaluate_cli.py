@@ -5,7 +5,12 @@ import json
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from slimllm import checkpoint, evaluation, report
+from slimllm.__main__ import main as slim
+from slimllm.data import texts
+from slimllm.deploy import checkpoint
+from slimllm.evaluation import zero_shot
+from slimllm.evaluation.perplexity import perplexity
+from slimllm.reporting import tables
 from tests.conftest import make_model, prune_to, tiny_tokenizer_of
 from tests.test_zero_shot import NUMBER, ROWS
 
@@ -28,22 +33,22 @@ def results(name="pruned"):
 
 
 def test_a_run_and_its_file(setting, capsys):
-    assert evaluation.main([*setting, "--limit", "10"]) == 0
+    assert slim(["evaluate", *setting, "--limit", "10"]) == 0
     found = results()
     assert set(found["tasks"]) == {"piqa", "openbookqa"}
     assert found["tasks"]["openbookqa"]["reported"] == "acc_norm" and {"acc", "acc_norm"} <= set(found["tasks"]["openbookqa"]["metrics"])
     assert found["tasks"]["piqa"]["questions"] == 10 and found["tasks"]["piqa"]["limited"] and found["environment"]["lm_eval"]
     (figure,) = found["perplexity"]
     model = checkpoint.load("pruned")
-    (text,) = evaluation.load_texts(("book=text.txt",))
-    blocks = evaluation.blocks_of(text, tiny_tokenizer_of(), 32)
-    assert figure["perplexity"] == pytest.approx(evaluation.perplexity(model, blocks), rel=1e-5)
+    (text,) = texts.load_texts(("book=text.txt",))
+    blocks = texts.blocks_of(text, tiny_tokenizer_of(), 32)
+    assert figure["perplexity"] == pytest.approx(perplexity(model, blocks), rel=1e-5)
     out = capsys.readouterr().out
     assert "w/o tune" not in out.split("Ratio")[0] and "(2 tasks)" in out and "* limited" in out
 
 
 def test_a_stopped_run_goes_on(setting, monkeypatch, capsys):
-    score = evaluation.zero_shot.score
+    score = zero_shot.score
     done = []
 
     def stops(model, tokenizer, name, *rest):
@@ -52,39 +57,39 @@ def test_a_stopped_run_goes_on(setting, monkeypatch, capsys):
         done.append(name)
         return score(model, tokenizer, name, *rest)
 
-    monkeypatch.setattr(evaluation.zero_shot, "score", stops)
-    assert evaluation.main(setting) == 130
+    monkeypatch.setattr(zero_shot, "score", stops)
+    assert slim(["evaluate", *setting]) == 130
     assert "goes on with the rest" in capsys.readouterr().err
     first = results()
     assert list(first["tasks"]) == done and len(first["perplexity"]) == 1
-    monkeypatch.setattr(evaluation.zero_shot, "score", lambda m, t, name, *r: done.append(name) or score(m, t, name, *r))
-    assert evaluation.main(setting) == 0
+    monkeypatch.setattr(zero_shot, "score", lambda m, t, name, *r: done.append(name) or score(m, t, name, *r))
+    assert slim(["evaluate", *setting]) == 0
     assert len(done) == 2 and results()["tasks"][done[0]] == first["tasks"][done[0]]
-    assert evaluation.main(setting) == 0 and len(done) == 2  # nothing left to do
+    assert slim(["evaluate", *setting]) == 0 and len(done) == 2  # nothing left to do
 
 
 def test_results_of_something_else_are_not_mixed(setting, capsys):
-    assert evaluation.main([*setting, "--tasks", "piqa"]) == 0
-    assert evaluation.main([*setting, "--limit", "3"]) == 2
+    assert slim(["evaluate", *setting, "--tasks", "piqa"]) == 0
+    assert slim(["evaluate", *setting, "--limit", "3"]) == 2
     assert "holds results of another limit" in capsys.readouterr().err
     assert not results()["tasks"]["piqa"]["limited"]
-    assert evaluation.main([*setting, "--limit", "3", "--overwrite", "--tasks", "piqa"]) == 0
+    assert slim(["evaluate", *setting, "--limit", "3", "--overwrite", "--tasks", "piqa"]) == 0
     assert results()["tasks"]["piqa"]["questions"] == 3
     open("eval_log/pruned.json", "w").write("{")
-    assert evaluation.main(setting) == 2
+    assert slim(["evaluate", *setting]) == 2
     assert "not a file of results" in capsys.readouterr().err
 
 
 def test_an_adapter_changes_the_figures(setting, tmp_path):
-    assert evaluation.main([*setting, "--tasks", "none"]) == 0
+    assert slim(["evaluate", *setting, "--tasks", "none"]) == 0
     model = get_peft_model(checkpoint.load("pruned"), LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     model.save_pretrained(tmp_path / "adapter")
-    assert evaluation.main([*setting, "--tasks", "none", "--adapter", "adapter"]) == 0
+    assert slim(["evaluate", *setting, "--tasks", "none", "--adapter", "adapter"]) == 0
     before, after = (results(name)["perplexity"][0]["perplexity"] for name in ("pruned", "pruned_tuned"))
     assert after != pytest.approx(before, rel=1e-3)
     both = model.get_base_model()
-    (text,) = evaluation.load_texts(("book=text.txt",))
-    assert after == pytest.approx(evaluation.perplexity(both, evaluation.blocks_of(text, tiny_tokenizer_of(), 32)), rel=1e-4)
+    (text,) = texts.load_texts(("book=text.txt",))
+    assert after == pytest.approx(perplexity(both, texts.blocks_of(text, tiny_tokenizer_of(), 32)), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -98,47 +103,47 @@ def test_an_adapter_changes_the_figures(setting, tmp_path):
     ],
 )
 def test_mistakes(setting, wrong, said, capsys):
-    assert evaluation.main([*setting, *wrong]) == 2
+    assert slim(["evaluate", *setting, *wrong]) == 2
     assert said in capsys.readouterr().err
 
 
 def row(removed=None, tuned=None, model="llama-7b-hf", tasks=(), perplexity=()):
     pruning = removed and {"of": "m", "removed": removed, "recipe": "paper", "recovery": "linear", "layer_ratio": "importance"}
     scores = {
-        name: {"metrics": {"acc": value, "acc_norm": value / 2}, "reported": evaluation.zero_shot.TASKS[name].reported, "limited": False}
+        name: {"metrics": {"acc": value, "acc_norm": value / 2}, "reported": zero_shot.TASKS[name].reported, "limited": False}
         for name, value in tasks
     }
     texts = [{"data": name, "perplexity": value, "limited": False} for name, value in perplexity]
-    return {"of": {"model": model, "pruning": pruning, "adapter": tuned}, "tasks": scores, "perplexity": texts}
+    return {"fingerprint": {"model": model, "pruning": pruning, "adapter": tuned}, "tasks": scores, "perplexity": texts}
 
 
 def test_the_paper_s_layout():
-    every = [(name, 0.5) for name in evaluation.zero_shot.TASKS]
+    every = [(name, 0.5) for name in zero_shot.TASKS]
     given = [row(0.497, "abc", "x_50", every[:1]), row(0.2, None, "x_20"), row(None, None, "tiny", every, [("ptb", 22.0)])]
-    header, *rows = report.paper_cells(given)
+    header, *rows = tables.paper_cells(given)
     assert header == ["Ratio", "Method", "PTB", "BoolQ", "PIQA", "HellaSwag", "WinoGrande", "ARC-e", "ARC-c", "OBQA", "Average"]
     assert [cells[0] for cells in rows] == ["0 %", "20 % w/o tune", "50 % w/ tune"]
     assert rows[0][2:] == ["22.00", "50.00", "50.00", "25.00", "50.00", "50.00", "25.00", "25.00", "39.29"]
     assert rows[2][-1] == "50.00 (1 tasks)" and rows[2][3:5] == ["50.00", "-"]
-    assert len(report.latex([header, *rows]).splitlines()) == 2 + 1 + 1 + 3 + 2 and r"20 \% w/o tune" in report.latex([header, *rows])
+    assert len(tables.latex([header, *rows]).splitlines()) == 2 + 1 + 1 + 3 + 2 and r"20 \% w/o tune" in tables.latex([header, *rows])
 
 
 def test_the_paper_s_rows_stand_beside_llama_7b():
-    header, *rows = report.paper_cells([row(None, None, "llama-7b-hf")])
+    header, *rows = tables.paper_cells([row(None, None, "llama-7b-hf")])
     assert header[2:4] == ["WikiText2", "PTB"] and len(rows) == 6
     averages = [cells[-1] for cells in rows[1:]]
     assert averages == ["63.25", "61.22", "62.41", "50.10", "53.16"]  # as the paper prints them
 
 
 def test_tables_are_written_from_result_files(setting, capsys):
-    assert evaluation.main([*setting, "--tasks", "piqa"]) == 0
-    assert report.main(["eval_log/pruned.json", "--output", "tables"]) == 0
+    assert slim(["evaluate", *setting, "--tasks", "piqa"]) == 0
+    assert slim(["report", "eval_log/pruned.json", "--output", "tables"]) == 0
     assert json.loads(open("tables/table.json").read())["rows"][0]["PIQA"] in open("tables/table.md").read()
     assert open("tables/table.tex").read().startswith(r"\begin{tabular}")
-    assert report.main(["missing.json"]) == 2
+    assert slim(["report", "missing.json"]) == 2
 
 
 def test_a_dense_model_has_no_pruning(setting, tmp_path, tiny_folder):
     make_model(max_position_embeddings=256).save_pretrained(tiny_folder)
-    assert evaluation.main([str(tiny_folder), *setting[1:], "--tasks", "none"]) == 0
-    assert results("tiny")["of"]["pruning"] is None
+    assert slim(["evaluate", str(tiny_folder), *setting[1:], "--tasks", "none"]) == 0
+    assert results("tiny")["fingerprint"]["pruning"] is None

@@ -3,37 +3,39 @@ import math
 import pytest
 import torch
 
-from slimllm import evaluation, hub
-from slimllm.cli import UserError
-from tests.conftest import TEXT, logits, make_config, make_ids, make_model
+from slimllm.data import texts
+from slimllm.errors import UserError
+from slimllm.evaluation.perplexity import continuations, perplexity
+from slimllm.models import hub, loading
+from tests.conftest import TEXT, logits, make_ids, make_model
 
 
 def test_perplexity_is_the_exponential_of_the_mean_loss():
     model, blocks = make_model(), make_ids(7, 20)
     loss = torch.nn.functional.cross_entropy(logits(model, blocks)[:, :-1].flatten(0, 1), blocks[:, 1:].flatten())
-    assert evaluation.perplexity(model, blocks) == pytest.approx(math.exp(loss), rel=1e-5)
+    assert perplexity(model, blocks) == pytest.approx(math.exp(loss), rel=1e-5)
 
 
 def test_perplexity_does_not_depend_on_the_batch(monkeypatch):
     model, blocks = make_model(), make_ids(7, 20)
-    expected = evaluation.perplexity(model, blocks)
-    monkeypatch.setattr(evaluation, "TOKENS_PER_BATCH", 40)
-    monkeypatch.setattr(evaluation, "LOGIT_ROWS", 3)
-    assert evaluation.perplexity(model, blocks) == pytest.approx(expected, rel=1e-6)
+    expected = perplexity(model, blocks)
+    monkeypatch.setattr("slimllm.evaluation.perplexity.TOKENS_PER_BATCH", 40)
+    monkeypatch.setattr("slimllm.evaluation.perplexity.LOGIT_ROWS", 3)
+    assert perplexity(model, blocks) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_loss_that_is_not_finite_is_an_error():
     model = make_model()
     model.lm_head.weight.data[0] = float("nan")
     with pytest.raises(UserError, match="not finite"):
-        evaluation.perplexity(model, make_ids(2, 20))
+        perplexity(model, make_ids(2, 20))
 
 
 def test_evaluating_casts_weights_only_for_a_while(monkeypatch):
     model, ids = make_model("llama_tied"), make_ids()
     before = logits(model, ids)
-    monkeypatch.setattr(evaluation, "evaluation_dtype", lambda dtype, device: torch.bfloat16)
-    with evaluation.evaluating(model, torch.device("cpu")):
+    monkeypatch.setattr(loading, "evaluation_dtype", lambda dtype, device: torch.bfloat16)
+    with loading.placed_for_evaluation(model, torch.device("cpu")):
         assert model.dtype == torch.bfloat16 and model.model.rotary_emb.inv_freq.dtype == torch.float32
         assert model.lm_head.weight is model.model.embed_tokens.weight
         assert not torch.equal(logits(model, ids).float(), before)
@@ -43,45 +45,45 @@ def test_evaluating_casts_weights_only_for_a_while(monkeypatch):
 def test_wikitext_file_is_joined_as_the_hub_s_rows(tmp_path):
     path = tmp_path / "wiki.test.raw"
     path.write_text(" \n = Title = \n \n A sentence . \n")
-    (text,) = evaluation.load_texts((str(path),))
+    (text,) = texts.load_texts((str(path),))
     assert text.name == "wikitext2" and text.text == "\n\n".join(["", " = Title = \n", "", " A sentence . \n"])
-    (named,) = evaluation.load_texts((f"wikitext2={path}",))
+    (named,) = texts.load_texts((f"wikitext2={path}",))
     assert named.sha256 == text.sha256
 
 
 def test_ptb_file_is_joined_sentence_by_sentence(tmp_path):
     path = tmp_path / "ptb.valid.txt"
     path.write_text(" one <unk> \n two N \n")
-    (text,) = evaluation.load_texts((str(path),))
+    (text,) = texts.load_texts((str(path),))
     assert text.name == "ptb" and text.text == "one <unk>\n\ntwo N"
 
 
 def test_any_text_is_taken_as_it_is(tmp_path):
     path = tmp_path / "novel.txt"
     path.write_text("a\nb\n")
-    (text,) = evaluation.load_texts((str(path),))
+    (text,) = texts.load_texts((str(path),))
     assert (text.name, text.text) == ("novel", "a\nb\n")
 
 
 def test_blocks_are_cut_from_one_stream_and_limited(tiny_tokenizer):
-    text = evaluation.EvalText("t", TEXT, "x")
+    text = texts.EvalText("t", TEXT, "x")
     ids = tiny_tokenizer(TEXT).input_ids
-    blocks = evaluation.blocks_of(text, tiny_tokenizer, 16)
+    blocks = texts.blocks_of(text, tiny_tokenizer, 16)
     assert blocks.flatten().tolist() == ids[: len(ids) // 16 * 16]
-    assert len(evaluation.blocks_of(text, tiny_tokenizer, 16, limit=3)) == 3
+    assert len(texts.blocks_of(text, tiny_tokenizer, 16, limit=3)) == 3
 
 
 def test_nothing_named_and_no_hub_takes_the_python_manual(caplog):
     with caplog.at_level("INFO", logger="slimllm"):
-        (text,) = evaluation.load_texts(None)
+        (text,) = texts.load_texts(None)
     assert text.name == "python_manual" and len(text.text) > 100_000 and "Python" in text.split
     assert "--eval_data python_manual" in caplog.text
 
 
 def test_nothing_named_takes_both_sets_of_the_hub(monkeypatch):
     monkeypatch.setattr(hub, "rows", lambda path, column, **kwargs: iter([f"{kwargs['split']} {column}", "b"]))
-    assert [(t.name, t.text) for t in evaluation.load_texts(None)] == [("wikitext2", "test text\n\nb"), ("ptb", "validation sentence\n\nb")]
-    assert evaluation.load_texts(("none",)) == []
+    assert [(t.name, t.text) for t in texts.load_texts(None)] == [("wikitext2", "test text\n\nb"), ("ptb", "validation sentence\n\nb")]
+    assert texts.load_texts(("none",)) == []
 
 
 @pytest.mark.parametrize(
@@ -98,17 +100,16 @@ def test_bad_texts_are_named(item, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(UserError, match=message):
-        evaluation.load_texts((item,))
+        texts.load_texts((item,))
 
 
 def test_a_text_shorter_than_a_block_is_an_error(tiny_tokenizer):
     with pytest.raises(UserError, match="do not fill one block"):
-        evaluation.blocks_of(evaluation.EvalText("t", "abc", "x"), tiny_tokenizer, 16)
+        texts.blocks_of(texts.EvalText("t", "abc", "x"), tiny_tokenizer, 16)
 
 
 def test_continuations_are_deterministic_by_seed(tiny_tokenizer):
     model = make_model()
-    config = make_config(seed=5)
-    assert evaluation.continuations(model, tiny_tokenizer, config) == evaluation.continuations(model, tiny_tokenizer, config)
-    greedy = evaluation.continuations(model, tiny_tokenizer, make_config(temperature=0.0))
+    assert continuations(model, tiny_tokenizer, seed=5) == continuations(model, tiny_tokenizer, seed=5)
+    greedy = continuations(model, tiny_tokenizer, temperature=0.0)
     assert len(greedy) == 3

@@ -12,9 +12,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from slimllm import checkpoint, evaluation, export_gguf, gguf_tokenizer, pipeline, verify
-from slimllm.cli import UserError
-from slimllm.llama_cpp import LlamaCpp
+from slimllm.__main__ import main as slim
+from slimllm.data import texts
+from slimllm.deploy import checkpoint, export_gguf, gguf_tokenizer, runtimes, verify
+from slimllm.deploy.llama_cpp import LlamaCpp
+from slimllm.errors import UserError
+from slimllm.pruning import pipeline
 from tests.conftest import FAMILY_CASES, ROOT, TEXT, make_config, make_ids, make_model, make_shape
 
 VOCAB = 320
@@ -79,7 +82,7 @@ def save(case, folder, tokenizer, pruned=True, sizes=SIZES, **settings):
         shape = make_shape(case, **sizes)
         config = make_config(shape=shape, **{"pruned_layers": 2, "recovery": "least_squares", **settings})
         pipeline.prune(model, ids, config)
-        checkpoint.in_runtime_form(model, config.runtime)
+        runtimes.convert_for_runtime(model, config.runtime)
     checkpoint.save(model, tokenizer, folder, ids[:2], "dense")
     return folder
 
@@ -87,7 +90,7 @@ def save(case, folder, tokenizer, pruned=True, sizes=SIZES, **settings):
 def checks(folder, path, length=20):
     """The rows of ``slimllm.verify`` for one file, as {last words of the check: Check}."""
     model, tokenizer = checkpoint.load(folder, torch.float32), AutoTokenizer.from_pretrained(folder)
-    blocks = evaluation.blocks_of(evaluation.EvalText("t", TEXT, "t"), tokenizer, length, 1)
+    blocks = texts.blocks_of(texts.EvalText("t", TEXT, "t"), tokenizer, length, 1)
     return verify.checks_of_file(str(path), model, tokenizer, TEXT, blocks)
 
 
@@ -201,7 +204,7 @@ def broken(folder, name):
 )
 def test_a_mistake_is_one_line_and_leaves_no_file(make, arguments, says, tmp_path, tiny_tokenizer, capsys):
     folder = make(tmp_path, tiny_tokenizer)
-    assert export_gguf.main([str(folder), *arguments]) == 2
+    assert slim(["export-gguf", str(folder), *arguments]) == 2
     error = capsys.readouterr().err
     assert re.search(says, error) and error.count("\n") == 1
     assert not [path for path in tmp_path.rglob("*gguf*")]
@@ -209,19 +212,19 @@ def test_a_mistake_is_one_line_and_leaves_no_file(make, arguments, says, tmp_pat
 
 def test_an_existing_file_stays(tmp_path, capsys):
     folder = save("llama_gqa", tmp_path / "m", bpe_tokenizer())
-    assert export_gguf.main([str(folder)]) == 0
+    assert slim(["export-gguf", str(folder)]) == 0
     path = folder / "m-f16.gguf"
     before = path.read_bytes()
-    assert export_gguf.main([str(folder)]) == 2 and "exists" in capsys.readouterr().err
-    assert path.read_bytes() == before and export_gguf.main([str(folder), "--overwrite"]) == 0
+    assert slim(["export-gguf", str(folder)]) == 2 and "exists" in capsys.readouterr().err
+    assert path.read_bytes() == before and slim(["export-gguf", str(folder), "--overwrite"]) == 0
 
 
 FULL_DISK = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-from slimllm import export_gguf
-sys.exit(export_gguf.main(sys.argv[1:]))
+from slimllm.__main__ import main as slim
+sys.exit(slim(["export-gguf", *sys.argv[1:]]))
 """
 
 
@@ -235,7 +238,7 @@ def test_a_full_disk_leaves_no_half_file(tmp_path):
 
 
 def run_verify(*arguments):
-    return verify.main([str(argument) for argument in arguments])
+    return slim(["verify", *map(str, arguments)])
 
 
 def test_verify_passes_what_is_the_same_and_fails_what_is_not(tmp_path, capsys, text_file):
@@ -273,3 +276,15 @@ def test_verify_says_what_cannot_be_read(case, tmp_path, capsys, text_file):
     assert run_verify(folder, path, "--text", text_file, "--seq_len", 16) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and str(folder if case.startswith("no") else path) in error
+
+
+def test_the_speed_of_files_is_one_table(tmp_path, capsys):
+    """The dense file and the pruned one, in turns; which is faster is no matter of a test, script/runtimes.sh measures it."""
+    files = [
+        export_gguf.export(save("llama_gqa", tmp_path / name, bpe_tokenizer(), pruned), tmp_path / f"{name}.gguf", "f16")
+        for name, pruned in (("dense", False), ("pruned", True))
+    ]
+    flags = ("--prompt_tokens", "16", "--new_tokens", "4", "--repeats", "2", "--threads", "1")
+    assert slim(["llama-cpp-speed", *map(str, files), *flags]) == 0
+    header, _, dense, pruned = capsys.readouterr().out.strip().splitlines()
+    assert "tokens/s" in header and dense.count("(1.00 x)") == 2 and len(re.findall(r"\([\d.]+ x\)", pruned)) == 2

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from slimllm.importance.channels import CHANNEL_SCORES, ChannelStatistics, select_channels
-from slimllm.importance.heads import greedy_search, leave_one_out, output_gram, similarity
-from slimllm.importance.layers import cosine_sum, layer_weights
-from tests import plain
+from slimllm.experiments import plain
+from slimllm.pruning.importance.channels import CHANNEL_SCORES, ChannelStatistics, select_channels
+from slimllm.pruning.importance.heads import greedy_search, leave_one_out, output_gram, similarity
+from slimllm.pruning.importance.layers import cosine_sum, importance_weights, uniform_weights
 
 
 def heads_case(heads=5, width=3, dims=8, tokens=60, seed=0):
@@ -80,12 +80,12 @@ def test_search_never_ends_below_its_start_and_mostly_finds_the_best_set():
     assert found >= 56, f"equals exhaustive search in {found} of 60 cases"  # measured: 58
 
 
-def test_search_in_classes_takes_the_same_number_from_each():
+def test_search_in_groups_takes_the_same_number_from_each():
     for seed in range(10):
         _, gram = heads_case(heads=6, seed=seed)
-        keep = greedy_search(gram, 1, classes=2)
+        keep = greedy_search(gram, 1, groups=2)
         assert sum(i < 3 for i in keep) == 2 and sum(i >= 3 for i in keep) == 2
-        assert similarity(gram, keep) >= similarity(gram, greedy_search(gram, 1, classes=2, swap=False)) - 1e-9
+        assert similarity(gram, keep) >= similarity(gram, greedy_search(gram, 1, groups=2, swap=False)) - 1e-9
 
 
 def channel_statistics(tokens=50, hidden=6, size=9, seed=0):
@@ -139,13 +139,29 @@ def test_select_channels_spares_no_more_than_may_stay():
 
 def test_layer_weights_are_a_softmax_over_the_most_similar_layers():
     cosine = [0.1, 0.9, 0.95, 0.5, 0.92]
-    weights = layer_weights(cosine, 3, alpha=10, mode="importance")
+    weights = importance_weights(cosine, 3, alpha=10)
     assert weights[0] == weights[3] == 0
     expected = 3 * np.exp(10 * np.array([0.9, 0.95, 0.92])) / np.exp(10 * np.array([0.9, 0.95, 0.92])).sum()
     assert [weights[i] for i in (1, 2, 4)] == pytest.approx(expected)
-    assert layer_weights(cosine, 3, 10, "uniform") == [0, 1, 1, 0, 1]
+    assert uniform_weights(cosine, 3) == [0, 1, 1, 0, 1]
 
 
 def test_cosine_sum():
     a, b = torch.tensor([[1.0, 0], [1, 0]]), torch.tensor([[2.0, 0], [0, 3]])
     assert cosine_sum(a, b) == pytest.approx(1.0)
+
+
+def test_an_eigendecomposition_that_fails_is_tried_again_on_the_cpu_in_float64(monkeypatch):
+    eigh, tried = torch.linalg.eigh, []
+
+    def fails_in_float32(matrix):
+        tried.append(matrix.dtype)
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("linalg.eigh: the algorithm failed to converge")
+        return eigh(matrix)
+
+    s, _, _ = channel_statistics()
+    wanted = CHANNEL_SCORES["feature_space"](s)
+    monkeypatch.setattr(torch.linalg, "eigh", fails_in_float32)
+    torch.testing.assert_close(CHANNEL_SCORES["feature_space"](s), wanted, rtol=1e-4, atol=1e-4)
+    assert tried == [torch.float32, torch.float64]

@@ -1,10 +1,13 @@
 import json
+import weakref
 
 import pytest
 import torch
 
-from slimllm import latency
-from slimllm.cli import UserError
+from slimllm.__main__ import main as slim
+from slimllm.commands.latency import LatencyConfig
+from slimllm.errors import UserError
+from slimllm.evaluation import latency
 from tests.conftest import FAMILY_CASES, make_ids, make_model, prune_to, tiny_tokenizer_of
 
 
@@ -31,7 +34,7 @@ def test_sizes(tmp_path):
     size = latency.size_of(model)
     assert size["parameters"] == model.num_parameters() and size["weight_bytes"] == 4 * model.num_parameters()
     cache = model(make_ids(1, 5), use_cache=True).past_key_values
-    assert size["kv_bytes_a_token"] == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // 5
+    assert size["kv_bytes_per_token"] == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // 5
 
 
 def test_decode_continues_the_prompt():
@@ -49,9 +52,9 @@ def test_decode_continues_the_prompt():
 def test_the_command(tmp_path, tiny_folder, capsys):
     pruned = prune_to(tmp_path / "pruned", tiny_tokenizer_of())
     flags = ["--batch_size", "1", "2", "--length", "8", "16", "--new_tokens", "3", "--repeats", "2", "--json", str(tmp_path / "l.json")]
-    assert latency.main([str(pruned), "--baseline", str(tiny_folder), *flags]) == 0
+    assert slim(["latency", str(pruned), "--baseline", str(tiny_folder), *flags]) == 0
     out = capsys.readouterr().out
-    assert out.count(" x |") == 2 * 8 and "KV cache a token" in out
+    assert out.count(" x |") == 2 * 8 and "KV cache per token" in out
     record = json.loads((tmp_path / "l.json").read_text())
     assert len(record["measurements"]) == 8 and all(len(e["prefill"]) == 2 for e in record["measurements"])
     assert record["sizes"]["pruned"]["parameters"] < record["sizes"]["dense"]["parameters"]
@@ -64,7 +67,23 @@ def test_mistakes(tiny_folder, capsys):
         ([str(tiny_folder), "--length", "64"], "context is 64"),
         ([str(tiny_folder), "--batch_size", "0"], "at least 1"),
     ):
-        assert latency.main(wrong) == 2
+        assert slim(["latency", *wrong]) == 2
         assert said in capsys.readouterr().err
     with pytest.raises(UserError, match="float31"):
-        latency.LatencyConfig("x", dtype="float31")
+        LatencyConfig("x", dtype="float31")
+
+
+def test_a_model_s_cache_is_gone_before_the_next_one_is_measured(monkeypatch):
+    """Else the next model's peak would hold it too."""
+    caches, alive = [], []
+    prefill = latency.prefill
+
+    def watched(model, ids):
+        alive.append(sum(cache() is not None for cache in caches))
+        seconds, cache, token = prefill(model, ids)
+        caches.append(weakref.ref(cache))
+        return seconds, cache, token
+
+    monkeypatch.setattr(latency, "prefill", watched)
+    latency.measure({"dense": make_model(), "pruned": make_model()}, (1,), (8,), 2, 1, torch.device("cpu"))
+    assert len(caches) >= 4 and not any(alive)

@@ -1,6 +1,6 @@
 """The package against what the paper's published code decided on the real model, recorded in a folder beside the repository.
 
-Where that is absent, the plain transcription of the equations (tests/plain.py) decides instead, on the same
+Where that is absent, the plain transcription of the equations (slimllm/experiments/plain.py) decides instead, on the same
 model and on tokens of the Python manual.
 """
 
@@ -10,8 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slimllm import evaluation, families, pipeline
-from tests import plain
+from slimllm.data import texts
+from slimllm.evaluation.perplexity import perplexity
+from slimllm.experiments import plain
+from slimllm.models import loading
+from slimllm.models.adapter import with_multi_head_attention
+from slimllm.pruning import pipeline
 from tests.conftest import ROOT, make_config
 
 PARITY = ROOT.parent / "shared" / "parity"
@@ -19,12 +23,12 @@ CASES = {"025": dict(pruning_ratio=0.25, pruned_layers=24, alpha=10.0), "055": d
 
 
 def dense(folder):
-    return families.with_multi_head_attention(families.load_model(str(folder), torch.float32))
+    return with_multi_head_attention(loading.load_model(str(folder), torch.float32))
 
 
 def manual_ids(folder, samples, length=128):
-    (text,) = evaluation.load_texts(("python_manual",))
-    return evaluation.blocks_of(text, families.load_tokenizer(str(folder)), length, limit=samples)
+    (text,) = texts.load_texts(("python_manual",))
+    return texts.blocks_of(text, loading.load_tokenizer(str(folder)), length, limit=samples)
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -39,11 +43,11 @@ def published(request, smollm2):
     ids = manual_ids(smollm2, 96)
     model = dense(smollm2)
     cosine, kept = plain.prune(model, ids[:32], **settings)
-    return settings, ids[:32], ids[32:], cosine, kept, evaluation.perplexity(model, ids[32:])
+    return settings, ids[:32], ids[32:], cosine, kept, perplexity(model, ids[32:])
 
 
 def test_the_published_decisions(published, smollm2):
-    settings, ids, eval_ids, cosine, kept, perplexity = published
+    settings, ids, eval_ids, cosine, kept, expected = published
     model = dense(smollm2)
     reports = pipeline.prune(model, ids, make_config(layers=30, keep_lowest=0.01, recovery="linear", **settings))
     assert [r.cosine for r in reports] == pytest.approx(cosine, abs=1e-5)
@@ -52,17 +56,17 @@ def test_the_published_decisions(published, smollm2):
     same = sum(len(set(channels) & set(reports[i].channels)) for i, (_, channels) in kept.items())
     assert all(len(reports[i].channels) == len(channels) for i, (_, channels) in kept.items())
     assert same / wanted >= 0.999
-    assert evaluation.perplexity(model, eval_ids) == pytest.approx(perplexity, rel=1e-3)
+    assert perplexity(model, eval_ids) == pytest.approx(expected, rel=1e-3)
 
 
 def test_least_squares_beats_the_published_recovery(published, smollm2):
     """At the same kept parameters and the same calibration tokens."""
-    settings, ids, eval_ids, _, kept, perplexity = published
+    settings, ids, eval_ids, _, kept, published_perplexity = published
     model = dense(smollm2)
     reports = pipeline.prune(model, ids, make_config(layers=30, recovery="least_squares", **settings))
     assert all(len(reports[i].channels) == len(channels) and len(reports[i].heads) == len(heads) for i, (heads, channels) in kept.items())
     bound = {0.25: 0.87, 0.55: 0.80}[settings["pruning_ratio"]]
-    assert evaluation.perplexity(model, eval_ids) <= bound * perplexity
+    assert perplexity(model, eval_ids) <= bound * published_perplexity
 
 
 def test_the_plain_transcription_decides_the_same_on_the_real_model(smollm2):
@@ -77,4 +81,4 @@ def test_the_plain_transcription_decides_the_same_on_the_real_model(smollm2):
         assert reports[index].heads == heads
         assert len(set(channels) & set(reports[index].channels)) >= 0.999 * len(channels)
     blocks = manual_ids(smollm2, 12)[6:]
-    assert evaluation.perplexity(model, blocks) == pytest.approx(evaluation.perplexity(twin, blocks), rel=1e-3)
+    assert perplexity(model, blocks) == pytest.approx(perplexity(twin, blocks), rel=1e-3)

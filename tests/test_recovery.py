@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from slimllm.recovery import RECOVERIES
-from slimllm.statistics import Covariance, PairMoments
+from slimllm.pruning.recovery import RECOVERIES
+from slimllm.pruning.statistics import Covariance, PairMoments
 
 
 def case(bias, seed=0):
@@ -71,9 +71,24 @@ def test_least_squares_is_ridge_regression_towards_the_kept_weights():
     xs = (x[:, keep] - x[:, keep].mean(0)).double()
     residual = (y - pruned).double()
     residual = residual - residual.mean(0)
-    ridge = 0.5 * xs.square().mean(0).mean() * len(xs)
+    ridge = 0.5 * xs.square().mean(0).median() * len(xs)
     delta = torch.linalg.solve(xs.T @ xs + ridge * torch.eye(5), xs.T @ residual)
     torch.testing.assert_close(r.weight.double(), weight[:, keep].double() + delta.T, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("outlier", [1.0, 1e3])
+def test_one_input_with_an_outlying_variance_does_not_switch_least_squares_off(outlier):
+    """The other inputs are recovered as well as without it (LLaMA-2 has an input of 1,400 times the ordinary size)."""
+    x, y, pruned, weight, b0, keep, covariance, moments = case(False)
+    x = torch.cat([x, outlier * x.std() * torch.randn(len(x), 1)], 1)
+    weight = torch.cat([weight, torch.full((6, 1), 0.1 / outlier)], 1)
+    keep = torch.cat([keep, torch.tensor([10])])
+    covariance, moments = Covariance(11), PairMoments(6)
+    covariance.update(x)
+    y, pruned = x @ weight.T, x[:, keep] @ weight[:, keep].T
+    moments.update(pruned, y)
+    _, output = recovered_output("least_squares", 1.0, x, weight, b0, keep, covariance, moments)
+    assert (y - output).var(0).sum() <= 0.75 * (y - pruned).var(0).sum()
 
 
 def test_least_squares_with_a_dead_input_and_a_tiny_ridge():

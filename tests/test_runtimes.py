@@ -6,11 +6,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from slimllm import checkpoint, export_transformers, families, pipeline
-from slimllm.allocation import plan, removed_parameters
-from slimllm.cli import UserError
-from slimllm.config import RUNTIMES
-from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model, make_shape, prune_to
+from slimllm.__main__ import main as slim
+from slimllm.deploy import checkpoint, runtimes
+from slimllm.errors import UserError
+from slimllm.models import families
+from slimllm.models import shape as shapes
+from slimllm.models.shape import RUNTIMES
+from slimllm.pruning import pipeline
+from slimllm.pruning.allocation.plan import removed_parameters
+from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model, make_shape, plan, prune_to
 
 SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4)
 
@@ -23,9 +27,9 @@ def pruned(case, runtime, tmp_path, tokenizer, **settings):
     config = make_config(shape=shape, runtime=runtime, **settings)
     dense = model.num_parameters()
     pipeline.prune(model, make_ids(), config)
-    checkpoint.in_runtime_form(model, runtime)
+    runtimes.convert_for_runtime(model, runtime)
     checkpoint.save(model, tokenizer, tmp_path, make_ids(2, 6), "dense")
-    together = shape.layers if families.limits_of(runtime, shape).same_channels else 1
+    together = shape.layers if shapes.limits_of(runtime, shape).same_channels else 1
     step = together * (3 * shape.hidden + 2) / shape.decoder_parameters
     return model, tmp_path, (dense - model.num_parameters()) / shape.decoder_parameters, step
 
@@ -35,8 +39,8 @@ def pruned(case, runtime, tmp_path, tokenizer, **settings):
 def test_what_a_runtime_gets_is_what_it_holds(case, runtime, tmp_path, tiny_tokenizer):
     model, folder, removed, step = pruned(case, runtime, tmp_path, tiny_tokenizer)
     shape, config = make_shape(case, **SIZES), AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    widths = families.widths_of(config)
-    limits = families.limits_of(runtime, shape)
+    widths = shapes.widths_of(config)
+    limits = shapes.limits_of(runtime, shape)
     assert abs(removed - 0.3) <= step
     assert not limits.same_heads or len({width[:2] for width in widths}) == 1
     assert not limits.same_channels or len(set(widths)) == 1
@@ -64,7 +68,7 @@ def test_vllm_form_is_what_decilm_reads(tmp_path, tiny_tokenizer):
     raw = json.loads((folder / "config.json").read_text())
     assert raw["architectures"] == ["DeciLMForCausalLM"] and raw["num_attention_heads"] == 3 == raw["num_key_value_heads"]
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    for block, (heads, kv_heads, channels) in zip(config.block_configs, families.widths_of(config), strict=True):
+    for block, (heads, kv_heads, channels) in zip(config.block_configs, shapes.widths_of(config), strict=True):
         assert (block.attention.n_heads_in_group, block.ffn.intermediate_size) == (heads // kv_heads, channels)
         assert not (block.attention.no_op or block.ffn.no_op or hasattr(block.ffn, "ffn_mult"))
     assert len({block.ffn.intermediate_size for block in config.block_configs}) > 1
@@ -148,7 +152,7 @@ def test_irregular_layers_are_named_with_the_way_out():
     model = make_model(**SIZES)
     pipeline.prune(model, make_ids(), make_config(shape=make_shape(**SIZES), pruned_layers=1))
     with pytest.raises(UserError, match=r"layers \d differ from the 4 heads, 2 KV heads and 96 channels .*--runtime transformers"):
-        checkpoint.as_stock_model(model)
+        runtimes.as_stock_model(model)
     assert type(model).__name__ == "LlamaForCausalLM" and model.config.num_attention_heads == 4  # untouched
 
 
@@ -156,20 +160,20 @@ def test_a_checkpoint_that_is_regular_can_be_exported_as_a_stock_one(tmp_path, t
     model = make_model(**SIZES)
     shape = make_shape(**SIZES)
     pipeline.prune(model, make_ids(), make_config(4, shape, layer_ratio="uniform", recovery="least_squares"))
-    checkpoint.save(checkpoint.as_slim_model(model), tiny_tokenizer, tmp_path / "slim", make_ids(2), "dense")
+    checkpoint.save(runtimes.as_slim_model(model), tiny_tokenizer, tmp_path / "slim", make_ids(2), "dense")
     before = logits(model, make_ids())
-    assert export_transformers.main([str(tmp_path / "slim"), str(tmp_path / "stock")]) == 0
+    assert slim(["export-transformers", str(tmp_path / "slim"), str(tmp_path / "stock")]) == 0
     config = json.loads((tmp_path / "stock" / "config.json").read_text())
-    assert config["model_type"] == "llama" and not set(config) & {*checkpoint.PER_LAYER_SETTINGS, "auto_map"}
+    assert config["model_type"] == "llama" and not set(config) & {*runtimes.PER_LAYER_SETTINGS, "auto_map"}
     assert not (tmp_path / "stock" / "modeling.py").exists()
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "stock"), make_ids()), before)
-    assert export_transformers.main([str(tmp_path / "slim"), str(tmp_path / "stock")]) == 2
+    assert slim(["export-transformers", str(tmp_path / "slim"), str(tmp_path / "stock")]) == 2
     assert "stock exists" in capsys.readouterr().err
 
 
 def test_an_irregular_checkpoint_is_not_exported_as_a_stock_one(tmp_path, tiny_tokenizer, capsys):
     folder = prune_to(tmp_path / "slim", tiny_tokenizer)
-    assert export_transformers.main([str(folder), str(tmp_path / "stock")]) == 2
+    assert slim(["export-transformers", str(folder), str(tmp_path / "stock")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and " differ from the 4 heads" in error and "--runtime transformers" in error
-    assert not (tmp_path / "stock").exists() and export_transformers.main([str(folder)]) == 2
+    assert not (tmp_path / "stock").exists() and slim(["export-transformers", str(folder)]) == 2

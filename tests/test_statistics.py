@@ -1,6 +1,11 @@
+import errno
+import tempfile
+
+import pytest
 import torch
 
-from slimllm.statistics import ActivationStore, Covariance, MemoryBudget, PairMoments, SquareSum
+from slimllm.errors import UserError
+from slimllm.pruning.statistics import ActivationMemory, ActivationStore, Covariance, PairMoments, SquareSum
 
 
 def rows(count=1000, size=7, offset=0.0):
@@ -27,7 +32,7 @@ def test_covariance_survives_a_mean_far_above_the_spread():
 
 
 def test_covariance_wider_than_a_column_block_is_symmetric(monkeypatch):
-    monkeypatch.setattr("slimllm.statistics._COLUMN_BLOCK", 3)
+    monkeypatch.setattr("slimllm.pruning.statistics._COLUMN_BLOCK", 3)
     x = rows()
     covariance = Covariance(7)
     covariance.update(x[:500])
@@ -56,15 +61,24 @@ def test_pair_moments_and_relative_error():
 
 
 def test_store_keeps_what_fits_in_memory_and_the_rest_in_a_file():
-    budget = MemoryBudget(2 * 40)
-    store = ActivationStore(budget)
+    memory = ActivationMemory(2 * 40)
+    store = ActivationStore(memory)
     tensors = [torch.randn(2, 5), torch.randn(2, 5), torch.randn(2, 5).bfloat16(), torch.randn(3, 5)]
     for tensor in tensors:
         store.append(tensor)
-    assert budget.left == 0 and store._file is not None
+    assert memory.left == 0 and store._file is not None
     assert all(torch.equal(a, b) for a, b in zip(store, tensors))
     tensors[1], tensors[3] = tensors[1] + 1, tensors[3] + 1
     store[1], store[3] = tensors[1], tensors[3]
     assert all(torch.equal(a, b) for a, b in zip(store, tensors))
     store.close()
-    assert budget.left == 80
+    assert memory.left == 80
+
+
+def test_a_full_temporary_folder_is_named_with_the_way_out(monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(UserError, match=f"temporary folder {tempfile.gettempdir()}: cannot be written .*TMPDIR="):
+        ActivationStore(ActivationMemory(0)).append(torch.zeros(4))

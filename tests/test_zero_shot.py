@@ -10,8 +10,8 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from slimllm import zero_shot
-from slimllm.cli import UserError
+from slimllm.errors import UserError
+from slimllm.evaluation import zero_shot
 from tests.conftest import FAMILY_CASES, make_ids, make_model
 
 CHOICES = {"text": ["red", "a blue one", "green, and more", "no"], "label": ["A", "B", "C", "D"]}

@@ -1,0 +1,196 @@
+"""Pruning as functions: what ``hf_prune.py`` does, without the command line, and without a line printed.
+
+result = slimllm.prune(model, tokenizer, target_sparsity=0.2, recipe="best", calibration=texts)
+slimllm.save(result, "my-smaller-model")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .data import calibration as calibrations
+from .data.calibration import Calibration
+from .deploy import checkpoint
+from .deploy.runtimes import convert_for_runtime
+from .errors import UserError, nearest
+from .models import loading
+from .models.families import dense_family_of
+from .models.shape import shape_of
+from .pruning import pipeline
+from .pruning.allocation.layer_ratios import without_scores
+from .pruning.allocation.plan_file import read_plan
+from .pruning.config import PruneConfig
+from .pruning.layer import LayerReport
+from .pruning.runner import Progress, no_progress
+from .reporting import card
+from .reporting.record import ModelInfo, Parameters, PruningRecord, Stopwatch
+from .utils.device import device_of, name_of
+from .utils.files import atomic_dir
+
+# Flags that are settings of prune() too; the others concern the model, texts to measure on, or where things go.
+_SETTINGS = {
+    f.name
+    for f in dataclasses.fields(PruneConfig)
+    if f.metadata.get("group") in ("sparsity", "method", "calibration") or f.name == "device"
+} - {"calibration"}
+
+CalibrationSource = str | Sequence[str] | torch.Tensor | Calibration | None
+
+
+@dataclass
+class PruneResult:
+    """A pruned model and how it came about.
+
+    ``model``: pruned, in the class that ``config.runtime`` asks for. ``layers``: one LayerReport each. ``parameters``: counts and
+    the shares removed. ``info``: the dense model. ``seconds``: of each phase.
+    """
+
+    model: torch.nn.Module
+    tokenizer: object
+    config: PruneConfig
+    calibration: Calibration
+    layers: list[LayerReport]
+    info: ModelInfo
+    parameters: Parameters
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def record(self, evaluation: Sequence[dict] = ()) -> PruningRecord:
+        """The run's record, with perplexities where some were measured (EvalText.figure)."""
+        layers = [dataclasses.asdict(layer) for layer in self.layers]
+        return PruningRecord(
+            self.config.to_dict(), self.info, self.calibration.to_dict(), self.parameters, list(evaluation), self.seconds, layers
+        )
+
+
+def prune(
+    model,
+    tokenizer=None,
+    *,
+    calibration: CalibrationSource = None,
+    on_layer: Callable[[LayerReport], None] = lambda report: None,
+    progress: Progress = no_progress,
+    config: PruneConfig | None = None,
+    timed: Stopwatch | None = None,
+    **settings,
+) -> PruneResult:
+    """Prunes ``model`` in place.
+
+    Args:
+        model: a dense causal LM of a supported family, as from_pretrained gives it.
+        tokenizer: the model's. Not needed where ``calibration`` is token ids and ``layer_ratio`` is not "auto".
+        calibration: texts, token ids [samples, length], a :class:`Calibration`, or what ``--calibration`` takes (a name, file or
+            folder); by default Bookcorpus, or samples of the model itself where the hub is out of reach.
+        on_layer: called with each LayerReport as it is ready. progress: called with (what is done, layers done, layers).
+        settings: ``target_sparsity=0.2``, ``recipe="best"`` and every other flag of ``hf_prune.py`` that concerns the sparsity, the
+            method, the samples or the device. ``config``: all of them at once, instead.
+        timed: where the seconds of each phase are added up.
+    Raises:
+        UserError: a setting, the model or the calibration cannot be used; one line says what and what to do.
+    """
+    unknown = [name for name in settings if name not in _SETTINGS]
+    if unknown:
+        raise UserError(f"{unknown[0]}: not a setting of prune(){nearest(unknown[0], _SETTINGS)}")
+    if config is None:
+        config = PruneConfig(base_model=getattr(model.config, "_name_or_path", "") or type(model).__name__, **settings)
+    elif settings:
+        raise UserError(f"config and {next(iter(settings))}: give one of them")
+    shape = shape_of(model.config, dense_family_of(model.config))
+    plans = plans_of(config, shape)
+    device, timed = device_of("device", config.device), timed or Stopwatch()
+    info = ModelInfo(
+        name=Path(config.base_model).name,
+        type=model.config.model_type,
+        dtype=name_of(model.dtype),
+        device=str(device),
+        shape=dataclasses.asdict(shape),
+        **card.origin_of(config.base_model),
+    )
+    size = model.num_parameters()
+    if not isinstance(calibration, Calibration):
+        with timed("calibration"):
+            calibration = calibrate(model, tokenizer, config, calibration, device_of("eval_device", config.eval_device))
+    with timed("pruning"):
+        layers = pipeline.prune(model, calibration.ids, config, device, on_layer, calibration.probe_ids, progress, plans)
+    convert_for_runtime(model, config.runtime)
+    parameters = Parameters.of(size, model.num_parameters(), shape.decoder_parameters)
+    return PruneResult(model, tokenizer, config, calibration, layers, info, parameters, timed.seconds)
+
+
+def plans_of(config: PruneConfig, shape):
+    """The plans of ``--plan``, or None where the layers' importance decides; resolves ``config``.
+
+    Raises UserError early for a sparsity that cannot be met.
+    """
+    config.resolve(shape)
+    if config.plan is not None:
+        return read_plan(config.plan, shape, config.runtime)
+    without_scores(shape, config)
+    return None
+
+
+def calibrate(model, tokenizer, config: PruneConfig, source: CalibrationSource, device: torch.device) -> Calibration:
+    """The samples that ``source`` gives, and those that ``layer_ratio`` auto measures on.
+
+    What the model itself has to say, it says on ``device`` in the dtype of evaluation, and is then as it was.
+    Raises UserError for a source that cannot be had or is too short, and where a tokenizer is needed and not there.
+    """
+    if isinstance(source, torch.Tensor):
+        samples = _of_ids(source, model.config.vocab_size)
+    elif tokenizer is None:
+        raise UserError("tokenizer: needed to make calibration samples; give one, or token ids [samples, length]")
+    elif source is None or isinstance(source, str):
+        calibrations.check_source(source)
+        with _speaking(model, device, calibrations.needs_model(source)):
+            samples = calibrations.load(source, model, tokenizer, config.samples)
+    else:
+        samples = calibrations.from_text("\n".join(source), "texts", tokenizer, config.samples)
+    if config.needs_probe_ids and samples.probe_ids is None:
+        if tokenizer is None:
+            raise UserError("layer_ratio auto measures on the model's own text: give a tokenizer")
+        with _speaking(model, device):
+            samples.probe_ids = calibrations.probe_samples(model, tokenizer, config.samples)
+    return samples
+
+
+def _of_ids(ids: torch.Tensor, vocab_size: int) -> Calibration:
+    if ids.ndim != 2 or not ids.numel():
+        raise UserError(f"calibration: token ids are [samples, length], not {list(ids.shape)}")
+    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+        raise UserError(f"calibration: token id {int(ids.max())} is outside the model's vocabulary of {vocab_size}")
+    return Calibration(ids.cpu().long(), "token ids")
+
+
+def _speaking(model, device: torch.device, needed: bool = True):
+    return loading.placed_for_evaluation(model, device) if needed else contextlib.nullcontext()
+
+
+def write_checkpoint(result: PruneResult, folder: Path) -> None:
+    """Writes model and tokenizer into ``folder`` and loads the model again: ``result.model`` is then the one that was loaded.
+
+    Raises RuntimeError where the two give different logits.
+    """
+    ids = result.calibration.ids[:2, :64]
+    checkpoint.save(result.model, result.tokenizer, folder, ids, result.config.base_model)
+    result.model = checkpoint.reload_and_compare(result.model, folder)
+
+
+def save(result: PruneResult, folder: str | os.PathLike, overwrite: bool = False) -> None:
+    """Writes the checkpoint with its calibration samples, record and model card; ``folder`` appears when all of it is complete.
+
+    The model is loaded again and compared, and ``result.model`` is then the one that was loaded.
+    Raises UserError where ``folder`` exists (without ``overwrite``) or cannot be written, RuntimeError where the comparison fails.
+    """
+    with atomic_dir(Path(folder), overwrite, "choose another folder") as staging:
+        result.config.save_ckpt_log_name = Path(folder).name
+        write_checkpoint(result, staging)
+        result.calibration.save(staging)
+        record = result.record()
+        record.write(staging)
+        card.write(staging, record)

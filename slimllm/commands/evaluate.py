@@ -1,0 +1,173 @@
+"""``python -m slimllm evaluate MODEL``: perplexity and the paper's zero-shot tasks of a checkpoint, kept in one JSON file."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..cli import check_choice, check_choices, check_range, flag
+from ..data.texts import blocks_of, load_texts
+from ..errors import UserError, first_line
+from ..evaluation import zero_shot
+from ..evaluation.perplexity import perplexity
+from ..models import loading
+from ..reporting import record, tables
+from ..utils.device import DTYPES, device_of, evaluation_dtype, name_of
+from ..utils.files import file_hash
+
+log = logging.getLogger("slimllm")
+
+
+@dataclass
+class EvalConfig:
+    """Settings of an evaluation. Raises UserError where a value makes no sense."""
+
+    model: str | None = flag("model", "checkpoint folder, dense or pruned, hub name or .gguf file", positional=True, nargs="?")
+    adapter: str | None = flag("model", "LoRA adapter to apply: OUTPUT_DIR/adapter of post_training.py")
+    dtype: str = flag("model", "dtype of the weights; auto: the checkpoint's own, or bfloat16 on a CPU fast in it", "auto", choices=DTYPES)
+    device: str = flag("model", "where to evaluate; auto takes a GPU if there is one", "auto")
+
+    tasks: tuple[str, ...] = flag("tasks", "zero-shot tasks, or none", tuple(zero_shot.TASKS), nargs="*")
+    data_dir: str | None = flag(
+        "tasks", "folder of TASK.jsonl files in the hub's schema, in place of the hub; a task without a file is left out"
+    )
+    limit: int | None = flag("tasks", "only the first N questions of each task; the results are marked as limited [all]")
+
+    eval_data: tuple[str, ...] | None = flag(
+        "perplexity",
+        "any of wikitext2, ptb, python_manual, NAME=FILE, FILE, or none [wikitext2 ptb; python_manual where the hub is out of reach]",
+    )
+    max_seq_len: int = flag("perplexity", "tokens per block of text", 128)
+    eval_limit: int | None = flag("perplexity", "only the first N blocks; the figures are marked as limited [all]")
+
+    output: str | None = flag("output", "file for the results; one that holds some of them is completed [eval_log/NAME.json]")
+    overwrite: bool = flag("output", "start the file anew", False)
+
+    def __post_init__(self):
+        if not self.model:
+            raise UserError("name a model: python -m slimllm evaluate prune_log/NAME")
+        self.tasks = tuple(name for item in self.tasks for name in item.split(",") if name not in ("", "none"))
+        for name in self.tasks:
+            check_choice("tasks", name, zero_shot.TASKS)
+        check_choices(self)
+        for name in ("limit", "eval_limit"):
+            check_range(self, name, 1)
+        check_range(self, "max_seq_len", 2)
+        if self.data_dir is not None:
+            if not os.path.isdir(self.data_dir):
+                raise UserError(f"--data_dir {self.data_dir}: no such folder")
+            there = tuple(name for name in self.tasks if os.path.isfile(os.path.join(self.data_dir, f"{name}.jsonl")))
+            if self.tasks and not there:
+                raise UserError(f"--data_dir {self.data_dir}: it has none of {', '.join(f'{name}.jsonl' for name in self.tasks)}")
+            self.tasks = there
+        if self.adapter is not None and not os.path.isfile(os.path.join(self.adapter, "adapter_config.json")):
+            raise UserError(f"--adapter {self.adapter}: no adapter_config.json there; give the adapter folder that post_training.py wrote")
+        if self.output is None:
+            name = Path(self.model).name
+            self.output = f"eval_log/{name}{'_tuned' if self.adapter else ''}.json"
+
+
+def run(config: EvalConfig) -> None:
+    """Evaluates one model and prints its row of the paper's table."""
+    results = evaluate(config)
+    log.info("\n%s\n\neverything lies in %s", "\n".join(tables.paper_table([results])), config.output)
+
+
+def evaluate(config: EvalConfig) -> dict:
+    """Evaluates one model; the file is written anew after each result, so that a stopped run goes on. Returns the results."""
+    output = Path(config.output)
+    device = device_of("device", config.device)
+    model_config = loading.load_config(config.model, "MODEL", pruned=True)
+    results = record.continued(output, _identity(config, model_config, device), config.overwrite)
+    results |= {"tasks": results.get("tasks", {}), "perplexity": results.get("perplexity", [])}
+    texts = load_texts(config.eval_data)
+    missing = [name for name in config.tasks if name not in results["tasks"]]
+    known = {(f["data"], f["sha256"], f["seq_len"], f["blocks"]) for f in results["perplexity"]}
+    tokenizer = loading.load_tokenizer(config.model, "MODEL")
+    wanted = [(text, blocks_of(text, tokenizer, config.max_seq_len, config.eval_limit)) for text in texts]
+    wanted = [(text, ids) for text, ids in wanted if (text.name, text.sha256, config.max_seq_len, len(ids)) not in known]
+    log.info("%s: %d tasks and %d texts to do, %d results at hand", output, len(missing), len(wanted), len(known) + len(results["tasks"]))
+    if missing or wanted:
+        model = loading.load_model(config.model, getattr(torch, results["fingerprint"]["dtype"]), "MODEL")
+        if config.adapter:
+            model = _adapted(model, config.adapter)
+        results["parameters"] = model.num_parameters()
+        model = model.to(device)
+        for text, ids in wanted:
+            value = perplexity(model, ids, text.name)
+            results["perplexity"].append(text.figure(ids, config.eval_limit, perplexity=value))
+            log.info("%s: perplexity %.3f", text.name, value)
+            record.save_results(results, output)
+        for name in missing:
+            started = time.perf_counter()
+            source = file_hash(zero_shot.local_file(name, config.data_dir)) if config.data_dir else "hub"
+            scores = zero_shot.score(model, tokenizer, name, config.data_dir, config.limit)
+            reported = zero_shot.TASKS[name].reported
+            seconds = round(time.perf_counter() - started, 1)
+            results["tasks"][name] = {
+                **scores,
+                "reported": reported,
+                "limited": config.limit is not None,
+                "data": source,
+                "seconds": seconds,
+            }
+            log.info("%s: %s %.4f (%d questions, %.0f s)", name, reported, scores["metrics"][reported], scores["questions"], seconds)
+            record.save_results(results, output)
+    return results
+
+
+def _identity(config: EvalConfig, model_config, device) -> dict:
+    """What must be equal for two runs to share a file of results: weights, dtype and limit; and what the tables say of the model."""
+    own = getattr(model_config, "dtype", None) or torch.float32
+    dtype = evaluation_dtype(own, device) if config.dtype == "auto" else getattr(torch, config.dtype)
+    weights = config.model
+    if os.path.isdir(config.model):
+        weights = _folder_hash(Path(config.model))
+    elif os.path.isfile(config.model):
+        weights = file_hash(Path(config.model))
+    return {
+        "model": Path(config.model).name,
+        "weights": weights,
+        "adapter": _folder_hash(Path(config.adapter)) if config.adapter else None,
+        "dtype": name_of(dtype),
+        "limit": config.limit,
+        "pruning": _pruning_of(Path(config.model)),
+    }
+
+
+def _pruning_of(folder: Path) -> dict | None:
+    """How the checkpoint in ``folder`` was pruned, from its record; None for a dense model."""
+    if not (folder / record.PruningRecord.FILE).is_file():
+        return None
+    found = record.PruningRecord.read(folder)
+    settings = ("recipe", "recovery", "layer_ratio")
+    return {
+        "of": found.model.name,
+        "removed": found.parameters.decoder_removed,
+        **({"tuned": True} if found.post_training else {}),
+        **{key: found.config[key] for key in settings},
+    }
+
+
+def _folder_hash(folder: Path) -> str:
+    """SHA-256 over the names and contents of a model folder's weights and config."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
+        digest.update(f"{path.name} {file_hash(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _adapted(model, adapter: str):
+    """The model with the adapter's update added to its weights."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"--adapter {adapter}: does not fit this model ({first_line(error)})") from None

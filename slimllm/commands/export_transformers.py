@@ -1,0 +1,47 @@
+"""``python -m slimllm export-transformers DIR OUT``: a pruned checkpoint whose layers all have one width as a plain stock model."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from ..cli import flag
+from ..deploy import checkpoint
+from ..deploy.runtimes import as_stock_model
+from ..errors import UserError
+from ..models import loading
+from ..utils.files import atomic_dir
+
+log = logging.getLogger("slimllm")
+
+
+@dataclass
+class StockConfig:
+    """Settings of the export. Raises UserError where a folder is not named."""
+
+    folders: tuple[str, ...] = flag("folders", "checkpoint folder, and the folder to write", positional=True, nargs="*")
+    overwrite: bool = flag("folders", "replace an existing folder", False)
+
+    def __post_init__(self):
+        if len(self.folders) != 2:
+            raise UserError("name two folders: python -m slimllm export-transformers prune_log/NAME OUT")
+
+
+def run(settings: StockConfig) -> None:
+    """Writes the model in its family's own class and compares it with the checkpoint.
+
+    Raises UserError for layers that differ, naming them and the flag that would have avoided it, and as saving does.
+    """
+    source, target = settings.folders
+    model = loading.load_model(source, "auto", "DIR")
+    if not (Path(source) / checkpoint.REFERENCE).is_file():
+        raise UserError(f"{source}: it has no {checkpoint.REFERENCE}; name a checkpoint of hf_prune.py or post_training.py")
+    ids = load_file(Path(source) / checkpoint.REFERENCE)["ids"]
+    as_stock_model(model)
+    with atomic_dir(Path(target), settings.overwrite) as folder:
+        checkpoint.save(model, loading.load_tokenizer(source, "DIR"), folder, ids, source)
+        checkpoint.reload_and_compare(model, folder)
+    log.info("%s: %s, the same logits", target, type(model).__name__)

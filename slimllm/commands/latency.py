@@ -1,0 +1,119 @@
+"""``python -m slimllm latency DIR --baseline DENSE``: how fast and how large a model is, beside the dense one it came from."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..cli import check_choices, check_range, flag
+from ..errors import UserError
+from ..evaluation.latency import PARTS, macs, measure, milliseconds, size_of
+from ..models import loading
+from ..reporting import record
+from ..reporting.tables import aligned
+from ..utils.device import DTYPES, device_of, evaluation_dtype, name_of
+
+log = logging.getLogger("slimllm")
+
+
+@dataclass
+class LatencyConfig:
+    """Settings of a measurement. Raises UserError where a value makes no sense."""
+
+    model: str | None = flag("model", "checkpoint folder, hub name or .gguf file", positional=True, nargs="?")
+    baseline: str | None = flag("model", "the dense model to compare with")
+    dtype: str = flag("model", "dtype of the weights; auto: bfloat16 on a GPU or a CPU fast in it, else float32", "auto", choices=DTYPES)
+    device: str = flag("model", "auto takes a GPU if there is one", "auto")
+    batch_size: tuple[int, ...] = flag("measurement", "sequences at once", (1, 8))
+    length: tuple[int, ...] = flag("measurement", "tokens of the prompt", (128, 512))
+    new_tokens: int = flag("measurement", "tokens decoded after it", 32)
+    repeats: int = flag("measurement", "measurements of each kind", 7)
+    json: str | None = flag("output", "write the measurements to this file as well")
+
+    def __post_init__(self):
+        if not self.model:
+            raise UserError("name a model: python -m slimllm latency prune_log/NAME")
+        check_choices(self)
+        check_range(self, "new_tokens", 1)
+        check_range(self, "repeats", 1)
+        for name in ("batch_size", "length"):
+            for value in getattr(self, name):
+                if value < 1:
+                    raise UserError(f"--{name} {value}: must be at least 1")
+
+
+def tables_of(sizes: dict, entries: list[dict], baseline: str | None) -> list[str]:
+    """Markdown: one table of sizes and one of times; speed-ups are of medians, against ``baseline``."""
+    rows = [["model", "parameters", "weights", "KV cache per token", "MACs of a 128-token prompt"]]
+    for name, size in sizes.items():
+        cells = [f"{size['parameters'] / 1e6:.1f} M", f"{size['weight_bytes'] / 1e6:.1f} MB", f"{size['kv_bytes_per_token']} bytes"]
+        rows.append([name, *cells, f"{macs(size, 128) / 1e9:.2f} G"])
+    lines = [*aligned(rows), ""]
+    rows = [
+        [
+            "batch",
+            "length",
+            "model",
+            "prefill",
+            "tokens/s",
+            "decode per step",
+            "tokens/s",
+            "of prefill: " + " / ".join(PARTS),
+            "peak memory",
+        ]
+    ]
+    if baseline:
+        rows[0][5:5] = ["faster"]
+        rows[0][8:8] = ["faster"]
+    of = {(e["model"], e["batch_size"], e["length"]): e for e in entries}
+    for e in entries:
+        first, step = (statistics.median(e[kind]) for kind in ("prefill", "decode"))
+        cells = [
+            str(e["batch_size"]),
+            str(e["length"]),
+            e["model"],
+            milliseconds(e["prefill"]),
+            f"{e['batch_size'] * e['length'] / first:.0f}",
+        ]
+        later = [milliseconds(e["decode"]), f"{e['batch_size'] / step:.0f}"]
+        if baseline:
+            base = of[baseline, e["batch_size"], e["length"]]
+            cells.append(f"{statistics.median(base['prefill']) / first:.2f} x")
+            later.append(f"{statistics.median(base['decode']) / step:.2f} x")
+        parts = " / ".join(f"{1000 * seconds:.0f}" for seconds in e["prefill_parts"].values()) + " ms"
+        rows.append([*cells, *later, parts, f"{e['peak_bytes'] / 1e9:.2f} GB"])
+    return [*lines, *aligned(rows)]
+
+
+def run(config: LatencyConfig) -> None:
+    compare(config)
+
+
+def compare(config: LatencyConfig) -> dict:
+    """Measures, prints both tables, and returns what ``--json`` writes."""
+    device = device_of("device", config.device)
+    names = {Path(config.model).name: ("MODEL", config.model)}
+    if config.baseline:
+        names = {"dense": ("--baseline", config.baseline), **names}
+    if config.dtype == "auto":
+        dtype = torch.bfloat16 if device.type == "cuda" else evaluation_dtype(torch.float32, device)
+    else:
+        dtype = getattr(torch, config.dtype)
+    models, sizes = {}, {}
+    for name, (what, source) in names.items():
+        loading.load_config(source, what, pruned=True)
+        models[name] = loading.load_model(source, dtype, what).to(device)
+        sizes[name] = size_of(models[name])
+    limit = min(model.config.max_position_embeddings for model in models.values())
+    if max(config.length) + config.new_tokens > limit:
+        raise UserError(f"--length {max(config.length)} with --new_tokens {config.new_tokens}: the model's context is {limit} tokens")
+    entries = measure(models, config.batch_size, config.length, config.new_tokens, config.repeats, device)
+    log.info("\n%s", "\n".join(tables_of(sizes, entries, "dense" if config.baseline else None)))
+    result = {"format": record.FORMAT, "dtype": name_of(dtype), "sizes": sizes, "measurements": entries}
+    if config.json:
+        record.save_results(result, Path(config.json))
+    return result

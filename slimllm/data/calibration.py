@@ -1,0 +1,234 @@
+"""Calibration tokens: from hub data sets, local text, the model's own samples, or a saved calibration file."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..errors import UserError, nearest
+from ..models import hub
+from ..utils.memory import return_free_memory
+from .texts import read_text
+
+log = logging.getLogger("slimllm")
+
+CALIBRATION_NAMES = ("bookcorpus", "c4", "wikitext2", "self")
+HUB_SOURCES = {
+    "bookcorpus": dict(path="bookcorpus/bookcorpus", revision="refs/convert/parquet", split="train", column="text", stream=True),
+    "c4": dict(path="allenai/c4", data_files="en/c4-train.00000-of-01024.json.gz", split="train", column="text", stream=True),
+    "wikitext2": dict(path="Salesforce/wikitext", name="wikitext-2-raw-v1", split="train", column="text"),
+}
+TEXT_SUFFIXES = (".txt", ".jsonl")
+MAX_CHARACTERS = 8_000_000  # enough for over ten thousand samples of 128 tokens; more is not read
+SELF_SAMPLE_BATCH = 16
+PROBE_SAMPLES = 4
+OVERLAP_TOKENS = 16  # a run this long in common is no accident
+_OLD_PROBE_IDS = "held_back_ids"  # files written before the first release call them so
+
+
+@dataclass
+class Calibration:
+    """Token ids [samples, length] int64, where they came from, and their hash (SHA-256 of the int64 bytes).
+
+    ``probe_ids`` [samples, length]: text that ``--layer_ratio auto`` measures on, as from :func:`probe_samples`.
+    """
+
+    ids: torch.Tensor
+    source: str
+    seed: int | None = None
+    probe_ids: torch.Tensor | None = None
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.ids.contiguous().numpy().tobytes()).hexdigest()
+
+    def save(self, folder: Path) -> None:
+        tensors = {"calibration_ids": self.ids.contiguous()}
+        if self.probe_ids is not None:
+            tensors["probe_ids"] = self.probe_ids.contiguous()
+        save_file(tensors, folder / "calibration.safetensors", {"source": self.source})
+
+    def to_dict(self) -> dict:
+        return {"source": self.source, "samples": len(self.ids), "length": self.ids.shape[1], "seed": self.seed, "sha256": self.sha256}
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """How many samples of how many tokens are drawn, and the seed of every random choice."""
+
+    num_examples: int = 32
+    seq_len: int = 128
+    seed: int = 42
+
+
+def load(source: str | None, model, tokenizer, spec: SampleSpec) -> Calibration:
+    """The calibration samples that ``--calibration SOURCE`` asks for.
+
+    Without a source it is bookcorpus, or samples of the model itself where that cannot be had.
+    Raises UserError for a source that the user named and that cannot be had, is empty, too short or broken.
+    """
+    if source is None:
+        try:
+            return _from_hub("bookcorpus", tokenizer, spec)
+        except OSError as error:
+            log.info("calibration: %s; using samples of the model itself instead (--calibration self)", error)
+            source = "self"
+    if source == "self":
+        return Calibration(sample_from_model(model, tokenizer, spec), "self", spec.seed)
+    if source.endswith(".safetensors"):
+        return _from_file(source, model.config.vocab_size)
+    if source in HUB_SOURCES:
+        try:
+            return _from_hub(source, tokenizer, spec)
+        except OSError as error:
+            raise UserError(f"--calibration {source}: {error}; name a local .txt or .jsonl file, or self") from None
+    return _from_files(source, tokenizer, spec)
+
+
+def needs_model(source: str | None) -> bool:
+    """Whether the samples of this source are, or may come to be, the model's own."""
+    return source in (None, "self")
+
+
+def from_text(text: str, name: str, tokenizer, spec: SampleSpec) -> Calibration:
+    """Samples of a text. Raises UserError, naming it by ``name``, where it is too short."""
+    return Calibration(_sample(text, name, tokenizer, spec), name, spec.seed)
+
+
+def check_source(name: str | None) -> None:
+    """Raises UserError early, before a model is read, where ``--calibration`` names nothing that exists."""
+    if name is not None and name not in CALIBRATION_NAMES and not os.path.exists(name):
+        raise UserError(
+            f"--calibration {name}: no such file or folder, and not one of {', '.join(CALIBRATION_NAMES)}{nearest(name, CALIBRATION_NAMES)}"
+        )
+
+
+def _from_file(path: str, vocab_size: int) -> Calibration:
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name in ("calibration_ids", "probe_ids", _OLD_PROBE_IDS)}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"--calibration {path}: not a calibration file ({error})") from None
+    if "calibration_ids" not in tensors:
+        raise UserError(f"--calibration {path}: not a calibration file (it has no calibration_ids)")
+    for name, ids in tensors.items():
+        if ids.ndim != 2 or ids.dtype != torch.int64 or 0 in ids.shape:
+            raise UserError(f"--calibration {path}: {name} is {ids.dtype} {list(ids.shape)}, not int64 [samples, length]")
+        if ids.min() < 0 or ids.max() >= vocab_size:
+            raise UserError(f"--calibration {path}: token id {int(ids.max())} is outside the model's vocabulary of {vocab_size}")
+    return Calibration(tensors["calibration_ids"], path, probe_ids=tensors.get("probe_ids", tensors.get(_OLD_PROBE_IDS)))
+
+
+def _from_hub(name: str, tokenizer, spec: SampleSpec) -> Calibration:
+    source = dict(HUB_SOURCES[name])
+    column = source.pop("column")
+    parts, size = [], 0
+    for text in hub.rows(source.pop("path"), column, **source):
+        parts.append(text)
+        size += len(text) + 1
+        if size >= MAX_CHARACTERS:
+            break
+    return from_text("\n".join(parts), name, tokenizer, spec)
+
+
+def _from_files(name: str, tokenizer, spec: SampleSpec) -> Calibration:
+    path = Path(name)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
+        if not files:
+            raise UserError(f"--calibration {name}: the folder holds no {' or '.join(TEXT_SUFFIXES)} file")
+    elif path.suffix in TEXT_SUFFIXES:
+        files = [path]
+    else:
+        raise UserError(f"--calibration {name}: not a .txt, .jsonl or .safetensors file, nor a folder")
+    rng, share = random.Random(spec.seed), MAX_CHARACTERS // len(files)
+    parts = []
+    for file in files:
+        text = read_text(file)
+        start = rng.randrange(max(1, len(text) - share + 1))
+        parts.append(text[start : start + share])
+    return from_text("\n".join(parts), name, tokenizer, spec)
+
+
+def _sample(text: str, name: str, tokenizer, spec: SampleSpec) -> torch.Tensor:
+    """``num_examples`` distinct blocks of ``seq_len`` tokens, in random order, from the text as one stream of tokens.
+
+    Short texts are thereby joined; none is searched for.
+    """
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    blocks = len(ids) // spec.seq_len
+    if blocks < spec.num_examples:
+        raise UserError(
+            f"--calibration {name}: {len(ids)} tokens are too few for {spec.num_examples} samples of {spec.seq_len}; "
+            "give more text, or fewer or shorter samples (--num_examples, --seq_len)"
+        )
+    chosen = random.Random(spec.seed).sample(range(blocks), spec.num_examples)
+    return torch.tensor(ids[: blocks * spec.seq_len]).view(blocks, spec.seq_len)[chosen]
+
+
+def overlap(ids: torch.Tensor, text: torch.Tensor) -> int:
+    """How many of the samples ``ids`` [samples, length] share a run of OVERLAP_TOKENS tokens with the text ``text`` [tokens]."""
+    if min(ids.shape[1], len(text)) < OVERLAP_TOKENS:
+        return 0
+    keys = torch.randint(2**62, (OVERLAP_TOKENS,), generator=torch.Generator().manual_seed(0))
+
+    def runs(stream):  # a hash of each run: 64-bit sums that wrap around
+        return sum(stream[..., k : stream.shape[-1] - OVERLAP_TOKENS + 1 + k] * key for k, key in enumerate(keys))
+
+    return int(torch.isin(runs(ids), runs(text)).any(1).sum())
+
+
+def probe_samples(model, tokenizer, spec: SampleSpec) -> torch.Tensor:
+    """PROBE_SAMPLES samples [samples, seq_len] of the model itself that no calibration uses, for ``--layer_ratio auto``.
+
+    The model's own text, whatever the calibration source: what a layer costs on one kind of text says little about another.
+    """
+    return sample_from_model(model, tokenizer, SampleSpec(PROBE_SAMPLES, spec.seq_len, spec.seed + 1))
+
+
+def _never_sampled(tokenizer, generation_config, vocab_size: int) -> list[int]:
+    """Ids that are no text: special tokens, named or not, end tokens of the generation config, and ids without a token."""
+    special = set(tokenizer.all_special_ids) | set(range(len(tokenizer), vocab_size))
+    special |= {index for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = getattr(generation_config, name, None)
+        special |= set(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
+    return sorted(index for index in special if index < vocab_size)
+
+
+@torch.no_grad()
+def sample_from_model(model, tokenizer, spec: SampleSpec) -> torch.Tensor:
+    """Samples [num_examples, seq_len] from the model at temperature 1, each from a random first token. Same seed, same ids.
+
+    Special tokens are never sampled, and nothing of the model's generation config applies (end tokens, penalties, top-k), so
+    that every sample is plain text of the model's own distribution from end to end.
+    """
+    from transformers import GenerationConfig, LogitsProcessorList, SuppressTokensLogitsProcessor
+
+    device, vocab = model.device, model.config.vocab_size
+    special = _never_sampled(tokenizer, model.generation_config, vocab)
+    words = torch.tensor(sorted(set(range(vocab)) - set(special)))
+    settings = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=spec.seq_len - 1, pad_token_id=0)
+    suppress = LogitsProcessorList([SuppressTokensLogitsProcessor(special, device=device)] if special else [])
+    own, model.generation_config = model.generation_config, GenerationConfig()  # what `settings` leaves open is taken from it
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(spec.seed)
+            first = words[torch.randint(len(words), (spec.num_examples, 1))].to(device)
+            parts = [
+                model.generate(start, attention_mask=torch.ones_like(start), generation_config=settings, logits_processor=suppress)
+                for start in first.split(SELF_SAMPLE_BATCH)
+            ]
+    finally:
+        model.generation_config = own
+    return_free_memory()
+    return torch.cat(parts).cpu()

@@ -1,0 +1,141 @@
+"""Texts that perplexity is measured on: from the hub, from files, or the Python manual; tokenized once and cut into blocks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import pydoc_data.topics
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import UserError, nearest
+from ..models import hub
+
+log = logging.getLogger("slimllm")
+
+EVAL_NAMES = ("wikitext2", "ptb", "python_manual", "none")
+HUB_TEXTS = {
+    "wikitext2": dict(path="Salesforce/wikitext", name="wikitext-2-raw-v1", split="test", column="text"),
+    "ptb": dict(path="ptb-text-only/ptb_text_only", revision="refs/convert/parquet", split="validation", column="sentence"),
+}
+
+
+@dataclass
+class EvalText:
+    """A text to measure on: ``name`` for people, ``text`` as it is tokenized, ``split`` and SHA-256 for the record."""
+
+    name: str
+    text: str
+    split: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def figure(self, blocks: torch.Tensor, limit: int | None, **values) -> dict:
+        """What a record says of perplexities measured on these ``blocks`` [blocks, seq_len] of the text, ``values`` among it."""
+        source = {"data": self.name, "split": self.split, "sha256": self.sha256}
+        return {**source, "seq_len": blocks.shape[1], "blocks": len(blocks), "limited": limit is not None, **values}
+
+
+def read_text(path: Path) -> str:
+    """A .txt file as it is, or the ``text`` fields of a .jsonl file, one per line. Raises UserError naming file and line."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if Path(path).suffix != ".jsonl":
+        return text
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)["text"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            row = None
+        if not isinstance(row, str):
+            raise UserError(f"{path}, line {number}: not a JSON object with a text field that is a string")
+        rows.append(row)
+    return "\n".join(rows)
+
+
+def wikitext_rows(raw: str) -> list[str]:
+    """The hub's rows of a wiki.test.raw file: a blank line is an empty row, any other keeps its newline."""
+    return [line + "\n" if line.strip() else "" for line in raw.split("\n")[: -1 if raw.endswith("\n") else None]]
+
+
+def ptb_rows(raw: str) -> list[str]:
+    """The hub's rows of a ptb.valid.txt file: its sentences without surrounding blanks."""
+    return [line.strip() for line in raw.splitlines() if line.strip()]
+
+
+def _file_text(name: str | None, path: Path, option_name: str) -> EvalText:
+    raw = read_text(path)
+    if not raw.strip():
+        raise UserError(f"{option_name} {path}: the file is empty")
+    if name == "wikitext2" or (name is None and path.name.startswith("wiki.")):
+        return EvalText("wikitext2", "\n\n".join(wikitext_rows(raw)), path.name)
+    if name == "ptb" or (name is None and path.name.startswith("ptb.")):
+        return EvalText("ptb", "\n\n".join(ptb_rows(raw)), path.name)
+    return EvalText(name or path.stem, raw, path.name)
+
+
+def _python_manual() -> EvalText:
+    topics = pydoc_data.topics.topics
+    return EvalText(
+        "python_manual", "\n\n".join(topics[key] for key in sorted(topics)), f"pydoc_data.topics of Python {platform.python_version()}"
+    )
+
+
+def _hub_text(name: str) -> EvalText:
+    source = dict(HUB_TEXTS[name])
+    split, column = source["split"], source.pop("column")
+    return EvalText(name, "\n\n".join(hub.rows(source.pop("path"), column, **source)), split)
+
+
+def load_texts(eval_data: tuple[str, ...] | None, option_name: str = "--eval_data") -> list[EvalText]:
+    """The texts that ``--eval_data`` (or another option) names. Raises UserError for one that cannot be had.
+
+    Nothing named: wikitext2 and ptb from the hub or, where it cannot be reached, the Python manual that comes with the
+    interpreter (pydoc_data.topics).
+    """
+    if eval_data is None:
+        try:
+            return [_hub_text(name) for name in HUB_TEXTS]
+        except OSError as error:
+            log.info("evaluation: %s; using the text of the Python manual instead (%s python_manual)", error, option_name)
+            return [_python_manual()]
+    if "none" in eval_data:
+        return []
+    return [_named_text(item, option_name) for item in eval_data]
+
+
+def _named_text(item: str, option_name: str) -> EvalText:
+    if item == "python_manual":
+        return _python_manual()
+    if item in HUB_TEXTS:
+        try:
+            return _hub_text(item)
+        except OSError as error:
+            raise UserError(f"{option_name} {item}: {error}; give a local file as {item}=FILE") from None
+    name, _, path = item.rpartition("=")
+    if not os.path.isfile(path):
+        raise UserError(f"{option_name} {item}: no such file, and not one of {', '.join(EVAL_NAMES)}{nearest(item, EVAL_NAMES)}")
+    return _file_text(name or None, Path(path), option_name)
+
+
+def blocks_of(text: EvalText, tokenizer, seq_len: int, limit: int | None = None) -> torch.Tensor:
+    """Token ids [blocks, seq_len] of the text tokenized once; what does not fill a last block is dropped."""
+    ids = torch.tensor(tokenizer(text.text, verbose=False).input_ids, dtype=torch.long)
+    blocks = len(ids) // seq_len
+    if not blocks:
+        raise UserError(f"{text.name}: {len(ids)} tokens do not fill one block of {seq_len} tokens")
+    return ids[: blocks * seq_len].view(blocks, seq_len)[:limit]

@@ -1,0 +1,145 @@
+"""The tokenizer's part of a GGUF file: a .gguf model's own metadata where the model came from one, else made from tokenizer.json."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import gguf
+
+from ..errors import UserError
+from ..models.loading import load_tokenizer
+from ..utils.files import atomic_file
+
+FILE = "tokenizer.gguf"  # beside a checkpoint that came from a .gguf file: that file's tokenizer metadata, and no tensors
+PREFIX = "tokenizer."
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_LEAD = r"[^\r\n\p{L}\p{N}]?"
+
+# How byte-level BPE tokenizers split text before they merge -> llama.cpp's name for it (tokenizer.ggml.pre).
+PRE_TOKENIZERS = {
+    ("ByteLevel",): "gpt-2",
+    ("Digits", "ByteLevel"): "smollm",
+    (_CONTRACTIONS + r"\p{N}{1,3}" + _REST,): "llama-bpe",
+    (_CONTRACTIONS + r"\p{N}" + _REST,): "qwen2",
+    (f"{_LEAD}{_UPPER}*{_LOWER}+|{_LEAD}{_UPPER}+{_LOWER}*" + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",): "tekken",
+}
+
+
+def carry(source: str, folder: Path) -> None:
+    """Puts the tokenizer metadata of ``source``, a .gguf file or a checkpoint that has some, beside the checkpoint in ``folder``."""
+    if str(source).endswith(".gguf"):
+        with atomic_file(folder / FILE) as partial:
+            writer = gguf.GGUFWriter(partial, "llama")
+            _copy(writer, Path(source))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            writer.close()
+    elif (Path(source) / FILE).is_file():
+        shutil.copyfile(Path(source) / FILE, folder / FILE)
+
+
+def add(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
+    """Adds the tokenizer of the checkpoint in ``folder`` to a GGUF file. Raises UserError where llama.cpp has no type for it."""
+    if (folder / FILE).is_file():
+        _copy(writer, folder / FILE)
+        return
+    tokenizer = load_tokenizer(str(folder), "DIR")
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(f"{folder}: its {type(tokenizer).__name__} has no fast form (tokenizer.json), which the export reads")
+    data = json.loads(backend.to_str())
+    kind = _kind_of(data, folder)
+    tokens = _tokens(tokenizer, data, vocab_size)
+    writer.add_tokenizer_model("llama" if kind == "spm" else "gpt2")
+    writer.add_tokenizer_pre("default" if kind == "spm" else kind)
+    writer.add_token_list([text for text, _ in tokens])
+    writer.add_token_types([token_type for _, token_type in tokens])
+    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in data["model"]["merges"]]
+    if kind == "spm":
+        writer.add_token_scores(_scores(tokens, merges))
+        writer.add_add_space_prefix(_adds_space(data))
+    else:
+        writer.add_token_merges([" ".join(pair) for pair in merges])
+        writer.add_add_space_prefix(False)
+    for name in ("bos", "eos", "unk", "pad"):
+        index = getattr(tokenizer, f"{name}_token_id")
+        if index is not None:
+            getattr(writer, f"add_{name}_token_id")(index)
+    ids = tokenizer("a").input_ids
+    writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(ids[-1] == tokenizer.eos_token_id)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _copy(writer: gguf.GGUFWriter, source: Path) -> None:
+    """Copies every tokenizer field of another GGUF file."""
+    try:
+        fields = gguf.GGUFReader(source).fields
+        found = {name: field for name, field in fields.items() if name.startswith(PREFIX)}
+        for name, field in found.items():
+            kind, *inner = field.types
+            writer.add_key_value(name, field.contents(), kind, inner[-1] if inner else None)
+    except (ValueError, IndexError, KeyError, OSError) as error:
+        raise UserError(f"{source}: not a readable GGUF file ({error})") from None
+    if f"{PREFIX}ggml.tokens" not in found:
+        raise UserError(f"{source}: it holds no tokenizer")
+
+
+def _kind_of(data: dict, folder: Path) -> str:
+    """``spm``, or llama.cpp's name for how this byte-level BPE splits text. Raises UserError for any other tokenizer."""
+    model = data["model"]
+    if model["type"] != "BPE":
+        raise UserError(f"{folder}: llama.cpp has no type for a {model['type']} tokenizer of this family")
+    steps = data.get("pre_tokenizer") or {"type": "none"}
+    steps = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
+    if model.get("byte_fallback"):
+        return "spm"
+    key = tuple(step["pattern"].get("Regex", "") if step["type"] == "Split" else step["type"] for step in steps)
+    if steps[-1]["type"] == "ByteLevel" and not steps[-1].get("use_regex", True):
+        key = key[:-1]
+    if key not in PRE_TOKENIZERS:
+        known = ", ".join(PRE_TOKENIZERS.values())
+        raise UserError(f"{folder}: llama.cpp has no known type for how this tokenizer splits text ({' + '.join(key)}); known are {known}")
+    return PRE_TOKENIZERS[key]
+
+
+def _tokens(tokenizer, data: dict, vocab_size: int) -> list[tuple[str, int]]:
+    """(text, type) of every id below ``vocab_size``; ids that the tokenizer lacks are unused."""
+    added = {entry["id"]: entry for entry in data["added_tokens"]}
+    texts = {index: text for text, index in tokenizer.get_vocab().items()}
+    if max(texts) >= vocab_size:
+        raise UserError(f"the tokenizer's id {max(texts)} is outside the model's vocabulary of {vocab_size}")
+    unknown, fallback = data["model"].get("unk_token"), data["model"].get("byte_fallback")
+
+    def type_of(index: int, text: str) -> gguf.TokenType:
+        if fallback and text == unknown:
+            return gguf.TokenType.UNKNOWN
+        if index in added:
+            return gguf.TokenType.CONTROL if added[index]["special"] else gguf.TokenType.USER_DEFINED
+        if fallback and len(text) == 6 and text.startswith("<0x"):
+            return gguf.TokenType.BYTE
+        return gguf.TokenType.NORMAL
+
+    return [(texts[i], type_of(i, texts[i])) if i in texts else (f"[PAD{i}]", gguf.TokenType.UNUSED) for i in range(vocab_size)]
+
+
+def _scores(tokens: list[tuple[str, int]], merges: list[tuple[str, str]]) -> list[float]:
+    """A SentencePiece score for each token: the earlier a merge makes it, the higher. The order is all that the merging looks at."""
+    rank: dict[str, int] = {}
+    for index, pair in enumerate(merges):
+        rank.setdefault("".join(pair), index)
+    lowest = -float(len(merges))
+    return [-float(rank[text]) if text in rank else (lowest if token_type == gguf.TokenType.NORMAL else 0.0) for text, token_type in tokens]
+
+
+def _adds_space(data: dict) -> bool:
+    """Whether a blank is put before the text, by the normalizer (Prepend) or the pre-tokenizer (Metaspace)."""
+    text = json.dumps([data.get("normalizer"), data.get("pre_tokenizer")])
+    return '"Prepend"' in text or '"prepend_scheme": "first"' in text or '"prepend_scheme": "always"' in text

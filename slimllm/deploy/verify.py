@@ -1,0 +1,160 @@
+"""Proves that what was written is the model that was pruned.
+
+The checkpoint against what the model gave in memory before it was saved; cached against uncached generation; a padded batch
+against single texts; and each GGUF file in llama.cpp, and the checkpoint in vLLM, against the checkpoint in transformers: tokens,
+log-probabilities of real text, greedy continuations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from ..errors import UserError
+from . import checkpoint, vllm
+from .llama_cpp import LlamaCpp
+
+# Mean |difference| of a token's log-probability, in nats, that the type of a GGUF file's weights explains.
+GGUF_TOLERANCE = {"F32": 1e-3, "F16": 2e-2, "BF16": 2e-1, "Q8_0": 2e-1}
+OTHER_TOLERANCE = 0.5  # smaller types
+VLLM_TOLERANCE = 1e-3
+GREEDY_TOKENS = 24
+
+
+@dataclass
+class Check:
+    """One row of the table: a difference (or count) and what is allowed."""
+
+    what: str
+    measured: float
+    allowed: float
+    unit: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.measured <= self.allowed  # not where it is not a number
+
+    def row(self) -> list[str]:
+        return [self.what, f"{self.measured:.3g} {self.unit}".strip(), f"{self.allowed:.3g}", "ok" if self.passed else "FAILED"]
+
+
+@torch.no_grad()
+def greedy(model, ids: torch.Tensor, tokens: int, banned: list[int], cached: bool = True) -> list[int]:
+    """The ``tokens`` ids that follow ids [length], each the most probable that is not ``banned`` (special tokens end a text)."""
+    attention = torch.ones_like(ids[None])
+    settings = dict(do_sample=False, use_cache=cached, pad_token_id=0, eos_token_id=None, suppress_tokens=banned or None)
+    output = model.generate(ids[None], attention_mask=attention, max_new_tokens=tokens, **settings)
+    return output[0, len(ids) :].tolist()
+
+
+def checks_of_folder(folder: str, model, tokenizer, blocks: torch.Tensor) -> list[Check]:
+    """The checks that need transformers only. ``model`` is the one of ``folder`` in float32, ``blocks`` [n, length] text."""
+    own = checkpoint.load(folder)  # in the dtype that it was saved in
+    difference, allowed = checkpoint.compare_with_reference(own, folder)
+    checks = [Check("saved model against the model in memory: logits", difference, allowed)]
+    del own
+    prompt = blocks[0, : blocks.shape[1] // 2]
+    cached, plain = (greedy(model, prompt, GREEDY_TOKENS, tokenizer.all_special_ids, use) for use in (True, False))
+    checks.append(Check("greedy generation with KV cache against without", _lost(model, prompt, plain, cached), 1e-3, "nats"))
+    checks.append(Check("padded batch against single texts: logits", *_padding(model, blocks)))
+    return checks
+
+
+@torch.no_grad()
+def _padding(model, blocks: torch.Tensor) -> tuple[float, float]:
+    """(largest difference of the last logits of texts of different lengths, padded on the left and alone; what is allowed)"""
+    length = blocks.shape[1]
+    lengths = [length, length // 2, length // 3]
+    batch, attention = torch.zeros(3, length, dtype=torch.long), torch.zeros(3, length, dtype=torch.long)
+    texts = [blocks[i % len(blocks), :n] for i, n in enumerate(lengths)]
+    for row, text in enumerate(texts):
+        batch[row, length - len(text) :], attention[row, length - len(text) :] = text, 1
+    positions = (attention.cumsum(-1) - 1).clamp_min(0)
+    together = model(batch, attention_mask=attention, position_ids=positions, use_cache=False).logits[:, -1].float()
+    alone = torch.cat([model(text[None], use_cache=False).logits[:, -1].float() for text in texts])
+    return float((together - alone).abs().max()), 10 * checkpoint.tolerance(model.dtype) * float(alone.abs().max())
+
+
+def checks_of_file(path: str, model, tokenizer, text: str, blocks: torch.Tensor) -> list[Check]:
+    """The checks of one GGUF file, run by llama.cpp, against ``model`` in float32. Raises UserError where it cannot be loaded."""
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+        kinds = [tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1]
+        context = int(reader.fields[f"{reader.fields['general.architecture'].contents()}.context_length"].contents())
+    except (ValueError, IndexError, KeyError, OSError) as error:
+        raise UserError(f"{path}: not a readable GGUF file ({error}); export it again") from None
+    kind = max(set(kinds), key=kinds.count)
+    asked = _Asked.of(tokenizer, text, blocks, context)
+    with LlamaCpp(path, min(context, 2 * asked.blocks.shape[1] + GREEDY_TOKENS)) as llama:
+        tokens, values = llama.tokenize(asked.text), []
+        with tqdm(total=asked.blocks.numel(), desc=Path(path).name, unit="token", leave=False, disable=None) as bar:
+            for block in asked.blocks.tolist():
+                values.append(llama.log_probabilities(block))
+                bar.update(len(block))
+        said = llama.greedy(asked.prompt.tolist(), asked.new_tokens, asked.banned)
+    return _compared(Path(path).name, asked, model, tokenizer, tokens, values, said, GGUF_TOLERANCE.get(kind, OTHER_TOLERANCE))
+
+
+def checks_of_vllm(python: str, folder: str, model, tokenizer, text: str, blocks: torch.Tensor) -> list[Check]:
+    """The checks of a checkpoint in vLLM, run by the interpreter ``python``, against ``model``, both in float32.
+
+    Raises UserError where there is no vLLM or it does not take the model.
+    """
+    context = min(model.config.max_position_embeddings, 2 * blocks.shape[1] + GREEDY_TOKENS)
+    asked = _Asked.of(tokenizer, text, blocks, context)
+    greedy_of = (asked.prompt.tolist(), asked.new_tokens, asked.banned)
+    said = vllm.ask(python, folder, context, text=asked.text, prompts=asked.blocks.tolist(), greedy=greedy_of)
+    return _compared("vLLM", asked, model, tokenizer, said["text"], said["prompts"], said["greedy"], VLLM_TOLERANCE)
+
+
+@dataclass
+class _Asked:
+    """What another runtime is asked: ``text`` to tokenize, ``blocks`` [n, length] to give log-probabilities of, ``prompt`` to continue."""
+
+    text: str
+    blocks: torch.Tensor
+    prompt: torch.Tensor
+    new_tokens: int
+    banned: list[int]
+
+    @classmethod
+    def of(cls, tokenizer, text: str, blocks: torch.Tensor, context: int) -> _Asked:
+        blocks = blocks[:, : min(blocks.shape[1], context - 1)]
+        half = blocks.shape[1] // 2
+        return cls(text[:2000], blocks, blocks[0, :half], min(GREEDY_TOKENS, context - half - 1), tokenizer.all_special_ids)
+
+
+@torch.no_grad()
+def _compared(name: str, asked: _Asked, model, tokenizer, tokens, values, said, allowed: float) -> list[Check]:
+    """What another runtime answered (token ids, log-probabilities, continuation) against ``model`` in transformers."""
+    expected = tokenizer(asked.text).input_ids
+    differing = sum(a != b for a, b in zip(expected, tokens)) + abs(len(expected) - len(tokens))
+    in_transformers = checkpoint.log_probabilities(model(asked.blocks, use_cache=False).logits.float(), asked.blocks)
+    difference = (torch.tensor(values) - in_transformers).abs()
+    lost = _lost(model, asked.prompt, greedy(model, asked.prompt, asked.new_tokens, asked.banned), said)
+    return [
+        Check(f"{name}: tokens of {len(expected)} that differ", differing, 0),
+        Check(f"{name}: mean difference of {difference.numel()} log-probabilities", float(difference.mean()), allowed, "nats"),
+        Check(f"{name}: greedy continuation of {asked.new_tokens} tokens, probability lost", lost, 5 * allowed, "nats"),
+    ]
+
+
+def _lost(model, prompt: torch.Tensor, wanted: list[int], found: list[int]) -> float:
+    """By how many nats the first token of ``found`` that is not in ``wanted`` is less probable to ``model``; 0 where they are equal.
+
+    Two computations of one model may part where two tokens are equally probable, and only there.
+    """
+    if len(wanted) != len(found):
+        return float("inf")
+    for t, (a, b) in enumerate(zip(wanted, found)):
+        if a != b:
+            ids = torch.cat([prompt, torch.tensor(wanted[:t], dtype=torch.long)])[None]
+            with torch.no_grad():
+                likely = model(ids, use_cache=False).logits[0, -1].float().log_softmax(-1)
+            return float(likely[a] - likely[b])
+    return 0.0

@@ -1,0 +1,40 @@
+"""vLLM, in an environment of its own (script/vllm.sh makes one), asked through :mod:`vllm_worker`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+from ..errors import UserError
+
+PYTHON = ".vllm/bin/python"  # as script/vllm.sh makes it
+_WORKER = Path(__file__).with_name("vllm_worker.py")
+_CACHE_GIGABYTES = "1"  # of keys and values on a CPU; by default vLLM takes half of the memory there is
+
+
+def ask(python: str, model: str | os.PathLike, context: int, dtype: str = "float32", **wanted) -> dict:
+    """What vLLM, run by the interpreter ``python``, answers about the folder ``model``; ``wanted`` and the answer as in vllm_worker.
+
+    Raises UserError where there is no such interpreter, it has no vLLM, or vLLM does not take the model.
+    """
+    if not os.access(python, os.X_OK):
+        raise UserError(f"--vllm {python}: no such interpreter; script/vllm.sh makes {PYTHON}, or name that of an environment with vLLM")
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    environment |= {"VLLM_CPU_KVCACHE_SPACE": _CACHE_GIGABYTES, "VLLM_LOGGING_LEVEL": "ERROR"} | {"HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryDirectory(prefix="slimllm-") as folder:
+        request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
+        request.write_text(json.dumps({"model": str(Path(model).resolve()), "context": context, "dtype": dtype, **wanted}))
+        done = subprocess.run([python, _WORKER, request, answer], capture_output=True, text=True, env=environment, cwd=folder)
+        if done.returncode or not answer.is_file():
+            raise UserError(f"{model}: vLLM failed: {_reason(done.stderr + done.stdout)}")
+        return json.loads(answer.read_text())
+
+
+def _reason(output: str) -> str:
+    """The first line that names an error which is not only that another process failed."""
+    lines = [line.strip() for line in output.splitlines() if "Error" in line and ": " in line]
+    causes = [line for line in lines if "Engine core" not in line and "Traceback" not in line]
+    return (causes or lines or ["no message"])[0]

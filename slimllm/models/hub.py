@@ -1,0 +1,88 @@
+"""The Hugging Face hub, where it can be reached."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.utils import get_session, validate_repo_id
+
+from ..errors import UserError, first_line
+
+_TIMEOUT_SECONDS = 5
+
+
+@functools.cache
+def reachable() -> bool:
+    """Whether the hub answers its own client (proxies and certificates included) within seconds.
+
+    Where it does not, its libraries are told to use their cache only: without that they would try each file again for half a minute.
+    """
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_TIMEOUT_SECONDS)
+    except (HTTPError, OSError):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        return False
+    return True
+
+
+def rows(path: str, column: str | None = None, stream: bool = False, **kwargs):
+    """Iterates over a hub data set's rows, or one column of them.
+
+    With ``stream`` (for data sets too large to keep) they are read as they are needed where the hub can be reached; otherwise
+    the data set is downloaded once and read from the cache ever after, with or without a network.
+    Raises OSError where the data set cannot be had.
+    """
+    online = reachable()
+    import datasets  # slow to import, and only hub data needs it
+
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    try:
+        data = datasets.load_dataset(path, streaming=stream and online, **kwargs)
+        for row in data:
+            yield row if column is None else row[column]
+    except Exception as error:  # each storage backend raises its own kind
+        raise OSError(f"hub data set {path}: {first_line(error)}") from error
+
+
+def check_push(name: str) -> None:
+    """Raises UserError where nothing could be uploaded to the model repository ``name``: its form, no hub in reach, no login."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"--push_to_hub {name}: {error}") from None
+    if not reachable():
+        raise UserError(f"--push_to_hub {name}: the hub is out of reach, or offline mode is set (HF_HUB_OFFLINE); leave the flag away")
+    with _hub_errors(name, "nothing was done yet"):
+        huggingface_hub.HfApi().whoami()
+
+
+def push(folder: Path, name: str, public: bool = False) -> str:
+    """Uploads a checkpoint folder to the model repository ``name``, made (private unless ``public``) where it does not exist.
+
+    A name without a user means the user's own repository, as the hub answers it. Returns its address. Raises UserError where
+    the hub refuses.
+    """
+    api = huggingface_hub.HfApi()
+    with _hub_errors(name, f"the checkpoint is complete in {folder}; upload it with: hf upload {name} {folder}"):
+        address = api.create_repo(name, exist_ok=True, private=not public)
+        api.upload_folder(
+            repo_id=address.repo_id, folder_path=folder, commit_message="Pruned with SlimLLM", ignore_patterns=["log.txt", ".*"]
+        )
+    return str(address)
+
+
+@contextmanager
+def _hub_errors(name: str, state: str):
+    try:
+        yield
+    except (HTTPError, OSError) as error:
+        raise UserError(f"--push_to_hub {name}: {first_line(error)}; {state}") from None

@@ -1,0 +1,1 @@
+"""The method: what it measures, how it chooses, what it removes and how it repairs."""

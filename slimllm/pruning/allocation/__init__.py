@@ -1,0 +1,1 @@
+"""How much goes from each layer."""

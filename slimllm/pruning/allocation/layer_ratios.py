@@ -1,0 +1,42 @@
+"""The ways to spread the sparsity over the layers, by name: each takes AllocationInputs and gives an Allocation.
+
+To add one: a function, here or in a module of its own, and an entry in LAYER_RATIOS.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ...models.shape import ModelShape
+from ..importance.layers import importance_weights, uniform_weights
+from .auto import auto
+from .inputs import Allocation, AllocationInputs
+from .plan import LayerPlan, plan
+
+if TYPE_CHECKING:
+    from ..config import PruneConfig
+
+
+def importance(inputs: AllocationInputs) -> Allocation:
+    """The paper's: more from the layers that turn their input least (Eq. 11)."""
+    return _weighted(inputs, importance_weights(inputs.layer_scores, inputs.config.pruned_layers, inputs.config.alpha))
+
+
+def uniform(inputs: AllocationInputs) -> Allocation:
+    """The same from each of the layers that turn their input least."""
+    return _weighted(inputs, uniform_weights(inputs.layer_scores, inputs.config.pruned_layers))
+
+
+def _weighted(inputs: AllocationInputs, weights: list[float]) -> Allocation:
+    return Allocation(plan(inputs.shape, lambda amount: [amount * weight for weight in weights], inputs.config))
+
+
+LAYER_RATIOS = {"importance": importance, "uniform": uniform, "auto": auto}
+NEEDS_PROBE_IDS = {"auto"}
+
+
+def without_scores(shape: ModelShape, config: PruneConfig, layer_ratio: str | None = None) -> list[LayerPlan]:
+    """The plans of a model whose layers all matter the same, from its shape alone. Raises UserError for a sparsity that cannot be met."""
+    config = replace(config, layer_ratio=layer_ratio or config.layer_ratio)
+    return LAYER_RATIOS[config.layer_ratio](AllocationInputs(shape, config, [0.0] * shape.layers)).plans

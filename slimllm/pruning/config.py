@@ -1,0 +1,219 @@
+"""Every setting of a pruning run: declared once, validated once, shown by ``--help``.
+
+A field's metadata is its command-line flag: help text (with unit), group and allowed values.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass
+
+from .. import cli
+from ..cli import check_choices, check_range, flag
+from ..data.calibration import SampleSpec
+from ..errors import UserError
+from ..models.shape import RUNTIMES, ModelShape, limits_of
+from ..utils.device import DTYPES
+from .allocation.layer_ratios import LAYER_RATIOS, NEEDS_PROBE_IDS
+from .importance.channels import CHANNEL_SCORES
+from .importance.heads import HEAD_CHOICES
+from .recovery import RECOVERIES
+
+HEAD_UNITS = ("group", "query")
+GGUF_BLOCK = 32  # rows of quantized tensors come in blocks of this
+LONGEST_NAME = 200  # bytes of a file name; what is written beside a folder while it is made needs a few more, and 255 are allowed
+
+# What a recipe sets where the user says nothing. "paper" is Guo et al.; "best" is what measured best (README).
+RECIPES = {
+    "paper": {"recovery": "linear", "layer_ratio": "importance"},
+    "best": {"recovery": "least_squares", "layer_ratio": "auto"},
+}
+# The published code spares the lowest-scoring 1 % of the channels. least_squares, not published, does better without.
+PUBLISHED_KEEP_LOWEST = 0.01
+
+# The paper's two settings for 32 layers: (ratio up to which it is used, pruned layers, alpha).
+PAPER_SETTINGS = ((0.4, 26, 10.0), (1.0, 30, 7.0))
+
+
+@dataclass
+class PruneConfig:
+    """Settings of one run. Raises UserError where a value, or two together, make no sense.
+
+    Fields that default to None are resolved in ``__post_init__`` or, where they depend on the model, by :meth:`resolve`.
+    """
+
+    base_model: str | None = flag("model", "local folder, hub name or .gguf file (required)")
+    dtype: str = flag("model", "dtype of weights and compute: float32 on a CPU, the checkpoint's own on a GPU", "auto", choices=DTYPES)
+    device: str = flag("model", "where the layers are computed; auto takes a GPU if there is one", "auto")
+    eval_device: str = flag("model", "where perplexity is computed", "auto")
+
+    pruning_ratio: float | None = flag(
+        "sparsity",
+        "mean share of heads and channels removed from the pruned layers, 0 to 1 (paper: 0.25 for 20 %%, 0.55 for 50 %%) [0.25]",
+    )
+    target_sparsity: float | None = flag(
+        "sparsity",
+        "share of the decoder layers' parameters to remove, 0 to 1, met to within one channel; instead of --pruning_ratio",
+    )
+    pruned_layers: int | None = flag(
+        "sparsity",
+        "how many layers are pruned; with auto, which may take them all, it only scales --pruning_ratio "
+        "[26 of 32, or 30 of 32 from ratio 0.4 on, scaled to the depth]",
+    )
+    alpha: float | None = flag("sparsity", "with importance: how strongly it spreads the ratios (Eq. 11) [10, or 7 from ratio 0.4 on]")
+    layer_ratio: str | None = flag(
+        "sparsity",
+        "ratios by layer importance, the same for the least important layers, or auto: by what pruning each layer alone costs, "
+        "and as much from the heads as from the channels or half of it, whichever costs less [importance; best: auto]",
+        choices=LAYER_RATIOS,
+    )
+    plan: str | None = flag(
+        "sparsity", "prune exactly the heads and channels that this file names, the pruning.json of a run; nothing else is chosen"
+    )
+    head_unit: str = flag(
+        "sparsity", "grouped-query attention: remove whole KV groups, or as many query heads out of each group", "query", choices=HEAD_UNITS
+    )
+    runtime: str = flag(
+        "sparsity", "what has to run the pruned model without this project: it sets which widths are allowed", "any", choices=RUNTIMES
+    )
+    round_to: int | None = flag("sparsity", "keep channels, and heads x head size, in multiples of this [1; with --runtime gguf 32]")
+
+    recipe: str = flag("method", "paper: the published method; best: what measured best", "paper", choices=RECIPES)
+    recovery: str | None = flag("method", "what the kept output weights become [linear; best: least_squares]", choices=RECOVERIES)
+    ridge: float = flag("method", "least_squares: ridge as a multiple of the median input variance", 1.0)
+    keep_lowest: float | None = flag(
+        "method",
+        "share of a layer's channels, the lowest-scoring, that stays all the same as in the published code [0.01; with least_squares 0]",
+    )
+    channel_score: str = flag(
+        "method", "how channels are ranked; all but feature_space are for comparison", "feature_space", choices=CHANNEL_SCORES
+    )
+    head_choice: str | None = flag(
+        "method",
+        "how heads are scored and chosen; leave_one_out: without the swaps of the greedy search [greedy]",
+        choices=HEAD_CHOICES,
+    )
+    no_greedy: bool = flag("method", "the same as --head_choice leave_one_out", False)
+    slimllm: bool = flag("method", "accepted for old command lines; the method is always SlimLLM", False)
+
+    calibration: str | None = flag(
+        "calibration",
+        "bookcorpus, c4, wikitext2 (hub), self (sampled from the model), a .txt or .jsonl file, a folder of them, "
+        "or a calibration.safetensors [bookcorpus; self where the hub is out of reach]",
+    )
+    num_examples: int = flag("calibration", "samples", 32)
+    seq_len: int = flag("calibration", "tokens per sample", 128)
+    seed: int = flag("calibration", "seed of every random choice", 42)
+
+    eval_data: tuple[str, ...] | None = flag(
+        "evaluation",
+        "any of wikitext2, ptb, python_manual, NAME=FILE, FILE, or none [wikitext2 ptb; python_manual where the hub is out of reach]",
+    )
+    max_seq_len: int = flag("evaluation", "tokens per block of text for perplexity", 128)
+    eval_limit: int | None = flag("evaluation", "only the first N blocks; the figures are marked as limited [all]")
+    test_after_train: bool = flag("evaluation", "print continuations of a few prompts, before and after", False)
+    temperature: float = flag("evaluation", "of these continuations; 0 is greedy", 1.0)
+    top_p: float = flag("evaluation", "nucleus of these continuations, 0 to 1", 0.95)
+
+    save_ckpt_log_name: str = flag("output", "NAME: everything goes to prune_log/NAME/", "llama_prune")
+    save_model: bool = flag("output", "write the pruned model (--no_save_model: only the record)", True, negatable=True)
+    overwrite: bool = flag("output", "replace an existing prune_log/NAME/", False)
+    push_to_hub: str | None = flag("output", "upload the checkpoint to this model repository of the hub, NAME or USER/NAME, private if new")
+    public: bool = flag("output", "with --push_to_hub: a new repository is public", False)
+    dry_run: bool = flag("output", "print the plan from the model's config alone and stop", False)
+
+    def __post_init__(self):
+        if not self.base_model:
+            raise UserError("--base_model is required: a local folder, hub name or .gguf file")
+        check_choices(self)
+        self._check_what_decides()
+        if self.recovery is None:
+            self.recovery = RECIPES[self.recipe]["recovery"]
+        if self.keep_lowest is None:
+            self.keep_lowest = 0.0 if self.recovery == "least_squares" else PUBLISHED_KEEP_LOWEST
+        if self.head_choice is None:
+            self.head_choice = "leave_one_out" if self.no_greedy else "greedy"
+        if self.round_to is None:
+            self.round_to = GGUF_BLOCK if self.runtime == "gguf" else 1
+        if self.target_sparsity is None and self.pruning_ratio is None and self.plan is None:
+            self.pruning_ratio = 0.25
+        check_range(self, "pruning_ratio", 0, 1, right_open=True)
+        check_range(self, "target_sparsity", 0, 1, right_open=True)
+        check_range(self, "keep_lowest", 0, 1, right_open=True)
+        check_range(self, "top_p", 0, 1)
+        check_range(self, "alpha", 0)
+        check_range(self, "temperature", 0)
+        for name in ("num_examples", "round_to", "eval_limit", "pruned_layers"):
+            check_range(self, name, 1)
+        for name in ("seq_len", "max_seq_len"):
+            check_range(self, name, 2)
+        check_range(self, "ridge", 0, left_open=True)
+        name = self.save_ckpt_log_name
+        if not name or name.startswith(("/", ".")) or ".." in name.split("/"):
+            raise UserError(f"--save_ckpt_log_name {name}: must be a name inside prune_log/, not hidden and not a path out of it")
+        if max(len(part.encode()) for part in name.split("/")) > LONGEST_NAME:
+            raise UserError(f"--save_ckpt_log_name {name[:40]}...: the name is too long; at most {LONGEST_NAME} bytes between slashes")
+        if self.push_to_hub and not self.save_model:
+            raise UserError("--push_to_hub and --no_save_model: there would be no checkpoint to upload")
+        self.eval_data = tuple(self.eval_data) if self.eval_data else None
+
+    def _check_what_decides(self) -> None:
+        """Raises UserError where two settings decide the same thing."""
+        if self.pruning_ratio is not None and self.target_sparsity is not None:
+            raise UserError("--pruning_ratio and --target_sparsity both say how much to remove: give one of them")
+        if self.no_greedy and self.head_choice == "greedy":
+            raise UserError("--no_greedy and --head_choice greedy contradict each other: give one of them")
+        for name in ("pruning_ratio", "target_sparsity", "pruned_layers", "alpha", "layer_ratio"):
+            if self.plan is not None and getattr(self, name) is not None:
+                raise UserError(f"--plan and --{name} both say how much to remove: give one of them")
+
+    @property
+    def samples(self) -> SampleSpec:
+        """How the calibration samples are drawn."""
+        return SampleSpec(self.num_examples, self.seq_len, self.seed)
+
+    @property
+    def needs_probe_ids(self) -> bool:
+        """Whether costs are measured on text that no calibration uses; after :meth:`resolve`."""
+        return self.plan is None and self.layer_ratio in NEEDS_PROBE_IDS
+
+    def resolve(self, shape: ModelShape) -> None:
+        """Sets what depends on the model: pruned_layers and alpha where the user gave none (the paper's, scaled to its depth),
+        and layer_ratio: the recipe's, or uniform where the runtime wants all layers alike.
+        """
+        if self.plan is not None:
+            return
+        amount = self.pruning_ratio if self.target_sparsity is None else self.target_sparsity
+        layers, alpha = next((n, a) for limit, n, a in PAPER_SETTINGS if amount < limit)
+        if self.pruned_layers is None:
+            self.pruned_layers = max(1, round(layers * shape.layers / 32))
+        if self.alpha is None:
+            self.alpha = alpha
+        if self.pruned_layers > shape.layers:
+            raise UserError(f"--pruned_layers {self.pruned_layers}: the model has {shape.layers} layers")
+        if limits_of(self.runtime, shape).same_channels:
+            if self.layer_ratio == "auto":
+                raise UserError(
+                    f"--layer_ratio auto and --runtime {self.runtime}: all layers of this model lose the same there; leave one away"
+                )
+            self.layer_ratio = "uniform"
+        if self.layer_ratio is None:
+            self.layer_ratio = RECIPES[self.recipe]["layer_ratio"]
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``hf_prune.py``, one flag for each field of PruneConfig."""
+    return cli.build_parser(
+        PruneConfig,
+        prog="hf_prune.py",
+        usage="python hf_prune.py --base_model MODEL [flags]",
+        description="Prunes whole attention heads and feed-forward channels of a Llama-family model (SlimLLM, arXiv 2505.22689).",
+    )
+
+
+def parse_args(argv=None) -> PruneConfig:
+    """Flags to a validated PruneConfig. Raises UserError, also for an unknown flag (naming the nearest)."""
+    return cli.parse(build_parser(), PruneConfig, argv)

@@ -1,0 +1,98 @@
+"""Channel importance: the paper's in the feature space of the layer's output (section 3.3), and what it is compared with.
+
+A score takes a ChannelStatistics and gives the importance [I] of each channel: the higher, the more it matters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ...errors import UserError, first_line
+
+
+@dataclass
+class ChannelStatistics:
+    """One feed-forward part. Norms are over tokens, none is centred.
+
+    output_covariance: [D, D] of the output Y. down: [D, I]. gate, up: [I, D]. activation_norm: [I], ||A[:, c]|| of
+    down_proj's input. input_norm: [D], of each dimension of the feed-forward input. seed: for what is random.
+    """
+
+    output_covariance: torch.Tensor
+    down: torch.Tensor
+    gate: torch.Tensor
+    up: torch.Tensor
+    activation_norm: torch.Tensor
+    input_norm: torch.Tensor
+    seed: int = 0
+
+    def input_terms(self) -> torch.Tensor:
+        """||W_gate[c] * xnorm|| + ||W_up[c] * xnorm||, [I]."""
+        squared = self.input_norm.square()
+        gate, up = ((weight.square() @ squared).sqrt() for weight in (self.gate, self.up))
+        return gate + up
+
+
+def eigendecomposition(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(eigenvalues [D], eigenvectors [D, D]) of a symmetric matrix.
+
+    Where the matrix is close to singular the solver may not converge, on a GPU above all; then once more on the CPU in float64.
+    Raises UserError where that fails too.
+    """
+    try:
+        return torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        pass
+    try:
+        values, vectors = torch.linalg.eigh(matrix.double().cpu())
+    except torch.linalg.LinAlgError as error:
+        raise UserError(
+            f"the eigenvalues of a layer's output covariance cannot be computed ({first_line(error)}); try --dtype float32"
+        ) from None
+    return values.to(matrix), vectors.to(matrix)
+
+
+def feature_space(s: ChannelStatistics) -> torch.Tensor:
+    """The paper's: with Cov(Y) = V diag(lambda) V^T and w = sigmoid(lambda / mean(lambda)),
+    ||(W_down[:, c]^T V) * w|| * ||A[:, c]|| + ||W_gate[c] * xnorm|| + ||W_up[c] * xnorm||.
+    """
+    eigenvalues, vectors = eigendecomposition(s.output_covariance)
+    weighted = vectors * torch.sigmoid(eigenvalues / eigenvalues.mean())
+    return (s.down.T @ weighted).norm(dim=1) * s.activation_norm + s.input_terms()
+
+
+def unweighted(s: ChannelStatistics) -> torch.Tensor:
+    """The paper's without the eigenvalue weights w, which leaves ||W_down[:, c]|| (V is orthogonal)."""
+    return s.down.norm(dim=0) * s.activation_norm + s.input_terms()
+
+
+def wanda(s: ChannelStatistics) -> torch.Tensor:
+    """Sum over outputs of |W_down[d, c]| * ||A[:, c]||: Wanda's score of a weight (Sun et al. 2024), summed over a column."""
+    return s.down.abs().sum(0) * s.activation_norm
+
+
+def magnitude(s: ChannelStatistics) -> torch.Tensor:
+    """||W_down[:, c]|| + ||W_gate[c]|| + ||W_up[c]||: no activations at all."""
+    return s.down.norm(dim=0) + s.gate.norm(dim=1) + s.up.norm(dim=1)
+
+
+def random(s: ChannelStatistics) -> torch.Tensor:
+    """Chance, the floor that any score must beat."""
+    return torch.rand(s.down.shape[1], generator=torch.Generator().manual_seed(s.seed)).to(s.down.device)
+
+
+# How channels are scored: statistics -> the importance of each. select_channels makes a choice of it.
+CHANNEL_SCORES = {f.__name__: f for f in (feature_space, unweighted, wanda, magnitude, random)}
+
+
+def select_channels(scores: torch.Tensor, removed: int, keep_lowest: float) -> torch.Tensor:
+    """The channels to keep, ascending [I - removed].
+
+    The lowest ``round(keep_lowest * I)`` scores stay and the ``removed`` above them go: 0.01 is what the published
+    code does, 0 is the paper's text.
+    """
+    order = torch.argsort(scores, stable=True)
+    spared = min(round(keep_lowest * len(scores)), len(scores) - removed)
+    return torch.cat([order[:spared], order[spared + removed :]]).sort().values

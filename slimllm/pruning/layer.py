@@ -1,0 +1,115 @@
+"""One layer pruned: attention first, then the feed-forward part, which sees what the pruned attention gives (paper section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..models.adapter import columns
+from ..models.shape import ModelShape, limits_of
+from . import surgery
+from .allocation.head_units import HeadUnits
+from .allocation.plan import LayerPlan
+from .importance.channels import CHANNEL_SCORES, ChannelStatistics, select_channels
+from .importance.heads import HEAD_CHOICES, HeadStatistics
+from .recovery import NEEDS_INPUT_COVARIANCE
+from .runner import LayerRunner, Sublayer
+from .statistics import ActivationStore
+
+if TYPE_CHECKING:
+    from .config import PruneConfig
+
+
+@dataclass
+class LayerReport:
+    """What happened to one layer; heads, kv_heads and channels are the indices kept, ascending.
+
+    The errors are the share of the projection's output variance missed on the calibration tokens, (before recovery,
+    after); None where nothing was removed. ``sensitivity``: what pruning this layer alone costs, where it was measured.
+    """
+
+    index: int
+    cosine: float
+    ratio: float
+    heads: list[int]
+    kv_heads: list[int]
+    channels: list[int]
+    sensitivity: float | None = None
+    attention_error: tuple[float, float] | None = None
+    mlp_error: tuple[float, float] | None = None
+    clipped: bool = False
+    seconds: float = 0.0
+
+
+def whole_layer(index: int, cosine: float, plan: LayerPlan, shape: ModelShape, sensitivity: float | None = None) -> LayerReport:
+    """The report of a layer from which nothing was removed yet."""
+    everything = [list(range(count)) for count in (shape.heads, shape.kv_heads, shape.channels)]
+    return LayerReport(index, cosine, plan.ratio, *everything, sensitivity=sensitivity, clipped=plan.clipped)
+
+
+def removes(shape: ModelShape, plan: LayerPlan) -> bool:
+    return (plan.heads, plan.kv_heads, plan.channels) != (shape.heads, shape.kv_heads, shape.channels)
+
+
+def prune_layer(
+    runner: LayerRunner,
+    hidden: ActivationStore,
+    layer: nn.Module,
+    index: int,
+    plan: LayerPlan,
+    shape: ModelShape,
+    config: PruneConfig,
+    report: LayerReport | None = None,
+) -> None:
+    """Prunes ``layer`` in place and advances ``hidden``, the states before it, to what it now gives; completes ``report``."""
+    adapter = runner.adapter
+    report = report or whole_layer(index, 0.0, plan, shape)
+    new_bias = limits_of(config.runtime, shape).new_bias
+
+    with Sublayer(hidden, adapter.attention(layer), runner.arguments[index], runner.memory) as sub:
+        if plan.heads < shape.heads:
+            sub.run(input_covariance=True)
+            heads, kv_heads = _choose_heads(sub, plan, shape, config)
+            recovered, report.attention_error = sub.recover(columns(heads, shape.head_dim), config.recovery, config.ridge, new_bias)
+            surgery.slice_heads(adapter, layer, heads, kv_heads, recovered)
+            report.heads, report.kv_heads = heads.tolist(), kv_heads.tolist()
+        else:
+            sub.run()
+
+    with Sublayer(hidden, adapter.mlp(layer), {}, runner.memory) as sub:
+        if plan.channels < shape.channels:
+            chosen = plan.kept is None
+            sub.run(input_covariance=config.recovery in NEEDS_INPUT_COVARIANCE, output_covariance=chosen, norms=True)
+            channels = _choose_channels(sub, adapter.gate_and_up(layer), plan, shape, config)
+            recovered, report.mlp_error = sub.recover(channels, config.recovery, config.ridge, new_bias)
+            surgery.slice_channels(adapter, layer, channels, recovered)
+            report.channels = channels.tolist()
+        else:
+            sub.run()
+
+
+def _choose_heads(sub: Sublayer, plan: LayerPlan, shape: ModelShape, config: PruneConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Kept query heads and KV heads, ascending: those of the plan, or by their importance, on whatever unit the heads go in."""
+    device = sub.weight.device
+    if plan.kept is not None:
+        return torch.tensor(plan.kept.heads, device=device), torch.tensor(plan.kept.kv_heads, device=device)
+    units = HeadUnits(shape, config.head_unit)
+    removed = units.steps - (plan.heads // shape.kv_heads if units.by_query else plan.kv_heads)
+    statistics = HeadStatistics(sub.input_covariance.matrix(), sub.weight, units.units, units.groups)
+    keep = torch.tensor(HEAD_CHOICES[config.head_choice](statistics, removed), device=device)
+    if units.by_query:
+        return keep, torch.arange(shape.kv_heads, device=device)
+    return columns(keep, shape.heads // shape.kv_heads), keep
+
+
+def _choose_channels(sub: Sublayer, gate_and_up, plan: LayerPlan, shape: ModelShape, config: PruneConfig) -> torch.Tensor:
+    """Kept channels, ascending: those of the plan, or by their importance."""
+    if plan.kept is not None:
+        return torch.tensor(plan.kept.channels, device=sub.weight.device)
+    statistics = ChannelStatistics(
+        sub.output_covariance.matrix(), sub.weight, *gate_and_up, sub.input_norm.norm(), sub.block_input_norm.norm(), config.seed
+    )
+    return select_channels(CHANNEL_SCORES[config.channel_score](statistics), shape.channels - plan.channels, config.keep_lowest)

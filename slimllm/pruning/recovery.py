@@ -1,0 +1,91 @@
+"""What the kept weights of an output projection become (paper section 3.4; design: recovery).
+
+Notation, for o_proj and down_proj alike: X_S the kept input columns, W_S [D, |S|] the kept weight columns, y the
+unpruned output, x = X_S W_S^T + b0 the pruned one (b0 the projection's own bias or zero). A recovery sees
+statistics only and gives new weights and a bias; none of them can raise the mean squared calibration error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .statistics import Covariance, PairMoments
+
+
+@dataclass
+class Recovered:
+    """New parameters of a pruned projection.
+
+    weight [D, |S|], bias [D] or None. ``scale`` and ``shift`` [D], where given, say that the new output is
+    scale * x + shift, so that it need not be computed again from the input.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+
+
+def _affine(weight, bias, scale, shift) -> Recovered:
+    base = torch.zeros_like(shift) if bias is None else bias
+    return Recovered(weight * scale[:, None], base * scale + shift, scale, shift)
+
+
+def none(weight, bias, keep, moments: PairMoments, covariance, ridge) -> Recovered:
+    """The kept columns as they are."""
+    return Recovered(weight[:, keep], bias, torch.ones_like(moments.mean_x), torch.zeros_like(moments.mean_x))
+
+
+def bias(weight, bias, keep, moments: PairMoments, covariance, ridge) -> Recovered:
+    """Adds mean(y - x) to the bias."""
+    return _affine(weight[:, keep], bias, torch.ones_like(moments.mean_x), moments.mean_y - moments.mean_x)
+
+
+def linear(weight, bias, keep, moments: PairMoments, covariance, ridge) -> Recovered:
+    """The paper's regression of each output dimension: a = Cov(x, y) / Var(x), b = mean(y) - a mean(x).
+
+    A dimension in which x does not vary keeps a = 1.
+    """
+    varies = moments.var_x > 0
+    scale = torch.where(varies, moments.cov_xy / torch.where(varies, moments.var_x, 1.0), 1.0)
+    return _affine(weight[:, keep], bias, scale, moments.mean_y - scale * moments.mean_x)
+
+
+def least_squares(weight, bias, keep, moments: PairMoments, covariance: Covariance, ridge: float) -> Recovered:
+    """All kept weights anew, by ridge regression of y on X_S that pulls towards W_S (not from the paper).
+
+    With C the covariance of the input and P the removed columns,
+    dW^T = (C_SS + ridge * median(diag C_SS) * 1)^-1 C_SP W_P^T, W' = W_S + dW, b = mean(y) - W' mean(X_S).
+    The median, since one input with an outlying variance would raise a mean, and with it the pull, a thousandfold.
+
+    Raises ValueError where C_SS plus the ridge is not positive definite (inputs that overflowed, say).
+    """
+    c = covariance.matrix()
+    removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    removed[keep] = False
+    kept_cov = c[keep][:, keep]
+    cross = c[keep][:, removed] @ weight[:, removed].T
+    del c
+    kept_cov.diagonal().add_(ridge * typical_variance(kept_cov.diagonal()))
+    factor, failed = torch.linalg.cholesky_ex(kept_cov)
+    if failed:  # a tiny ridge can be lost in float32
+        factor, failed = torch.linalg.cholesky_ex(kept_cov.double())
+        if failed:
+            raise ValueError(f"least_squares: the input covariance is not positive definite at ridge {ridge}; use a larger --ridge")
+    del kept_cov
+    new = weight[:, keep] + torch.cholesky_solve(cross.to(factor.dtype), factor).T.to(weight.dtype)
+    return Recovered(new, moments.mean_y - new @ covariance.mean[keep])
+
+
+def typical_variance(variances: torch.Tensor) -> torch.Tensor:
+    """The median of the input variances [n], or of those that are not zero where most inputs are dead."""
+    median = variances.median()
+    if median <= 0 and (variances > 0).any():
+        median = variances[variances > 0].median()
+    return median.clamp_min(torch.finfo(variances.dtype).tiny)
+
+
+RECOVERIES = {"none": none, "bias": bias, "linear": linear, "least_squares": least_squares}
+NEEDS_INPUT_COVARIANCE = {"least_squares"}

@@ -1,0 +1,177 @@
+"""Streaming statistics of activations, merged batch by batch, and the store that the activations themselves lie in.
+
+Means and co-moments are merged pairwise (Chan, Golub and LeVeque 1983), never taken from raw second moments: the
+few very large activations of Llama models would ruin those in float32. All statistics are float32 on the device
+of the activations; their size does not depend on the number of tokens.
+"""
+
+from __future__ import annotations
+
+import tempfile
+
+import numpy as np
+import torch
+
+from ..utils.files import writing
+
+_COLUMN_BLOCK = 1024  # the co-moment is symmetric: only blocks on and above the diagonal are multiplied
+
+
+class Covariance:
+    """Mean [n] and covariance [n, n] of rows seen so far. ``update`` takes [tokens, n]."""
+
+    def __init__(self, size: int, device=None):
+        self.count = 0
+        self.mean = torch.zeros(size, device=device)
+        self._comoment = torch.zeros(size, size, device=device)
+
+    def update(self, rows: torch.Tensor) -> None:
+        count, mean = rows.shape[0], rows.mean(0)
+        centred, delta = rows - mean, mean - self.mean
+        total = self.count + count
+        for start in range(0, len(mean), _COLUMN_BLOCK):
+            block = self._comoment[start : start + _COLUMN_BLOCK, start:]
+            block.addmm_(centred[:, start : start + _COLUMN_BLOCK].T, centred[:, start:])
+            block.addr_(delta[start : start + _COLUMN_BLOCK], delta[start:], alpha=self.count * count / total)
+        self.mean += delta * (count / total)
+        self.count = total
+
+    def matrix(self) -> torch.Tensor:
+        """The covariance [n, n] (divided by the count), symmetric up to rounding."""
+        for start in range(0, len(self.mean), _COLUMN_BLOCK):
+            stop = start + _COLUMN_BLOCK
+            self._comoment[stop:, start:stop] = self._comoment[start:stop, stop:].T
+        return self._comoment / self.count
+
+    def about_zero(self) -> Covariance:
+        """The same with raw second moments in place of covariances, and a mean of zero."""
+        raw = Covariance(len(self.mean), self.mean.device)
+        raw.count = self.count
+        raw._comoment = torch.addr(self._comoment, self.mean, self.mean, alpha=self.count)
+        return raw
+
+
+class SquareSum:
+    """Sum of squares [n] over all rows, uncentred: the squared column norms. ``update`` takes [tokens, n]."""
+
+    def __init__(self, size: int, device=None):
+        self.total = torch.zeros(size, device=device)
+
+    def update(self, rows: torch.Tensor) -> None:
+        self.total += rows.square().sum(0)
+
+    def norm(self) -> torch.Tensor:
+        return self.total.sqrt()
+
+
+class PairMoments:
+    """Means, variances and covariance [n] of two streams x and y, per column. ``update`` takes two [tokens, n]."""
+
+    def __init__(self, size: int, device=None):
+        self.count = 0
+        self.mean_x, self.mean_y, self._xx, self._yy, self._xy = torch.zeros(5, size, device=device)
+
+    def update(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        count, mean_x, mean_y = x.shape[0], x.mean(0), y.mean(0)
+        total = self.count + count
+        dx, dy, weight = mean_x - self.mean_x, mean_y - self.mean_y, self.count * count / total
+        x, y = x - mean_x, y - mean_y
+        self._xx += (x * x).sum(0) + weight * dx * dx
+        self._yy += (y * y).sum(0) + weight * dy * dy
+        self._xy += (x * y).sum(0) + weight * dx * dy
+        self.mean_x, self.mean_y = self.mean_x + dx * (count / total), self.mean_y + dy * (count / total)
+        self.count = total
+
+    def about_zero(self) -> PairMoments:
+        """The same with raw second moments in place of variances and covariance, and means of zero."""
+        raw = PairMoments(len(self.mean_x), self.mean_x.device)
+        raw.count = self.count
+        for name, a, b in (("_xx", self.mean_x, self.mean_x), ("_yy", self.mean_y, self.mean_y), ("_xy", self.mean_x, self.mean_y)):
+            setattr(raw, name, getattr(self, name) + self.count * a * b)
+        return raw
+
+    @property
+    def var_x(self) -> torch.Tensor:
+        return self._xx / self.count
+
+    @property
+    def cov_xy(self) -> torch.Tensor:
+        return self._xy / self.count
+
+    def relative_error(self) -> float:
+        """sum E[(y - x)^2] / sum Var(y): the share of the output's variance that x misses (0 is perfect)."""
+        var_y = self._yy / self.count
+        error = var_y - 2 * self.cov_xy + self.var_x + (self.mean_y - self.mean_x) ** 2
+        return float(error.sum().clamp_min(0) / var_y.sum().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+class ActivationMemory:
+    """Bytes of activations that may still stay in memory, shared by several stores."""
+
+    def __init__(self, limit: int):
+        self.left = limit
+
+
+class ActivationStore:
+    """A list of activation batches: in memory while there is room for them, beyond it in an unnamed temporary file.
+
+    So memory does not grow with the number of samples, and nothing is left behind when a run is killed.
+    """
+
+    def __init__(self, memory: ActivationMemory):
+        self._memory = memory
+        self._items: list = []  # a tensor, or (offset, shape, dtype, device) of one in the file
+        self._file = None
+        self._end = 0
+        self._reserved = 0
+
+    def append(self, tensor: torch.Tensor) -> None:
+        size = tensor.nbytes
+        if size <= self._memory.left:
+            self._memory.left -= size
+            self._reserved += size
+            self._items.append(tensor)
+            return
+        self._items.append((self._end, tensor.shape, tensor.dtype, tensor.device))
+        self._end += size
+        self[len(self._items) - 1] = tensor
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        item = self._items[index]
+        if isinstance(item, torch.Tensor):
+            return item
+        offset, shape, dtype, device = item
+        self._file.seek(offset)
+        raw = np.fromfile(self._file, dtype=np.uint8, count=shape.numel() * dtype.itemsize)
+        return torch.from_numpy(raw).view(dtype).view(shape).to(device)
+
+    def __setitem__(self, index: int, tensor: torch.Tensor) -> None:
+        item = self._items[index]
+        if isinstance(item, torch.Tensor):
+            self._items[index] = tensor
+            return
+        with writing(f"the temporary folder {tempfile.gettempdir()}", "; make room there, or name another folder with TMPDIR=..."):
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="slimllm-")
+            self._file.seek(item[0])
+            tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().tofile(self._file)
+
+    def __iter__(self):
+        return (self[index] for index in range(len(self)))
+
+    def copy(self) -> ActivationStore:
+        """Another store of the same batches; replacing one in either leaves the other as it is."""
+        twin = ActivationStore(self._memory)
+        for tensor in self:
+            twin.append(tensor)
+        return twin
+
+    def close(self) -> None:
+        self._memory.left += self._reserved
+        self._reserved, self._items = 0, []
+        if self._file is not None:
+            self._file.close()
+            self._file = None

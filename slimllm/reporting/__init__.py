@@ -1,0 +1,1 @@
+"""What a run did and what came of it: records, tables, pictures, model cards."""

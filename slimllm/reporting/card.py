@@ -1,0 +1,106 @@
+"""The model card of a checkpoint (README.md): what it is, how it was made, how good it is, how to run it, file by file.
+
+Its text is the template ``card.md.jinja`` beside this file.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
+
+from ..models import hub, loading
+from ..models.families import is_pruned
+from ..utils.files import file_hash, write_text
+from .record import PruningRecord
+from .tables import aligned
+
+FILE = "README.md"
+FILES_HEADING = "## Files"
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
+
+
+def write(folder: Path, run: PruningRecord) -> None:
+    """Writes the card of the checkpoint in ``folder`` from the record of its run."""
+    config = loading.load_config(str(folder), "DIR", pruned=True)
+    data = ModelCardData(
+        base_model=run.model.hub_name,
+        license=run.model.license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["slimllm", "structured-pruning", "pruned"],
+    )
+    shared = [f"{f['data']} ({f['calibration_overlap']} samples)" for f in run.evaluation if f.get("calibration_overlap")]
+    card = ModelCard.from_template(
+        data,
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
+        run=run,
+        name=Path(run.config["save_ckpt_log_name"]).name,
+        base=run.model.name,
+        hub_name=run.model.hub_name,
+        parameters=run.parameters,
+        calibration_source=Path(run.calibration["source"]).name,
+        figures=_figures(run.evaluation),
+        shared=", ".join(shared),
+        own_code=is_pruned(config),
+        deci=hasattr(config, "block_configs"),
+        files_heading=FILES_HEADING,
+        files=_files(folder),
+    )
+    write_text(folder / FILE, str(card).rstrip() + "\n")
+
+
+def update_files(folder: Path) -> None:
+    """Brings the card's list of files up to date, where the folder has a card."""
+    path = folder / FILE
+    if path.is_file() and FILES_HEADING in (text := path.read_text(encoding="utf-8")):
+        write_text(path, text.split(FILES_HEADING)[0] + f"{FILES_HEADING}\n\n{_files(folder)}\n")
+
+
+def origin_of(base_model: str) -> dict[str, str | None]:
+    """``hub_name`` and ``license`` of a base model, as far as its name, its card or its .gguf metadata tell; else None.
+
+    A hub that does not answer leaves the license open.
+    """
+    license_name, hub_name, path = None, None, Path(base_model)
+    if path.suffix == ".gguf":
+        import gguf
+
+        field = gguf.GGUFReader(path).fields.get("general.license")
+        license_name = field and field.contents()
+    elif (path / FILE).is_file():
+        found = re.match(r"---\n(.*?)\n---", (path / FILE).read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        entry = found and re.search(r"^license:\s*(\S+)\s*$", found[1], re.MULTILINE)
+        license_name = entry and entry[1]
+    elif not path.exists():
+        try:
+            validate_repo_id(base_model)
+            if "/" in base_model:
+                hub_name = base_model
+                license_name = ModelCard.load(base_model).data.license if hub.reachable() else None
+        except (HFValidationError, HTTPError, OSError, ValueError):
+            pass
+    return {"hub_name": hub_name, "license": license_name}
+
+
+def _figures(figures: list[dict]) -> str:
+    """The table of perplexities, empty where there are none."""
+    if not figures:
+        return ""
+    rows = [["text", "split", "tokens per block", "blocks", "dense", "this model"]]
+    for f in figures:
+        blocks = f"{f['blocks']}{' (limited)' if f['limited'] else ''}"
+        value = f"{f['pruned']:.2f}" + (f" -> {f['tuned']:.2f}" if "tuned" in f else "")
+        rows.append([f["data"], f["split"], str(f["seq_len"]), blocks, f"{f['dense']:.2f}", value])
+    return "\n".join(aligned(rows))
+
+
+def _files(folder: Path) -> str:
+    rows = [["file", "bytes", "sha256"]]
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name not in (FILE, "log.txt") and not path.name.startswith("."):
+            rows.append([path.name, str(path.stat().st_size), file_hash(path)])
+    return "\n".join(aligned(rows))

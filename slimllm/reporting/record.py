@@ -1,0 +1,212 @@
+"""What a run did: everything that is needed to get its figures again, as JSON."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from ..errors import UserError
+from ..utils.files import write_text
+from ..utils.memory import peak_memory
+
+FORMAT = 1
+PACKAGES = ("torch", "transformers", "datasets", "safetensors", "numpy", "peft", "lm_eval")
+
+
+def environment() -> dict:
+    """Versions of the interpreter and the packages, the commit of this code, the machine's compute."""
+    import slimllm
+
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
+    return {
+        "slimllm": slimllm.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **versions,
+        "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _commit() -> str | None:
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if found.returncode:
+        return None
+    return found.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
+
+
+def command() -> str:
+    return " ".join(["python", *sys.argv])
+
+
+class Stopwatch:
+    """Seconds of each named phase of a run."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str):
+        started = time.perf_counter()
+        yield
+        self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.perf_counter() - started, 3)
+
+
+@dataclass
+class ModelInfo:
+    """The dense model of a run. ``hub_name`` and ``license`` as far as they are known; ``shape``: its ModelShape."""
+
+    name: str
+    type: str
+    dtype: str
+    device: str
+    shape: dict
+    hub_name: str | None = None
+    license: str | None = None
+
+
+@dataclass
+class Parameters:
+    """Counts, and the shares of the decoder layers' and of all parameters that were removed."""
+
+    dense: int
+    pruned: int
+    dense_decoder: int
+    decoder_removed: float
+    removed: float
+
+    @classmethod
+    def of(cls, dense: int, pruned: int, dense_decoder: int) -> Parameters:
+        return cls(dense, pruned, dense_decoder, (dense - pruned) / dense_decoder, (dense - pruned) / dense)
+
+
+@dataclass
+class _Record:
+    FILE: ClassVar[str]
+
+    def write(self, folder: Path) -> None:
+        write_text(Path(folder) / self.FILE, dumps({"format": FORMAT, **asdict(self)}))
+
+
+@dataclass
+class PruningRecord(_Record):
+    """A pruning run, and where its checkpoint was trained afterwards, that run too. ``pruning.json`` holds it.
+
+    ``config``: the PruneConfig. ``evaluation``: one entry per text, as EvalText.figure makes it, with perplexities ``dense``,
+    ``pruned`` and ``tuned``. ``layers``: one LayerReport each.
+    """
+
+    FILE: ClassVar[str] = "pruning.json"
+
+    config: dict
+    model: ModelInfo
+    calibration: dict
+    parameters: Parameters
+    evaluation: list[dict]
+    seconds: dict[str, float]
+    layers: list[dict]
+    post_training: dict | None = None
+    command: str = field(default_factory=command)
+    environment: dict = field(default_factory=environment)
+    peak_memory: dict[str, int] = field(default_factory=peak_memory)
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike) -> PruningRecord:
+        """The record in a run's folder. Raises FileNotFoundError, or ValueError for what is not a record of this format."""
+        path = Path(folder) / cls.FILE
+        found = read_json(path)
+        model = dict(found.get("model", {}))
+        if "licence" in model:  # records written before the first release
+            model["license"] = model.pop("licence")
+        try:
+            values = {f.name: found[f.name] for f in fields(cls) if f.name in found}
+            return cls(**values | {"model": ModelInfo(**model), "parameters": Parameters(**found["parameters"])})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not the record of a pruning run ({error})") from None
+
+
+@dataclass
+class TrainingRecord(_Record):
+    """A post-training run. ``validation``: perplexity of the held-out rows before and where it was best; ``history``: its losses."""
+
+    FILE: ClassVar[str] = "post_training.json"
+
+    config: dict
+    data: dict
+    parameters: dict[str, int]
+    dtype: str
+    processes: int
+    evaluation: list[dict]
+    validation: dict[str, float] | None
+    history: list[dict]
+    seconds: dict[str, float]
+    command: str = field(default_factory=command)
+    environment: dict = field(default_factory=environment)
+    peak_memory: dict[str, int] = field(default_factory=peak_memory)
+
+
+def dumps(record: dict) -> str:
+    """JSON with one line for each short list, so that lists of indices do not fill the page."""
+    text = json.dumps(record, indent=1, allow_nan=False, default=str)
+    return re.sub(r"\[[^\[\]{}]*\]", lambda m: re.sub(r"\s+", " ", m.group()), text) + "\n"
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """A record's file. Raises FileNotFoundError, or ValueError for what is not a record of this format."""
+    record = json.loads(Path(path).read_text())
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a record of format {FORMAT}")
+    return record
+
+
+def save_results(results: dict, path: Path) -> None:
+    """Writes results with the command, the environment and the peak memory so far."""
+    results |= {"command": command(), "environment": environment(), "peak_memory": peak_memory()}
+    write_text(path, dumps(results))
+
+
+def continued(path: Path, fingerprint: dict, overwrite: bool) -> dict:
+    """The results that ``path`` holds, to be completed, or a new dict of them. ``fingerprint`` says what they are results of.
+
+    Raises UserError where the file is no such record or holds results of something else.
+    """
+    fingerprint = json.loads(json.dumps(fingerprint))
+    if not path.exists() or overwrite:
+        return {"format": FORMAT, "fingerprint": fingerprint}
+    way = "name another --output, or replace it with --overwrite"
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise UserError(f"{path}: not a file of results ({error}); {way}") from None
+    if found.get("fingerprint") != fingerprint:
+        different = sorted(key for key in fingerprint if found.get("fingerprint", {}).get(key) != fingerprint[key])
+        raise UserError(f"{path} holds results of another {', '.join(different)}: {way}")
+    return found

@@ -1,0 +1,1 @@
+"""Post-training of a pruned model: settings, data, and the run itself."""

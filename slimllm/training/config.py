@@ -1,0 +1,108 @@
+"""Every setting of a post-training run, and its command line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .. import cli
+from ..cli import check_choices, check_range, flag
+from ..errors import UserError
+
+# name -> (with an input, without one)
+TEMPLATES = {
+    "alpaca": (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Response:\n",
+    ),
+    "alpaca_short": (
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+        "### Instruction:\n{instruction}\n\n### Response:\n",
+    ),
+}
+
+
+@dataclass
+class TrainConfig:
+    """Settings of a post-training run. Raises UserError where a value, or two together, make no sense."""
+
+    prune_model: str | None = flag("model", "checkpoint to train: a folder that hf_prune.py wrote (a dense model works too) (required)")
+    device: str = flag("model", "where to train; auto takes a GPU if there is one", "auto")
+
+    data_path: str = flag("data", "hub name, or a .json or .jsonl file of instruction / input / output or of text", "yahma/alpaca-cleaned")
+    cache_dataset: bool = flag("data", "keep the tokenized data in ~/.cache/slimllm and use it again", False)
+    val_set_size: int | None = flag("data", "rows held out, for the validation loss [2000, at most a tenth of the rows]")
+    extra_val_dataset: tuple[str, ...] | None = flag(
+        "data",
+        "texts whose perplexity is taken before and after: wikitext2, ptb, python_manual, NAME=FILE, FILE, or none "
+        "[wikitext2 ptb; python_manual where the hub is out of reach]",
+    )
+    eval_limit: int | None = flag("data", "of these texts, only the first N blocks; the figures are marked as limited [all]")
+    cutoff_len: int = flag("data", "tokens per row; what is longer is cut", 256)
+    prompt_template_name: str = flag("data", "how an instruction is put to the model", "alpaca", choices=TEMPLATES)
+    no_instruction: bool = flag("data", "rows are plain text, not instructions", False)
+    train_on_inputs: bool = flag("data", "learn the prompt too, not only the response", False)
+    add_eos_token: bool = flag("data", "end each row with the end-of-text token, so that the model learns to stop", True, negatable=True)
+    group_by_length: bool = flag("data", "batches of rows of similar length: less padding, a bumpier loss", False)
+
+    batch_size: int = flag("training", "rows per optimizer step, over all processes", 64)
+    micro_batch_size: int = flag("training", "rows per forward pass of one process", 4)
+    num_epochs: float = flag("training", "passes over the data", 2.0)
+    learning_rate: float = flag("training", "peak learning rate", 1e-4)
+    seed: int = flag("training", "seed of the adapter, the held-out rows and their order", 42)
+
+    lora_r: int = flag("lora", "rank", 8)
+    lora_alpha: int = flag("lora", "the update is scaled by lora_alpha / lora_r", 16)
+    lora_dropout: float = flag("lora", "dropout in front of the update, 0 to 1", 0.05)
+    lora_target_modules: str | None = flag("lora", "projections that get an update, with commas [all of attention and feed-forward part]")
+
+    output_dir: str | None = flag("output", "folder for the adapter, record, log and loss curve [tune_log/NAME of the checkpoint]")
+    merge: bool = flag("output", "also write OUTPUT_DIR/merged: the checkpoint with the update added to its weights", False)
+    resume_from_checkpoint: str | None = flag("output", "a checkpoint-N folder of a stopped run, or last")
+    overwrite: bool = flag("output", "replace what OUTPUT_DIR holds", False)
+    wandb_project: str = flag("output", "send the losses to this Weights & Biases project; without it nothing is sent", "")
+
+    def __post_init__(self):
+        if not self.prune_model:
+            raise UserError("--prune_model is required: a folder that hf_prune.py wrote")
+        check_choices(self)
+        for name in ("batch_size", "micro_batch_size", "lora_r", "lora_alpha", "eval_limit"):
+            check_range(self, name, 1)
+        check_range(self, "cutoff_len", 2)
+        check_range(self, "val_set_size", 0)
+        check_range(self, "num_epochs", 0, left_open=True)
+        check_range(self, "learning_rate", 0, left_open=True)
+        check_range(self, "lora_dropout", 0, 1, right_open=True)
+        if self.wandb_project and importlib.util.find_spec("wandb") is None:
+            raise UserError(f"--wandb_project {self.wandb_project}: wandb is not installed; pip install wandb")
+        if self.overwrite and self.resume_from_checkpoint:
+            raise UserError("--overwrite and --resume_from_checkpoint: a run either starts anew or continues")
+        if self.batch_size % self.micro_batch_size:
+            raise UserError(f"--batch_size {self.batch_size}: must be a multiple of --micro_batch_size {self.micro_batch_size}")
+        if self.extra_val_dataset is not None:
+            self.extra_val_dataset = tuple(name for item in self.extra_val_dataset for name in item.split(",") if name)
+        if self.output_dir is None:
+            self.output_dir = str(Path("tune_log") / Path(self.prune_model).name)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def parse_args(argv=None) -> TrainConfig:
+    """Flags of ``post_training.py``. Raises UserError."""
+    return cli.parse(build_parser(), TrainConfig, argv)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``post_training.py``, one flag for each field of TrainConfig."""
+    return cli.build_parser(
+        TrainConfig,
+        prog="post_training.py",
+        usage="python post_training.py --prune_model prune_log/NAME [flags]",
+        description="Recovers a pruned model with LoRA on instruction data; the defaults are the paper's run.",
+    )

@@ -1,0 +1,212 @@
+"""A LoRA run with peft and transformers' Trainer on a pruned (or dense) model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+
+from ..errors import UserError, nearest
+from ..models.families import family_of
+from .config import TrainConfig
+from .data import collate
+
+log = logging.getLogger("slimllm")
+
+MAX_STEPS_BETWEEN_CHECKPOINTS = 200
+WARMUP_STEPS = 100
+MAX_SKIPPED_STEPS = 20  # in float16, while the loss scale is looked for
+
+
+def target_modules(model, config: TrainConfig) -> list[str]:
+    """The projections that get an update: those that ``--lora_target_modules`` names, or all of the family's.
+
+    Raises UserError for a name that no Linear of a layer has.
+    """
+    family = family_of(model.config)
+    if config.lora_target_modules is None:
+        return list(family.projections)
+    names = [name for name in config.lora_target_modules.split(",") if name]
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)} - {family.head}
+    for name in names:
+        if name not in linear:
+            raise UserError(f"--lora_target_modules {name}: the model has {', '.join(sorted(linear))}{nearest(name, linear)}")
+    if not names:
+        raise UserError("--lora_target_modules is empty")
+    return names
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint-N in ``folder`` that was written to its end (its trainer_state.json comes last)."""
+    found = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json") if _is_json(path)]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text()))
+    except ValueError:
+        return False
+
+
+def trainer_for(model, train, held_out, config: TrainConfig, arguments: TrainingArguments) -> Trainer:
+    """A Trainer with LoRA on ``model``; rows as from :func:`load_data`, ``arguments`` as from :func:`training_arguments`."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(config.seed)
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=target_modules(model, config),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    with _without_peft_warnings():
+        adapted = get_peft_model(model, lora)
+    trainer = Trainer(
+        model=adapted,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=held_out if len(held_out) else None,
+        data_collator=collate,
+        callbacks=[Watch(config)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    if sys.stderr.isatty():
+        trainer.add_callback(Progress)
+    return trainer
+
+
+@contextmanager
+def _without_peft_warnings():
+    """peft 0.21 asks for a property of transformers under its old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
+
+
+def training_arguments(config: TrainConfig, device: torch.device, dtype: torch.dtype, rows: int, validate: bool) -> TrainingArguments:
+    """transformers' TrainingArguments; at the same time joins the process group where torchrun or accelerate started us.
+
+    Without such a launcher the run stays on ``device``, however many GPUs there are.
+    """
+    if config.wandb_project:
+        os.environ["WANDB_PROJECT"] = config.wandb_project
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    accumulation = config.batch_size // config.micro_batch_size
+    if accumulation % processes:
+        raise UserError(
+            f"--batch_size {config.batch_size}: {processes} processes of --micro_batch_size {config.micro_batch_size} do not divide it"
+        )
+    steps = math.ceil(math.ceil(rows / config.batch_size) * config.num_epochs)
+    between = max(1, min(MAX_STEPS_BETWEEN_CHECKPOINTS, steps // 5))
+    arguments = TrainingArguments(
+        output_dir=config.output_dir,
+        per_device_train_batch_size=config.micro_batch_size,
+        per_device_eval_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=accumulation // processes,
+        num_train_epochs=config.num_epochs,
+        learning_rate=config.learning_rate,
+        warmup_steps=min(WARMUP_STEPS, steps // 10),
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if validate else "no",
+        eval_on_start=validate and not config.resume_from_checkpoint,
+        eval_steps=between,
+        save_steps=between,
+        save_total_limit=2,
+        load_best_model_at_end=validate,
+        prediction_loss_only=True,
+        train_sampling_strategy="group_by_length" if config.group_by_length else "random",
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,
+        use_cpu=device.type == "cpu",
+        seed=config.seed,
+        report_to=["wandb"] if config.wandb_project else [],
+    )
+    if processes == 1:
+        stay_on(arguments, device)
+    return arguments
+
+
+def stay_on(arguments: TrainingArguments, device: torch.device) -> None:
+    """Keeps the Trainer on one device: by itself it takes the first GPU and spreads each batch over all of them (DataParallel)."""
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        torch.cuda.set_device(device)
+        arguments._n_gpu = 1
+        arguments.__dict__["_setup_devices"] = device  # the cached value that arguments.device gives
+
+
+class Progress(ProgressCallback):
+    """transformers' bar, with the loss beside it in place of a line per step."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+
+
+class Watch(TrainerCallback):
+    """A line at each validation, and a stop where the loss is lost."""
+
+    def __init__(self, config: TrainConfig):
+        self.config, self.first, self.skipped = config, None, 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        self.first = losses[0] if losses else None
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self._check(args, state.global_step, logs["loss"], logs.get("grad_norm", 0.0))
+        if "eval_loss" in logs and state.is_world_process_zero:
+            log.info("step %d of %d: validation loss %.4f", state.global_step, state.max_steps, logs["eval_loss"])
+
+    def _check(self, args, step: int, loss: float, grad_norm: float) -> None:
+        """Raises UserError for a loss or gradient that is not finite, and for a loss of twice the first."""
+        overflow = math.isfinite(loss) and not math.isfinite(grad_norm)
+        self.skipped = self.skipped + 1 if overflow else 0
+        if overflow and args.fp16 and self.skipped <= MAX_SKIPPED_STEPS:
+            return  # the loss scale is too large yet: the step is skipped and the scale halved
+        lost = overflow or not math.isfinite(loss)
+        self.first = loss if self.first is None else self.first
+        if lost or loss > 2 * self.first:
+            what = "not finite" if lost else f"{loss:.2f}, twice the first one"
+            good = last_checkpoint(Path(args.output_dir))
+            kept = f"; the last good checkpoint is {good}" if good else ""
+            raise UserError(
+                f"step {step}: the loss is {what}; lower --learning_rate ({self.config.learning_rate:g}) "
+                f"or raise --batch_size ({self.config.batch_size}){kept}"
+            )
+
+
+@torch.no_grad()
+def merged(model, adapter: str | os.PathLike, ids: torch.Tensor):
+    """``model`` with the adapter's update added to its weights, in place.
+
+    Its logits on ``ids`` [samples, length] are compared with those of model and adapter side by side.
+    Raises RuntimeError where they differ by more than rounding.
+    """
+    from peft import PeftModel
+
+    with _without_peft_warnings():
+        both = PeftModel.from_pretrained(model, adapter).eval()
+    expected = both(input_ids=ids, use_cache=False).logits.float()
+    model = both.merge_and_unload()
+    difference = float((expected - model(ids, use_cache=False).logits.float()).abs().max())
+    if not difference <= (1e-4 if model.dtype == torch.float32 else 5e-2) * float(expected.abs().max()):
+        raise RuntimeError(f"the merged model is not the model and its adapter: logits differ by {difference:.3g}")
+    return model

@@ -1,0 +1,1 @@
+"""What every layer above uses: files that appear whole, memory, devices and dtypes."""

@@ -1,0 +1,74 @@
+"""Devices, and the dtype in which each of them computes best."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import UserError
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+def device_of(option_name: str, name: str) -> torch.device:
+    """The torch device that ``--option_name NAME`` means; auto is a GPU if there is one.
+
+    Raises UserError for one that is not there, and for mps, which has no float64.
+    """
+    usable = f"use cpu{', cuda' if torch.cuda.is_available() else ''} or auto"
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] == "mps":
+        raise UserError(f"--{option_name} {name}: Apple's GPU has no float64, which the statistics need; {usable}")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--{option_name} {name}: no such device here; {usable}") from None
+    return device
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def cpu_is_fast_in_bfloat16() -> bool:
+    """Whether this CPU has matrix products of bfloat16 in hardware (AMX, or AVX-512 BF16)."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def gpu_has_bfloat16() -> bool:
+    """Whether the current GPU computes in bfloat16 itself, rather than emulating it (compute capability 8.0 and newer)."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def pruning_dtype(name: str, device: torch.device, own: torch.dtype | None, dequantized: bool = False) -> torch.dtype:
+    """What the weights are loaded, computed and saved in for ``--dtype NAME``.
+
+    auto: float32 on a CPU; on a GPU the checkpoint's ``own``, or bfloat16 for a .gguf file, whose weights are ``dequantized``.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu":
+        return torch.float32
+    if dequantized or own is None:
+        return torch.bfloat16 if gpu_has_bfloat16() else torch.float16
+    return own
+
+
+def evaluation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What a model of ``dtype`` is evaluated in on ``device``.
+
+    On a CPU bfloat16 for float32 and float16 models where that is fast, else float32 for float16, whose products are slow there.
+    Otherwise the model's own.
+    """
+    if device.type == "cpu" and dtype in (torch.float32, torch.float16):
+        return torch.bfloat16 if cpu_is_fast_in_bfloat16() else torch.float32
+    return dtype
+
+
+def training_dtype(device: torch.device, own: torch.dtype) -> torch.dtype:
+    """bfloat16 where the device computes in it itself, else float16 on a GPU and the evaluation's on a CPU."""
+    if device.type == "cuda":
+        return torch.bfloat16 if gpu_has_bfloat16() else torch.float16
+    return evaluation_dtype(own, device)

@@ -1,0 +1,61 @@
+"""How much memory a process took, giving back what it no longer needs, and a GPU that is full."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ..errors import UserError, first_line
+
+
+def peak_memory() -> dict[str, int]:
+    """Peak bytes of this process so far: resident memory, and GPU memory where one is in use."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    peak = {"cpu_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        peak["gpu_bytes"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+def reset_peak(device: torch.device) -> None:
+    """Lets :func:`peak_since_reset` begin anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass  # not Linux: the peak is then the process's so far
+
+
+def peak_since_reset(device: torch.device) -> int:
+    """Peak bytes since :func:`reset_peak`: allocated on the GPU, or resident in the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    except (OSError, StopIteration):
+        return peak_memory()["cpu_bytes"]
+
+
+def return_free_memory() -> None:
+    """Gives what the C allocator holds free back to the system: glibc would keep it resident."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        pass  # another C library: it does as it sees fit
+
+
+@contextmanager
+def memory_errors(advice: str):
+    """Turns a GPU that is full into one line with ``advice``."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of memory on the GPU ({first_line(error)}); {advice}") from None

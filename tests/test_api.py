@@ -1,0 +1,163 @@
+"""``slimllm.prune`` and ``slimllm.save``: what hf_prune.py does, as functions."""
+
+import copy
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import hf_prune
+import slimllm
+from slimllm.deploy import checkpoint
+from slimllm.pruning import config as configs
+from slimllm.pruning.importance import channels, heads
+from tests.conftest import TEXT, logits, make_ids, make_model
+
+SMALL = dict(num_examples=8, seq_len=16)
+
+
+def test_it_prunes_as_the_command_does(tiny_folder, text_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--base_model", tiny_folder, "--recipe", "best", "--target_sparsity", "0.3", "--calibration", text_file, "--eval_data", "none"]
+    assert hf_prune.main([*map(str, flags), "--num_examples", "8", "--seq_len", "16"]) == 0
+    capsys.readouterr()
+    model, tokenizer = make_model(), AutoTokenizer.from_pretrained(tiny_folder)
+    seen, stages = [], []
+    result = slimllm.prune(
+        model,
+        tokenizer,
+        recipe="best",
+        target_sparsity=0.3,
+        calibration=str(text_file),
+        on_layer=lambda layer: seen.append(layer.index),
+        progress=lambda stage, done, total: stages.append((stage, done, total)),
+        **SMALL,
+    )
+    slimllm.save(result, "functions")
+    assert capsys.readouterr() == ("", "")
+    assert seen == [0, 1] and ("layer importance", 2, 2) in stages and ("layer sensitivity", 2, 2) in stages
+    for name in ("model.safetensors", "calibration.safetensors", "config.json", "modeling.py"):
+        assert (tmp_path / "functions" / name).read_bytes() == (tmp_path / "prune_log" / "llama_prune" / name).read_bytes(), name
+    record = json.loads((tmp_path / "functions" / "pruning.json").read_text())
+    assert record["parameters"]["decoder_removed"] == result.parameters.decoder_removed and record["evaluation"] == []
+    assert "# functions" in (tmp_path / "functions" / "README.md").read_text()
+
+
+def test_calibration_may_be_texts_or_token_ids(tiny_tokenizer):
+    from_text = slimllm.prune(make_model(), tiny_tokenizer, calibration=TEXT.splitlines(), pruning_ratio=0.5, **SMALL)
+    ids = from_text.calibration.ids
+    assert ids.shape == (8, 16)
+    from_ids = slimllm.prune(make_model(), calibration=ids, pruning_ratio=0.5)
+    assert torch.equal(logits(from_text.model, make_ids()), logits(from_ids.model, make_ids()))
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (dict(calibration=make_ids(), target_sparcity=0.2), "target_sparcity: not a setting of prune.*did you mean 'target_sparsity'"),
+        (dict(calibration=make_ids(), eval_data="none"), "eval_data: not a setting"),
+        (dict(calibration=make_ids(), pruning_ratio=2.0), "--pruning_ratio 2.0"),
+        (dict(calibration=make_ids(), target_sparsity=0.99), "can give up at most"),
+        (dict(calibration=make_ids() + 100), "outside the model's vocabulary of 97"),
+        (dict(calibration=make_ids()[0]), r"\[samples, length\], not \[16\]"),
+        (dict(calibration=["some text"]), "tokenizer: needed"),
+        (dict(calibration=make_ids(), recipe="best"), "layer_ratio auto measures on the model's own text: give a tokenizer"),
+        (dict(calibration=make_ids(), device="mps"), "Apple's GPU"),
+    ],
+)
+def test_a_mistake_is_an_ordinary_exception(arguments, said):
+    model = make_model()
+    before = logits(model, make_ids())
+    with pytest.raises(slimllm.UserError, match=said):
+        slimllm.prune(model, **arguments)
+    assert torch.equal(logits(model, make_ids()), before)
+    assert issubclass(slimllm.UserError, ValueError)
+
+
+def test_an_existing_folder_is_replaced_only_on_request(tmp_path, tiny_tokenizer):
+    result = slimllm.prune(make_model(), tiny_tokenizer, calibration=make_ids())
+    slimllm.save(result, tmp_path / "a")
+    with pytest.raises(slimllm.UserError, match="a exists"):
+        slimllm.save(result, tmp_path / "a")
+    slimllm.save(result, tmp_path / "a", overwrite=True)
+    assert torch.equal(logits(checkpoint.load(tmp_path / "a"), make_ids()), logits(result.model, make_ids()))
+
+
+# the seams: each of the three choices is one function and one entry
+
+
+def test_a_method_is_one_function_and_one_entry(monkeypatch):
+    """What a user adds to the tables is a flag's value at once, and decides what stays."""
+    from slimllm.pruning.allocation import layer_ratios
+
+    def first_heads(statistics, removed):
+        size = statistics.units // statistics.groups
+        return [unit for unit in range(statistics.units) if unit % size < size - removed]
+
+    def last_channels(statistics):
+        return torch.arange(float(statistics.down.shape[1]))
+
+    def first_layer(inputs):
+        return layer_ratios._weighted(inputs, [float(inputs.config.pruned_layers), *[0.0] * (inputs.shape.layers - 1)])
+
+    monkeypatch.setitem(heads.HEAD_CHOICES, "first", first_heads)
+    monkeypatch.setitem(channels.CHANNEL_SCORES, "last", last_channels)
+    monkeypatch.setitem(layer_ratios.LAYER_RATIOS, "first", first_layer)
+    config = configs.PruneConfig(base_model="m", head_choice="first", channel_score="last", layer_ratio="first", pruning_ratio=0.25)
+    config.keep_lowest = 0.0
+    result = slimllm.prune(make_model("llama_gqa"), calibration=make_ids(), config=config)
+    first, second = result.layers
+    assert first.heads == [0, 2] and first.channels == list(range(24, 48)) and len(second.channels) == 48
+
+
+# plans
+
+
+def test_a_plan_given_back_prunes_exactly_that(tmp_path, tiny_tokenizer):
+    dense = make_model(num_hidden_layers=4)
+    first = slimllm.prune(copy.deepcopy(dense), tiny_tokenizer, calibration=make_ids(), target_sparsity=0.3, recovery="least_squares")
+    slimllm.save(first, tmp_path / "first")
+    plan = str(tmp_path / "first" / "pruning.json")
+    again = slimllm.prune(copy.deepcopy(dense), calibration=make_ids(), plan=plan, recovery="least_squares")
+    assert torch.equal(logits(again.model, make_ids()), logits(first.model, make_ids()))
+    other = slimllm.prune(copy.deepcopy(dense), calibration=make_ids(), plan=plan, recovery="none")
+    assert [(r.heads, r.kv_heads, r.channels) for r in other.layers] == [(r.heads, r.kv_heads, r.channels) for r in first.layers]
+    assert other.layers[-1].mlp_error is None or other.layers[-1].mlp_error[1] >= first.layers[-1].mlp_error[1]
+
+
+EVERYTHING = {"heads": [0, 1, 2, 3], "kv_heads": [0, 1], "channels": list(range(48))}
+
+
+@pytest.mark.parametrize(
+    "layers, said",
+    [
+        ([EVERYTHING], "it has 1 layers, the model 2"),
+        ("no", "not a JSON object with a list of layers|it has no list of layers"),
+        ([EVERYTHING, 7], "layer 1: not a JSON object"),
+        ([EVERYTHING, {**EVERYTHING, "channels": [0, 48]}], "layer 1: channels must be different whole numbers from 0 to 47"),
+        ([EVERYTHING, {**EVERYTHING, "channels": []}], "layer 1: channels must be"),
+        ([EVERYTHING, {**EVERYTHING, "heads": [0, 0]}], "layer 1: heads must be different"),
+        ([EVERYTHING, {**EVERYTHING, "heads": [0, 1, 2]}], "each of the kept KV heads must keep the same number of its 2 query heads"),
+        ([EVERYTHING, {**EVERYTHING, "kv_heads": [0]}], "no other head may stay"),
+        ({"a": 1}, "layers"),
+    ],
+)
+def test_a_plan_that_is_none_is_named(layers, said, tmp_path):
+    (tmp_path / "plan.json").write_text(json.dumps({"layers": layers}))
+    with pytest.raises(slimllm.UserError, match=f"--plan .*({said})"):
+        slimllm.prune(make_model(), calibration=make_ids(), plan=str(tmp_path / "plan.json"))
+
+
+def test_a_plan_must_fit_the_runtime(tmp_path):
+    fewer = {**EVERYTHING, "channels": list(range(40))}
+    for layers, runtime, said in (
+        ([EVERYTHING, fewer], "transformers", "--runtime transformers needs them alike"),
+        ([EVERYTHING, {**EVERYTHING, "heads": [0, 2]}], "vllm", "--runtime vllm needs them alike"),
+    ):
+        (tmp_path / "plan.json").write_text(json.dumps({"layers": layers}))
+        with pytest.raises(slimllm.UserError, match=said):
+            slimllm.prune(make_model(), calibration=make_ids(), plan=str(tmp_path / "plan.json"), runtime=runtime)
+    (tmp_path / "plan.json").write_text(json.dumps({"layers": [EVERYTHING, fewer]}))
+    model = slimllm.prune(make_model(), calibration=make_ids(), plan=str(tmp_path / "plan.json"), runtime="vllm", recovery="bias").model
+    assert model.config.block_configs[1].ffn.intermediate_size == 40
