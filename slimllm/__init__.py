@@ -4,7 +4,7 @@ Importing the package teaches transformers' auto classes to load pruned checkpoi
 :func:`prune` and :func:`save` are the two commands as functions; :class:`UserError` is what they raise for what you can mend.
 """
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .errors import UserError
 from .modeling import SLIM_MODELS
@@ -12,9 +12,10 @@ from .modeling import SLIM_MODELS
 __version__ = "0.1.0"
 __all__ = ["PruneConfig", "PruneResult", "UserError", "prune", "save"]
 
-for _model in SLIM_MODELS.values():
-    AutoConfig.register(_model.config_class.model_type, _model.config_class, exist_ok=True)
-    AutoModelForCausalLM.register(_model.config_class, _model, exist_ok=True)
+for _model, _causal_lm in SLIM_MODELS.values():
+    AutoConfig.register(_causal_lm.config_class.model_type, _causal_lm.config_class, exist_ok=True)
+    AutoModel.register(_causal_lm.config_class, _model, exist_ok=True)
+    AutoModelForCausalLM.register(_causal_lm.config_class, _causal_lm, exist_ok=True)
 
 
 def __getattr__(name):  # loading a pruned checkpoint needs none of the rest

@@ -1,8 +1,8 @@
 """Llama-family models whose layers differ in width. This file is copied beside every checkpoint, so it stands alone.
 
 config.json holds, besides the dense model's own settings, one entry per layer in each of PER_LAYER_SETTINGS: the numbers of query
-heads, KV heads and feed-forward channels, and whether the output projections have a bias. One that vLLM's DeciLM can hold also
-says its widths in ``block_configs``, which that class reads.
+heads, KV heads and feed-forward channels, and whether the output projections have a bias. It says the widths once more for vLLM:
+in ``per_layer_config``, which its transformers backend reads, or in ``block_configs``, which its DeciLM reads.
 """
 
 import torch
@@ -10,12 +10,16 @@ from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
     MistralConfig,
     MistralForCausalLM,
+    MistralModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2Model,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
 )
 
 PER_LAYER_SETTINGS = (
@@ -77,8 +81,11 @@ class SlimModelMixin:
     """Builds the dense model, then each layer anew with its own widths, before any weight is loaded."""
 
     def __init__(self, config):
+        widths = config.__dict__.pop("_heterogeneity_spec", None)  # transformers warns of each width that the dense model reads
         super().__init__(config)
-        layers = self.model.layers
+        if widths is not None:
+            config._heterogeneity_spec = widths
+        layers = self.base_model.layers
         for index, layer in enumerate(layers):
             layers[index] = type(layer)(LayerConfig(config, index), index)
             _set_bias(layers[index].self_attn.o_proj, config.o_proj_bias_per_layer[index])
@@ -87,6 +94,11 @@ class SlimModelMixin:
 
 class SlimLlamaConfig(SlimConfigMixin, LlamaConfig):
     model_type = "slim_llama"
+
+
+class SlimLlamaModel(SlimModelMixin, LlamaModel):
+    config: SlimLlamaConfig
+    config_class = SlimLlamaConfig
 
 
 class SlimLlamaForCausalLM(SlimModelMixin, LlamaForCausalLM):
@@ -98,6 +110,11 @@ class SlimMistralConfig(SlimConfigMixin, MistralConfig):
     model_type = "slim_mistral"
 
 
+class SlimMistralModel(SlimModelMixin, MistralModel):
+    config: SlimMistralConfig
+    config_class = SlimMistralConfig
+
+
 class SlimMistralForCausalLM(SlimModelMixin, MistralForCausalLM):
     config: SlimMistralConfig
     config_class = SlimMistralConfig
@@ -105,6 +122,11 @@ class SlimMistralForCausalLM(SlimModelMixin, MistralForCausalLM):
 
 class SlimQwen2Config(SlimConfigMixin, Qwen2Config):
     model_type = "slim_qwen2"
+
+
+class SlimQwen2Model(SlimModelMixin, Qwen2Model):
+    config: SlimQwen2Config
+    config_class = SlimQwen2Config
 
 
 class SlimQwen2ForCausalLM(SlimModelMixin, Qwen2ForCausalLM):
@@ -116,18 +138,25 @@ class SlimQwen3Config(SlimConfigMixin, Qwen3Config):
     model_type = "slim_qwen3"
 
 
+class SlimQwen3Model(SlimModelMixin, Qwen3Model):
+    config: SlimQwen3Config
+    config_class = SlimQwen3Config
+
+
 class SlimQwen3ForCausalLM(SlimModelMixin, Qwen3ForCausalLM):
     config: SlimQwen3Config
     config_class = SlimQwen3Config
 
 
+# family -> (its model without a head, its causal LM)
 SLIM_MODELS = {
-    "llama": SlimLlamaForCausalLM,
-    "mistral": SlimMistralForCausalLM,
-    "qwen2": SlimQwen2ForCausalLM,
-    "qwen3": SlimQwen3ForCausalLM,
+    "llama": (SlimLlamaModel, SlimLlamaForCausalLM),
+    "mistral": (SlimMistralModel, SlimMistralForCausalLM),
+    "qwen2": (SlimQwen2Model, SlimQwen2ForCausalLM),
+    "qwen3": (SlimQwen3Model, SlimQwen3ForCausalLM),
 }
 
-for _model in SLIM_MODELS.values():  # so that save_pretrained writes this file and the auto_map again
-    _model.config_class.register_for_auto_class()
-    _model.register_for_auto_class("AutoModelForCausalLM")
+for _model, _causal_lm in SLIM_MODELS.values():  # so that save_pretrained writes this file and the auto_map again
+    _causal_lm.config_class.register_for_auto_class()
+    _model.register_for_auto_class("AutoModel")
+    _causal_lm.register_for_auto_class("AutoModelForCausalLM")

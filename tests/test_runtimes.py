@@ -1,10 +1,12 @@
 """``--runtime``: plans that a runtime can hold, and the form in which they are saved."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from slimllm.__main__ import main as slim
 from slimllm.deploy import checkpoint, runtimes
@@ -88,6 +90,29 @@ def test_vllm_form_is_what_decilm_reads(tmp_path, tiny_tokenizer):
     assert set(index) == set(tensors.names) and set(index.values()) == {"model.safetensors"}
 
 
+def test_any_form_is_what_vllm_s_transformers_backend_reads(tmp_path, tiny_tokenizer):
+    """Each layer's widths in ``per_layer_config``, and a class without a head to make the model of."""
+    model, folder, _, _ = pruned("llama_gqa", "any", tmp_path, tiny_tokenizer)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    found = [(c.num_attention_heads, c.num_key_value_heads, c.intermediate_size) for c in config.per_layer_config]
+    assert config.is_heterogeneous and found == shapes.widths_of(config) and len(set(found)) > 1
+    ids = make_ids(2, 6)
+    headless = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    states = headless(ids, use_cache=False).last_hidden_state
+    assert torch.equal(model.lm_head(states), model(ids, use_cache=False).logits)
+
+
+def test_loading_warns_of_nothing(tmp_path, tiny_tokenizer):
+    _, folder, _, _ = pruned("llama_gqa", "any", tmp_path, tiny_tokenizer)
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM, logging; logging.disable_progress_bar()\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "model.generate(torch.arange(8)[None], max_new_tokens=4, pad_token_id=0, eos_token_id=None)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, folder], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "per-layer" not in done.stderr + done.stdout and "Warning" not in done.stderr, done.stderr
+
+
 def test_qwen2_goes_to_vllm_with_its_own_biases_only(tmp_path, tiny_tokenizer):
     _, folder, _, _ = pruned("qwen2", "vllm", tmp_path, tiny_tokenizer)
     config = json.loads((folder / "config.json").read_text())
@@ -164,7 +189,8 @@ def test_a_checkpoint_that_is_regular_can_be_exported_as_a_stock_one(tmp_path, t
     before = logits(model, make_ids())
     assert slim(["export-transformers", str(tmp_path / "slim"), str(tmp_path / "stock")]) == 0
     config = json.loads((tmp_path / "stock" / "config.json").read_text())
-    assert config["model_type"] == "llama" and not set(config) & {*runtimes.PER_LAYER_SETTINGS, "auto_map"}
+    left = {*runtimes.PER_LAYER_SETTINGS, "auto_map", "per_layer_config", "allow_global_per_layer_attribute_access"}
+    assert config["model_type"] == "llama" and not set(config) & left
     assert not (tmp_path / "stock" / "modeling.py").exists()
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "stock"), make_ids()), before)
     assert slim(["export-transformers", str(tmp_path / "slim"), str(tmp_path / "stock")]) == 2

@@ -8,10 +8,13 @@ import pytest
 from slimllm.__main__ import main as slim
 from slimllm.deploy import vllm
 from slimllm.errors import UserError
-from tests.conftest import ROOT, prune_to, run_cli
-from tests.test_export_gguf import bpe_tokenizer, save
+from slimllm.models.loading import load_config
+from slimllm.models.shape import widths_of
+from tests.conftest import ROOT, prune_to
+from tests.test_export_gguf import VOCAB, bpe_tokenizer, save
 
 PYTHON = os.environ.get("VLLM_PYTHON") or str(ROOT / vllm.PYTHON)
+ONE_PER_FAMILY = ("llama_gqa", "mistral", "qwen2", "qwen3")
 wherever_it_is = pytest.mark.skipif(not os.access(PYTHON, os.X_OK), reason="no environment with vLLM: bash script/vllm.sh makes one")
 
 
@@ -24,19 +27,24 @@ def test_without_vllm_the_way_to_it_is_named(tmp_path, tiny_tokenizer, capsys):
     assert slim(["vllm-speed", str(tmp_path / "nowhere")]) == 2
 
 
+SIZES = dict(vocab_size=VOCAB, hidden_size=256, intermediate_size=96, num_hidden_layers=3, head_dim=64, max_position_embeddings=256)
+
+
 @wherever_it_is
-@pytest.mark.parametrize("runtime", ["vllm", "transformers"])
-def test_vllm_computes_the_same_model(smollm2, tmp_path, capsys, runtime):
-    flags = ("--target_sparsity", 0.3, "--recovery", "least_squares", "--calibration", "self", "--num_examples", 4, "--eval_data", "none")
-    assert run_cli("--base_model", smollm2, "--runtime", runtime, *flags, cwd=tmp_path).returncode == 0
-    folder = str(tmp_path / "prune_log" / "llama_prune")
-    assert slim(["verify", folder, "--seq_len", "48", "--blocks", "2", "--vllm", PYTHON]) == 0
+@pytest.mark.parametrize("case, runtime", [*((case, "any") for case in ONE_PER_FAMILY), ("llama_gqa", "vllm"), ("qwen2", "transformers")])
+def test_vllm_computes_the_same_model(case, runtime, tmp_path, capsys):
+    """``any``: whole groups of heads and channels of each layer's own; ``vllm``: for its DeciLM; ``transformers``: a stock model."""
+    settings = dict(head_unit="group" if runtime == "any" else "query", target_sparsity=0.3, runtime=runtime)
+    folder = save(case, tmp_path / "m", bpe_tokenizer(), sizes=SIZES, **settings)
+    widths = widths_of(load_config(str(folder), "DIR", pruned=True))
+    assert runtime != "any" or (len({w[1] for w in widths}) > 1 and len({w[2] for w in widths}) > 1)
+    assert slim(["verify", str(folder), "--seq_len", "24", "--blocks", "1", "--vllm", PYTHON]) == 0
     table = capsys.readouterr().out
     assert len(re.findall(r"vLLM: .* ok ", table)) == 3 and "FAILED" not in table
 
 
 @wherever_it_is
-def test_another_model_is_found_out(tmp_path, capsys):
-    folder = save("llama_gqa", tmp_path / "m", bpe_tokenizer(), runtime="any")
+def test_what_vllm_does_not_take_is_one_line(tmp_path):
+    folder = save("llama_gqa", tmp_path / "m", bpe_tokenizer())  # heads of a size that its kernels do not have
     with pytest.raises(UserError, match="vLLM failed: .*Error"):
-        vllm.ask(PYTHON, folder, 32)
+        vllm.ask(PYTHON, folder, 32, prompts=[[5, 6, 7]])

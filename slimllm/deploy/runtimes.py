@@ -10,6 +10,8 @@ from ..models.adapter import LayerAdapter
 from ..models.families import family_of
 from ..models.shape import irregular, limits_of, shape_of
 
+_WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")  # in the order of LayerAdapter.widths
+
 
 def convert_for_runtime(model, runtime: str = "any"):
     """Turns a sliced model (in place) into the class and config that ``--runtime`` asks for. No weight is copied.
@@ -28,7 +30,7 @@ def as_slim_model(model):
 
     A model that is not sliced becomes one whose layers happen to be equal.
     """
-    slim, adapter = SLIM_MODELS[family_of(model.config).model_type], LayerAdapter(model.config)
+    (base, slim), adapter = SLIM_MODELS[family_of(model.config).model_type], LayerAdapter(model.config)
     biases = [tuple(block.output.bias is not None for block in blocks) for blocks in adapter.blocks(model)]
     per_layer = zip(*(width + bias for width, bias in zip(adapter.all_widths(model), biases)))
     config = model.config  # one object, shared by all modules
@@ -36,6 +38,9 @@ def as_slim_model(model):
     config.head_dim = adapter.head_dim
     for name, values in zip(PER_LAYER_SETTINGS, per_layer, strict=True):
         setattr(config, name, list(values))
+    config.auto_map = {"AutoModel": f"modeling.{base.__name__}"}  # saving adds the others
+    config.per_layer_config = {i: dict(zip(_WIDTHS, widths)) for i, widths in enumerate(adapter.all_widths(model))}
+    config.allow_global_per_layer_attribute_access = True
     return model
 
 
@@ -53,11 +58,11 @@ def as_stock_model(model):
     heads, kv_heads, channels = widths[0]
     if family.heads_divide_hidden and config.hidden_size % heads:
         raise UserError(f"{heads} heads do not divide the hidden size {config.hidden_size}, which {family.model_type} asks for: {way}")
-    slim = SLIM_MODELS[family.model_type]
+    _, slim = SLIM_MODELS[family.model_type]
     if isinstance(model, slim):
-        for name in PER_LAYER_SETTINGS:
-            delattr(config, name)
-        config.__dict__.pop("auto_map", None)
+        config.per_layer_config = None
+        for name in (*PER_LAYER_SETTINGS, "auto_map", "per_layer_config", "allow_global_per_layer_attribute_access"):
+            config.__dict__.pop(name, None)
         config.__class__, model.__class__ = slim.config_class.__bases__[-1], slim.__bases__[-1]
     config.num_attention_heads, config.num_key_value_heads, config.intermediate_size = heads, kv_heads, channels
     config.head_dim = adapter.head_dim
@@ -90,6 +95,7 @@ def _as_deci_model(model):
     heads, kv_heads, _ = widths[0]
     if family.qkv_bias is True:
         config.qkv_bias = True
+    config.per_layer_config = None  # its DeciLM, not the transformers backend, shall take it
     config.num_attention_heads, config.num_key_value_heads = heads, kv_heads
     config.block_configs = [
         {

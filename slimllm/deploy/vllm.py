@@ -23,11 +23,13 @@ def ask(python: str, model: str | os.PathLike, context: int, dtype: str = "float
     if not os.access(python, os.X_OK):
         raise UserError(f"--vllm {python}: no such interpreter; script/vllm.sh makes {PYTHON}, or name that of an environment with vLLM")
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    environment |= {"VLLM_CPU_KVCACHE_SPACE": _CACHE_GIGABYTES, "VLLM_LOGGING_LEVEL": "ERROR"} | {"HF_HUB_OFFLINE": "1"}
+    environment |= {"VLLM_CPU_KVCACHE_SPACE": _CACHE_GIGABYTES, "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONSAFEPATH"] = "1"  # the worker's folder is not a place to import from: this file would be taken for vLLM
     with tempfile.TemporaryDirectory(prefix="slimllm-") as folder:
         request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
         request.write_text(json.dumps({"model": str(Path(model).resolve()), "context": context, "dtype": dtype, **wanted}))
-        done = subprocess.run([python, _WORKER, request, answer], capture_output=True, text=True, env=environment, cwd=folder)
+        command = [os.path.abspath(python), _WORKER, request, answer]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
         if done.returncode or not answer.is_file():
             raise UserError(f"{model}: vLLM failed: {_reason(done.stderr + done.stdout)}")
         return json.loads(answer.read_text())
