@@ -41,10 +41,10 @@ done
 if [ "${VLLM:-1}" = 1 ]; then
     [ -n "${VLLM_PYTHON:-}" ] || bash script/vllm.sh
     vllm="${VLLM_PYTHON:-.vllm/bin/python}"
-    for run in vllm_20 vllm_50 transformers_20 transformers_50; do
+    for run in any_20 any_50 vllm_20 vllm_50 transformers_20 transformers_50; do
         "$python" -m slimllm verify "prune_log/${name}_$run" --vllm "$vllm"
     done
-    "$python" -m slimllm vllm-speed prune_log/"$name"_{dense,vllm_20,vllm_50,transformers_20,transformers_50} --vllm "$vllm"
+    "$python" -m slimllm vllm-speed prune_log/"$name"_{dense,any_20,any_50,vllm_20,vllm_50,transformers_20,transformers_50} --vllm "$vllm"
 fi
 echo
 "$python" -m slimllm report "${runs[@]}"

@@ -14,12 +14,19 @@ from ..errors import UserError, first_line
 
 
 def peak_memory() -> dict[str, int]:
-    """Peak bytes of this process so far: resident memory, and GPU memory where one is in use."""
-    scale = 1 if sys.platform == "darwin" else 1024
-    peak = {"cpu_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale}
+    """Peak bytes of this process so far (or since :func:`reset_peak`): resident memory, and GPU memory where one is in use."""
+    peak = {"cpu_bytes": _peak_resident()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         peak["gpu_bytes"] = torch.cuda.max_memory_allocated()
     return peak
+
+
+def _peak_resident() -> int:
+    try:  # what getrusage says counts the process that started this one, too
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    except (OSError, StopIteration):  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def reset_peak(device: torch.device) -> None:
@@ -35,13 +42,7 @@ def reset_peak(device: torch.device) -> None:
 
 def peak_since_reset(device: torch.device) -> int:
     """Peak bytes since :func:`reset_peak`: allocated on the GPU, or resident in the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-    except (OSError, StopIteration):
-        return peak_memory()["cpu_bytes"]
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident()
 
 
 def return_free_memory() -> None:
