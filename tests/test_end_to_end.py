@@ -136,15 +136,15 @@ def test_post_training_lowers_the_perplexity_of_held_out_text(run, tmp_path):
     folder, _, _ = run
     (text,) = texts.load_texts(("python_manual",))
     parts = [text.text[i : i + 400] for i in range(0, 48_000, 400)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in parts[:96]))
-    (tmp_path / "later.txt").write_text("".join(parts[96:]))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in parts[:64]))
+    (tmp_path / "later.txt").write_text("".join(parts[96:112]))
     flags = [
         "--prune_model",
         folder,
         "--data_path",
         tmp_path / "rows.jsonl",
         "--val_set_size",
-        16,
+        8,
         "--extra_val_dataset",
         "later=later.txt",
     ]
