@@ -41,8 +41,7 @@ def run(config) -> None:
         shape = shape_of(model_config)
         plans = api.plans_of(config, shape)
         device, eval_device = device_of("device", config.device), device_of("eval_device", config.eval_device)
-        own = None if loading.is_gguf(config.base_model) else getattr(model_config, "dtype", None)
-        dtype = pruning_dtype(config.dtype, device, own)
+        dtype = pruning_dtype(config.dtype, device, loading.own_dtype(config.base_model, model_config))
         if config.dry_run:
             how = f"the plan of {config.plan}" if plans else "all layers taken to matter the same"
             log.info("%s", tables.dry_run(shape, plans or without_scores(shape, config, "uniform"), config, dtype, how))

@@ -162,8 +162,7 @@ def calibrate(model, tokenizer, config: PruneConfig, source: CalibrationSource, 
 def _of_ids(ids: torch.Tensor, vocab_size: int) -> Calibration:
     if ids.ndim != 2 or not ids.numel():
         raise UserError(f"calibration: token ids are [samples, length], not {list(ids.shape)}")
-    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
-        raise UserError(f"calibration: token id {int(ids.max())} is outside the model's vocabulary of {vocab_size}")
+    calibrations.check_vocabulary(ids, vocab_size, "calibration")
     return Calibration(ids.cpu().long(), "token ids")
 
 

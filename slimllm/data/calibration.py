@@ -111,6 +111,12 @@ def check_source(name: str | None) -> None:
         )
 
 
+def check_vocabulary(ids: torch.Tensor, vocab_size: int, where: str) -> None:
+    """Raises UserError, beginning with ``where``, for a token id that the model does not have."""
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise UserError(f"{where}: token id {int(ids.max())} is outside the model's vocabulary of {vocab_size}")
+
+
 def _from_file(path: str, vocab_size: int) -> Calibration:
     try:
         with safe_open(path, "pt") as file:
@@ -122,8 +128,7 @@ def _from_file(path: str, vocab_size: int) -> Calibration:
     for name, ids in tensors.items():
         if ids.ndim != 2 or ids.dtype != torch.int64 or 0 in ids.shape:
             raise UserError(f"--calibration {path}: {name} is {ids.dtype} {list(ids.shape)}, not int64 [samples, length]")
-        if ids.min() < 0 or ids.max() >= vocab_size:
-            raise UserError(f"--calibration {path}: token id {int(ids.max())} is outside the model's vocabulary of {vocab_size}")
+        check_vocabulary(ids, vocab_size, f"--calibration {path}")
     return Calibration(tensors["calibration_ids"], path, probe_ids=tensors.get("probe_ids", tensors.get(_OLD_PROBE_IDS)))
 
 

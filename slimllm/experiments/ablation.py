@@ -112,8 +112,7 @@ def measure(config: AblationConfig) -> dict:
     """All cases that the results file does not hold yet; it is written anew after each. Returns the results."""
     device = device_of("device", config.device)
     model_config = loading.load_config(config.base_model)
-    own = None if loading.is_gguf(config.base_model) else getattr(model_config, "dtype", None)
-    dtype = pruning_dtype(config.dtype, device, own)
+    dtype = pruning_dtype(config.dtype, device, loading.own_dtype(config.base_model, model_config))
     fingerprint = {"model": Path(config.base_model).name, "dtype": name_of(dtype), "calibration": config.calibration}
     fingerprint |= {"seed": config.seed, "eval_data": config.eval_data, "eval_limit": config.eval_limit}
     file = Path(config.output) / "results.json"

@@ -22,6 +22,11 @@ def is_gguf(base_model: str) -> bool:
     return str(base_model).endswith(".gguf")
 
 
+def own_dtype(base_model: str, config) -> torch.dtype | None:
+    """What the weights are stored in, by the model's config; None for a .gguf file, whose weights are dequantized as they are read."""
+    return None if is_gguf(base_model) else getattr(config, "dtype", None)
+
+
 def _source(base_model: str, option_name: str) -> tuple[str, dict]:
     """(folder or hub name, keyword arguments) for from_pretrained. Raises UserError for a path that is no model."""
     if is_gguf(base_model):

@@ -80,7 +80,7 @@ def load_data(config: TrainConfig, tokenizer):
     import datasets  # slow to import
 
     datasets.disable_progress_bars()
-    rows = [{name: row.get(name) for name in COLUMNS if isinstance(row.get(name), str)} for row in read_rows(config)]
+    rows = [{name: row[name] if isinstance(row.get(name), str) else None for name in COLUMNS} for row in read_rows(config)]
     cached = None
     if config.cache_dataset:
         names = ("cutoff_len", "prompt_template_name", "no_instruction", "train_on_inputs", "add_eos_token")
@@ -88,7 +88,7 @@ def load_data(config: TrainConfig, tokenizer):
         key = hashlib.sha256(json.dumps([rows, settings, tokenizer.backend_tokenizer.to_str()]).encode()).hexdigest()
         CACHE.mkdir(parents=True, exist_ok=True)
         cached = str(CACHE / f"tokenized-{key}.arrow")
-    found = datasets.Dataset.from_list([{name: row.get(name) for name in COLUMNS} for row in rows])
+    found = datasets.Dataset.from_list(rows)
     found = found.map(lambda row: tokenize(row, tokenizer, config), remove_columns=list(COLUMNS), cache_file_name=cached)
     learns = [i for i, labels in enumerate(found["labels"]) if any(label != IGNORED for label in labels[1:])]
     if len(learns) < len(found):

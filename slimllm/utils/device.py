@@ -42,16 +42,16 @@ def gpu_has_bfloat16() -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def pruning_dtype(name: str, device: torch.device, own: torch.dtype | None, dequantized: bool = False) -> torch.dtype:
+def pruning_dtype(name: str, device: torch.device, own: torch.dtype | None) -> torch.dtype:
     """What the weights are loaded, computed and saved in for ``--dtype NAME``.
 
-    auto: float32 on a CPU; on a GPU the checkpoint's ``own``, or bfloat16 for a .gguf file, whose weights are ``dequantized``.
+    auto: float32 on a CPU; on a GPU the checkpoint's ``own``, or bfloat16 where it has none.
     """
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cpu":
         return torch.float32
-    if dequantized or own is None:
+    if own is None:
         return torch.bfloat16 if gpu_has_bfloat16() else torch.float16
     return own
 
