@@ -15,6 +15,7 @@ import torch
 
 from ..errors import UserError, nearest
 from ..models import hub
+from ..utils.memory import return_free_memory
 
 log = logging.getLogger("slimllm")
 
@@ -132,9 +133,22 @@ def _named_text(item: str, option_name: str) -> EvalText:
     return _file_text(name or None, Path(path), option_name)
 
 
+def token_ids(text: str, tokenizer, special: bool = True) -> torch.Tensor:
+    """Token ids [tokens] int64 of a text, with the tokenizer's ``special`` tokens before or after it or without."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        ids = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
+    else:  # the same without positions in the text, which take more room than the rest of a run
+        backend.no_truncation()
+        backend.no_padding()
+        ids = backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
+    return_free_memory()
+    return torch.tensor(ids, dtype=torch.long)
+
+
 def blocks_of(text: EvalText, tokenizer, seq_len: int, limit: int | None = None) -> torch.Tensor:
     """Token ids [blocks, seq_len] of the text tokenized once; what does not fill a last block is dropped."""
-    ids = torch.tensor(tokenizer(text.text, verbose=False).input_ids, dtype=torch.long)
+    ids = token_ids(text.text, tokenizer)
     blocks = len(ids) // seq_len
     if not blocks:
         raise UserError(f"{text.name}: {len(ids)} tokens do not fill one block of {seq_len} tokens")

@@ -20,9 +20,9 @@ from ..models.adapter import LayerAdapter
 from ..models.families import family_of
 from ..models.loading import load_config
 from ..models.shape import head_dim_of, irregular, widths_of, window_of
+from ..models.weights import ROPE_IN_PAIRS, Tensors, in_pairs
 from ..utils.files import atomic_file
 from . import gguf_tokenizer
-from .checkpoint import Tensors
 
 OUTTYPES = {
     "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
@@ -38,7 +38,6 @@ ROPE_SETTINGS = {  # rope types, and what of each llama.cpp computes as transfor
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
-ROPE_IN_PAIRS = ("llama", PER_LAYER)  # these turn neighbouring dimensions; transformers turns the two halves of a head
 
 
 def architecture_of(config, biased: bool, wanted: str = "auto") -> str:
@@ -143,11 +142,6 @@ def _rope_factors(config) -> np.ndarray | None:
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
     smooth = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 / ((1 - smooth) / factor + smooth)).float().numpy()
-
-
-def in_pairs(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """A query or key projection, weight [heads * size, D] or bias [heads * size], from halves to neighbouring pairs."""
-    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 def _write_tensors(writer, tensors, config, arch: str, quantization) -> None:

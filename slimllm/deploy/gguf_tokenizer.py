@@ -10,6 +10,7 @@ import gguf
 
 from ..errors import UserError
 from ..models.loading import load_tokenizer
+from ..models.weights import gguf_reader
 from ..utils.files import atomic_file
 
 FILE = "tokenizer.gguf"  # beside a checkpoint that came from a .gguf file: that file's tokenizer metadata, and no tensors
@@ -81,7 +82,7 @@ def add(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
 def _copy(writer: gguf.GGUFWriter, source: Path) -> None:
     """Copies every tokenizer field of another GGUF file."""
     try:
-        fields = gguf.GGUFReader(source).fields
+        fields = gguf_reader(source).fields
         found = {name: field for name, field in fields.items() if name.startswith(PREFIX)}
         for name, field in found.items():
             kind, *inner = field.types

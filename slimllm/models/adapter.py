@@ -161,6 +161,22 @@ class LayerAdapter:
 
     # names of tensors in a checkpoint
 
+    def layers_name(self) -> str:
+        """What the names of all layers' tensors begin with, a point at its end."""
+        return f"{self.family.decoder}.{self.family.layers}."
+
+    def layer_name(self, index: int) -> str:
+        return f"{self.layers_name()}{index}."
+
+    def norm_name(self) -> str:
+        return f"{self.family.decoder}.{self.family.final_norm}."
+
+    def head_name(self) -> str:
+        return f"{self.family.head}."
+
+    def decoder_name(self) -> str:
+        return f"{self.family.decoder}."
+
     def is_output_bias(self, name: str) -> bool:
         """Whether this is the name of a bias of an output projection, which only a recovery or the config's flags give."""
         return name.endswith((f".{self.family.attention_output}.bias", f".{self.family.mlp_output}.bias"))

@@ -53,6 +53,18 @@ def rows(path: str, column: str | None = None, stream: bool = False, **kwargs):
         raise OSError(f"hub data set {path}: {first_line(error)}") from error
 
 
+def download_weights(name: str) -> str:
+    """The local snapshot of a hub model with its weights: safetensors or, where it has none, PyTorch's own files.
+
+    Raises OSError where the model cannot be had.
+    """
+    for kind in ("model*.safetensors", "pytorch_model*.bin"):
+        folder = huggingface_hub.snapshot_download(name, allow_patterns=[kind, f"{kind}.index.json", "generation_config.json"])
+        if list(Path(folder).glob(kind)):
+            break
+    return folder
+
+
 def check_push(name: str) -> None:
     """Raises UserError where nothing could be uploaded to the model repository ``name``: its form, no hub in reach, no login."""
     try:

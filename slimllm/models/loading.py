@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ..errors import UserError, first_line
 from ..utils.device import evaluation_dtype
-from ..utils.memory import return_free_memory
+from ..utils.memory import free_memory, return_free_memory
 from . import hub
 from .families import dense_family_of, family_of
+from .source import ModelSource
+from .weights import GgufTensors, PickledTensors, Tensors, parsed_once
+
+log = logging.getLogger("slimllm")
 
 
 def is_gguf(base_model: str) -> bool:
@@ -49,7 +56,8 @@ def _source(base_model: str, option_name: str) -> tuple[str, dict]:
 def _read(what: str, base_model: str, option_name: str, read):
     """Runs ``read``; what goes wrong inside the libraries becomes one line that names the model."""
     try:
-        return read()
+        with parsed_once() if is_gguf(base_model) else contextlib.nullcontext():
+            return read()
     except UserError:
         raise
     except SafetensorError as error:
@@ -85,42 +93,53 @@ def load_tokenizer(base_model: str, option_name: str = "--base_model"):
     return _read("tokenizer", base_model, option_name, lambda: AutoTokenizer.from_pretrained(source, **kwargs))
 
 
-def load_model(base_model: str, dtype: torch.dtype | str, option_name: str = "--base_model"):
-    """The model, dense or pruned, in ``dtype`` ("auto": its own) on the CPU.
+def open_source(base_model: str, dtype: torch.dtype | str, option_name: str = "--base_model", config=None) -> ModelSource:
+    """The model, dense or pruned, as a source of its parts in ``dtype`` ("auto": its own); no weight is read yet.
 
-    Raises UserError where weights are missing, broken, of another shape than the config says, or unsupported; ``option_name`` is
-    what it names the model by.
+    ``config``: what :func:`load_config` gave, where it is at hand. Raises UserError where weights are missing, broken, of another
+    shape than the config says, or unsupported; ``option_name`` is what it names the model by.
     """
-    source, kwargs = _source(base_model, option_name)
-    if not kwargs:  # a .gguf file's config takes seconds to read
-        load_config(base_model, option_name, pruned=True)
-
-    def read():
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+    config = config or load_config(base_model, option_name, pruned=True)
+    if is_gguf(base_model) and hasattr(config, "quantization_config"):
+        del config.quantization_config  # its weights are dequantized as they are read; the label would forbid saving
+    if dtype == "auto":
+        dtype = own_dtype(base_model, config) or torch.float32
+    with init_empty_weights(include_buffers=False):
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+    skeleton.tie_weights()
+    source = _source(base_model, option_name)[0]
+    if os.path.isfile(os.path.join(source, "generation_config.json")):
+        skeleton.generation_config = GenerationConfig.from_pretrained(source)
+    names = [name for name, _ in skeleton.named_parameters()]
+    weights = _read("weights", base_model, option_name, lambda: _weights(base_model, source, config, names))
+    known = set(weights.names)
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise UserError(f"{option_name} {base_model}: {len(missing)} weights are missing, the first {min(missing)}")
+    wrong = [name for name, p in skeleton.named_parameters() if list(p.shape) != list(weights.shape(name))]
+    if wrong:
+        name = min(wrong)
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise UserError(
+            f"{option_name} {base_model}: {name} is {list(weights.shape(name))} in the weights and "
+            f"{list(skeleton.get_parameter(name).shape)} by config.json{more}; the two do not belong together"
         )
-        if info["mismatched_keys"]:
-            name, found, wanted = min(info["mismatched_keys"])
-            more = f", and {len(info['mismatched_keys']) - 1} more" if len(info["mismatched_keys"]) > 1 else ""
-            raise UserError(
-                f"{option_name} {base_model}: {name} is {list(found)} in the weights and {list(wanted)} by config.json{more}; "
-                "the two do not belong together"
-            )
-        if info["missing_keys"]:
-            raise UserError(
-                f"{option_name} {base_model}: {len(info['missing_keys'])} weights are missing, the first {min(info['missing_keys'])}"
-            )
-        return model
+    return ModelSource(skeleton, weights, dtype)
 
-    # transformers lists missing weights in a table of its own; the one line above says it
-    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
-    model = _read("weights", base_model, option_name, read).eval()
-    if getattr(model.config, "quantization_config", None) is not None:
-        # a .gguf file's weights are dequantized as they are read; only the labels remain, and they forbid saving
-        del model.config.quantization_config
-        for label in ("hf_quantizer", "quantization_method", "is_quantized"):
-            model.__dict__.pop(label, None)
-    return model
+
+def _weights(base_model: str, source: str, config, names: list[str]):
+    """The reader of a model's files; a hub model is downloaded first, where it is not in the cache."""
+    if is_gguf(base_model):
+        return GgufTensors(base_model, config, names)
+    folder = source if os.path.isdir(source) else hub.download_weights(source)
+    if list(Path(folder).glob("model*.safetensors")):
+        return Tensors(folder)
+    return PickledTensors(folder)
+
+
+def load_model(base_model: str, dtype: torch.dtype | str, option_name: str = "--base_model"):
+    """The whole model, dense or pruned, in ``dtype`` ("auto": its own) on the CPU. Raises UserError as :func:`open_source` does."""
+    return open_source(base_model, dtype, option_name).whole()
 
 
 @contextmanager
@@ -141,3 +160,48 @@ def placed_for_evaluation(model, device: torch.device):
         for tensor, data in originals:
             tensor.data = data
         return_free_memory()
+
+
+class Voice:
+    """A model, or a ModelSource, that may have to say something of its own: then it is whole on ``device``, in the dtype of evaluation."""
+
+    def __init__(self, model, device: torch.device):
+        self.source, self.device, self.config = ModelSource.of(model), device, model.config
+        self._stack, self._model = contextlib.ExitStack(), None
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is room for it. A model in memory is taken to have it."""
+        return not self.source.streams or self.bytes < free_memory(self.device)
+
+    @property
+    def bytes(self) -> int:
+        """What it takes: the weights, and a tenth for what is computed with them."""
+        return round(1.1 * self.source.weight_bytes(evaluation_dtype(self.source.dtype, self.device)))
+
+    def whole(self):
+        """The model; a ModelSource is read the first time. Raises UserError where it does not fit."""
+        if self._model is not None:
+            return self._model
+        if not self.fits:
+            raise UserError(
+                f"the model's own text: the whole model needs {self.bytes / 1e9:.1f} GB on {self.device}, and "
+                f"{free_memory(self.device) / 1e9:.1f} GB are free; name a text with --calibration"
+            )
+        if not self.source.streams:
+            self._model = self._stack.enter_context(placed_for_evaluation(self.source.model, self.device))
+        else:
+            log.info("the whole model is read to say something: %.2f GB on %s", self.bytes / 1e9, self.device)
+            self._model = self.source.whole(evaluation_dtype(self.source.dtype, self.device)).to(self.device)
+        return self._model
+
+    def close(self) -> None:
+        self._model = None
+        self._stack.close()
+        return_free_memory()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()

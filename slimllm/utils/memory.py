@@ -8,6 +8,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 
 from ..errors import UserError, first_line
@@ -43,6 +44,18 @@ def reset_peak(device: torch.device) -> None:
 def peak_since_reset(device: torch.device) -> int:
     """Peak bytes since :func:`reset_peak`: allocated on the GPU, or resident in the process."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had: on the GPU, or of the machine's memory, less what a container's limit forbids."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        return min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    except (OSError, ValueError):  # no such limit
+        return free
 
 
 def return_free_memory() -> None:

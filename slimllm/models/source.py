@@ -1,0 +1,151 @@
+"""A causal LM whose parts come one at a time: read from its files when they are due, or as they lie in memory.
+
+Everything that runs layers (both passes of pruning, the probes of ``auto``, perplexity, the comparison after saving) runs them
+from a ModelSource, so that a model never has to be whole in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ..utils.memory import return_free_memory
+from .adapter import LayerAdapter
+
+
+class ModelSource:
+    """The parts of one model.
+
+    ``model``: the model itself, or where ``weights`` are given its skeleton, whose parameters are on the meta device. ``weights``:
+    a reader of :mod:`weights`. ``dtype``: what its parts are handed out in, unless a visit asks for another.
+    """
+
+    def __init__(self, model, weights=None, dtype: torch.dtype | None = None):
+        self.model, self.weights = model, weights
+        self.config, self.adapter = model.config, LayerAdapter(model.config)
+        self.dtype = dtype or model.dtype
+        self.home = torch.device("cpu") if weights else next(model.parameters()).device
+        self._canonical = {}  # name of a tied tensor -> the name that it has in the files
+        if weights:
+            first: dict[int, str] = {}
+            for name, parameter in model.named_parameters(remove_duplicate=False):
+                self._canonical[name] = first.setdefault(id(parameter), name)
+
+    @classmethod
+    def of(cls, model) -> ModelSource:
+        """A source of ``model``, which may be one already."""
+        return model if isinstance(model, cls) else cls(model)
+
+    @property
+    def streams(self) -> bool:
+        """Whether parts are read from files when they are due."""
+        return self.weights is not None
+
+    def __len__(self) -> int:
+        return len(self.adapter.layers(self.model))
+
+    def visit(
+        self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[int, nn.Module]]:
+        """Layers ``start`` to ``stop`` in turn, each on ``device`` while it is worked on; the next one is read meanwhile.
+
+        A layer of a model in memory is the model's own, and what is done to it stays done, unless ``dtype`` is another than the
+        model's. Any other layer is forgotten when the next one comes.
+        """
+        dtype, indices = dtype or self.dtype, range(start, len(self) if stop is None else stop)
+        if not self.streams:
+            for index in indices:
+                layer = self.adapter.layers(self.model)[index]
+                if dtype != self.dtype:
+                    yield index, self._copy(layer).to(device=device, dtype=dtype)
+                else:
+                    yield index, layer.to(device)
+                    layer.to(self.home)
+                return_free_memory()
+            return
+        with ThreadPoolExecutor(1, "read") as reader:
+            pending = reader.submit(self._read_layer, start) if indices else None
+            for index in indices:
+                tensors = pending.result()
+                if index + 1 < indices.stop:
+                    pending = reader.submit(self._read_layer, index + 1)
+                layer = self._filled(self.adapter.layers(self.model)[index], tensors, dtype).to(device)
+                del tensors
+                yield index, layer
+                del layer
+                return_free_memory()  # batches come and go; without this the holes they leave add up over the layers
+
+    @contextmanager
+    def decoder(self, layers: nn.ModuleList):
+        """The decoder with ``layers`` in place of its own, its embeddings in the model's dtype."""
+        own = self.adapter.layers(self.model)
+        self.adapter.set_layers(self.model, layers)
+        try:
+            if not self.streams:
+                yield self.adapter.decoder(self.model)
+                return
+            decoder = self._copy(self.adapter.decoder(self.model), layers)
+        finally:
+            self.adapter.set_layers(self.model, own)
+        yield self._read(decoder, self.adapter.decoder_name(), self.dtype)
+
+    def final_norm(self, device, dtype: torch.dtype | None = None) -> nn.Module:
+        return self._part(self.adapter.final_norm(self.model), self.adapter.norm_name(), device, dtype)
+
+    def head(self, device, dtype: torch.dtype | None = None) -> nn.Module:
+        """The output head [V, D], which may be the embeddings'."""
+        return self._part(self.adapter.head(self.model), self.adapter.head_name(), device, dtype)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor ``name`` of the model, such as its embeddings."""
+        if not self.streams:
+            return self.model.get_parameter(name).data
+        return self.weights.read(self._canonical[name], self.dtype)
+
+    def whole(self, dtype: torch.dtype | None = None):
+        """The whole model in memory, in ``dtype`` or its own; the one that was given, where one was."""
+        if not self.streams:
+            return self.model
+        model = copy.deepcopy(self.model)
+        names = {self._canonical[name] for name, _ in self.model.named_parameters()}
+        model.load_state_dict({name: self.weights.read(name, dtype or self.dtype) for name in names}, strict=False, assign=True)
+        model.tie_weights()
+        return model.eval()
+
+    def weight_bytes(self, dtype: torch.dtype | None = None) -> int:
+        """How much memory the whole model takes."""
+        return self.model.num_parameters() * (dtype or self.dtype).itemsize
+
+    def _part(self, module: nn.Module, name: str, device, dtype: torch.dtype | None) -> nn.Module:
+        if self.streams:
+            return self._read(self._copy(module), name, dtype or self.dtype).to(device)
+        same = module.weight.device == torch.device(device) and dtype in (None, self.dtype)
+        return module if same else self._copy(module).to(device=device, dtype=dtype)
+
+    def _read(self, module: nn.Module, prefix: str, dtype: torch.dtype) -> nn.Module:
+        """``module``, a part of the skeleton, with its weights."""
+        return_free_memory()  # embeddings and head are the largest tensors
+        return self._fill(module, {name: self.weights.read(self._canonical[prefix + name], dtype) for name, _ in module.named_parameters()})
+
+    def _read_layer(self, index: int) -> dict[str, torch.Tensor]:
+        prefix, layer = self.adapter.layer_name(index), self.adapter.layers(self.model)[index]
+        return {name: self.weights.read(prefix + name) for name, _ in layer.named_parameters()}
+
+    def _filled(self, layer: nn.Module, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
+        for name in tensors:  # one at a time, so that only one is there in two dtypes
+            tensors[name] = tensors[name].to(dtype)
+        return self._fill(self._copy(layer), tensors)
+
+    def _copy(self, module: nn.Module, *shared) -> nn.Module:
+        """A copy of a part, with the same config and the same ``shared`` objects."""
+        return copy.deepcopy(module, {id(thing): thing for thing in (self.config, *shared)})
+
+    @staticmethod
+    def _fill(module: nn.Module, tensors: dict[str, torch.Tensor]) -> nn.Module:
+        module.load_state_dict(tensors, strict=False, assign=True)
+        return module.eval().requires_grad_(False)
