@@ -132,11 +132,21 @@ def guarded(prog: str, run, interrupted: str = "nothing was written") -> int:
     try:
         return run() or 0
     except UserError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        _say(f"{prog}: error: {'; '.join([str(error), *_notes(error)])}")
         return 2
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted; {interrupted}", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        _say(f"{prog}: interrupted; {'; '.join(_notes(error)) or interrupted}")
         return 130
+
+
+def _say(line: str) -> None:
+    """One line on stderr, from the first of the processes that torchrun may have started."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
+
+
+def _notes(error: BaseException) -> list[str]:
+    return getattr(error, "__notes__", [])
 
 
 class Log:

@@ -1,5 +1,6 @@
 """Our scores are stock lm-eval's: same definitions, same rows, one row of tokens a request there, shared contexts here."""
 
+import contextlib
 import functools
 import json
 
@@ -12,6 +13,7 @@ from lm_eval.models.huggingface import HFLM
 
 from slimllm.errors import UserError
 from slimllm.evaluation import zero_shot
+from slimllm.utils import processes
 from tests.conftest import FAMILY_CASES, make_ids, make_model
 
 CHOICES = {"text": ["red", "a blue one", "green, and more", "no"], "label": ["A", "B", "C", "D"]}
@@ -112,6 +114,24 @@ def test_shared_contexts_change_no_number(case):
         alone = logits[torch.arange(len(continuation)), torch.tensor(continuation)].sum()
         assert likelihood == pytest.approx(float(alone), rel=1e-4)
         assert greedy == bool((logits.argmax(-1) == torch.tensor(continuation)).all())
+
+
+def test_two_processes_share_the_questions(monkeypatch):
+    """One after the other: each leaves its answers, and both come to the whole list."""
+    model, ids = make_model(), make_ids(5, 9)
+    pairs = [(tuple(row[:n].tolist()), tuple(row[n : n + m].tolist())) for row in ids for n, m in ((4, 1), (6, 2), (4, 3))]
+    expected, left = zero_shot.score_choices(model, pairs, longest=12), {}
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    for rank in (0, 1, 0, 1):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(processes, "from_all", lambda value, rank=rank: left.update({rank: value}) or [left.get(i, []) for i in (0, 1)])
+        complete = len(left) == 2
+        with contextlib.nullcontext() if complete else contextlib.suppress(StopIteration):  # the other one's answers are not there yet
+            found = zero_shot.score_shares(model, pairs, 12)
+        if complete:
+            assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+            assert [likelihood for likelihood, _ in found] == pytest.approx([likelihood for likelihood, _ in expected], rel=1e-5)
+    assert len(left[0]) + len(left[1]) == len(pairs) and left[0] and left[1]
 
 
 @pytest.mark.parametrize("case", ["mistral_window", "qwen2_window"])

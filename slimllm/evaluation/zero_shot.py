@@ -22,6 +22,7 @@ from ..errors import UserError, first_line
 from ..models import hub
 from ..models.adapter import LayerAdapter
 from ..pruning.runner import LOGIT_ROWS
+from ..utils import processes
 
 TOKENS_PER_BATCH = 4096
 
@@ -148,9 +149,18 @@ def harness_model(model, tokenizer):
             pairs = [(tuple(context), tuple(continuation)) for _, context, continuation in requests]
             if self.config._attn_implementation != "sdpa" or any(len(c) + len(a) > longest for c, a in pairs):
                 return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)  # one request, one row
-            return score_choices(self.model, pairs, longest, bar=not disable_tqdm)
+            return score_shares(self.model, pairs, longest, bar=not disable_tqdm)
 
     return SharedContext(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=16, softmax_dtype=torch.float32)
+
+
+def score_shares(model, pairs: list[tuple[tuple, tuple]], longest: int, bar: bool = False) -> list[tuple[float, bool]]:
+    """:func:`score_choices`, each process of the run its share of the contexts."""
+    contexts = {context: number for number, context in enumerate(dict.fromkeys(context for context, _ in pairs))}
+    owners = [contexts[context] % processes.count() for context, _ in pairs]
+    mine = [pair for pair, owner in zip(pairs, owners) if owner == processes.rank()] if processes.count() > 1 else pairs
+    shares = [iter(found) for found in processes.from_all(score_choices(model, mine, longest, bar and processes.is_first()))]
+    return [next(shares[owner]) for owner in owners]
 
 
 @torch.no_grad()

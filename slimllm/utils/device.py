@@ -15,7 +15,7 @@ def device_of(option_name: str, name: str) -> torch.device:
     Raises UserError for one that is not there, and for mps, which has no float64.
     """
     usable = f"use cpu{', cuda' if torch.cuda.is_available() else ''} or auto"
-    if name == "auto":
+    if name == "auto":  # of several processes each has the GPU that it was given
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.partition(":")[0] == "mps":
         raise UserError(f"--{option_name} {name}: Apple's GPU has no float64, which the statistics need; {usable}")

@@ -1,0 +1,140 @@
+"""The processes of one run that torchrun started: samples are split over them, and what the first decides is sent to all.
+
+Without torchrun there is one process, and everything here does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from ..errors import UserError, first_line
+
+PATIENCE = timedelta(hours=6)  # how long one process waits for another that reads or decides
+
+
+class ProcessEnded(UserError):
+    """Another process of the run is gone."""
+
+
+_joined = False  # inside group(); the Trainer of post-training joins processes of its own accord, for itself
+
+
+def count() -> int:
+    return dist.get_world_size() if _joined else 1
+
+
+def expected() -> int:
+    """How many processes there will be once all have joined (:func:`group`)."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    return dist.get_rank() if _joined else int(os.environ.get("RANK", 0))
+
+
+def is_first() -> bool:
+    return rank() == 0
+
+
+@contextmanager
+def group(device: torch.device):
+    """Joins the processes that torchrun started, if it did, with gloo for what lies on CPUs and NCCL for what lies on GPUs.
+
+    Raises ProcessEnded where another one is gone.
+    """
+    global _joined
+    if expected() == 1:
+        yield
+        return
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    with _others():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    _joined = True
+    try:
+        yield
+    finally:
+        _joined = False
+        dist.destroy_process_group()
+
+
+@contextmanager
+def other():
+    """What a process that is not the first does: its own mistake is said, as the first one's is; that another is gone is not."""
+    try:
+        yield
+    except ProcessEnded:
+        raise
+    except UserError as error:
+        print(f"process {rank()}: error: {error}", file=sys.stderr)
+        raise
+
+
+@contextmanager
+def _others():
+    """Turns what the engine says when another process is gone into one line."""
+    try:
+        yield
+    except (RuntimeError, dist.DistError) as error:
+        raise ProcessEnded(f"another process of this run ended ({first_line(error)})") from None
+
+
+def share(rows: torch.Tensor) -> torch.Tensor:
+    """Every ``count``-th of the rows, from this process's on. All of them, in each process, where there are fewer than processes."""
+    return rows[rank() :: count()] if len(rows) >= count() > 1 else rows
+
+
+def add(*tensors: torch.Tensor) -> None:
+    """Replaces each tensor by the sum of what the processes hold."""
+    if count() > 1:
+        with _others():
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+
+def total(*values: float) -> list[float]:
+    """The sums of numbers over the processes, in float64."""
+    if count() == 1:
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.float64)
+    add(sums)
+    return sums.tolist()
+
+
+def from_first(make: Callable[[], object], device: torch.device | str = "cpu"):
+    """What ``make()`` gives in the first process, in all of them; what can be moved (a tensor, or one of a tuple) is on ``device``."""
+    if count() == 1:
+        return make()
+    found = [_moved(make(), "cpu") if is_first() else None]
+    with _others():
+        dist.broadcast_object_list(found, device=torch.device("cpu"))
+    return _moved(found[0], device)
+
+
+def _moved(value, device):
+    if isinstance(value, tuple):
+        return tuple(_moved(item, device) for item in value)
+    return value.to(device) if hasattr(value, "to") else value
+
+
+def from_all(value) -> list:
+    """What each process holds, in the order of the processes."""
+    if count() == 1:
+        return [value]
+    found = [None] * count()
+    with _others():
+        dist.all_gather_object(found, value)
+    return found
+
+
+def wait() -> None:
+    """Until every process has come here."""
+    total(0.0)

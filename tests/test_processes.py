@@ -1,0 +1,143 @@
+"""Several processes, started by torchrun: they decide as one does, and what they finished stays when one of them dies."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import hf_prune
+from slimllm.pruning.statistics import Covariance, PairMoments, SquareSum
+from slimllm.utils import processes
+from tests.conftest import ROOT, make_model
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+PORT = 29400 + os.getpid() % 400  # one for each process that runs tests
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_tokenizer, monkeypatch):
+    make_model(num_hidden_layers=6).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def flags(text_file, name, *more):
+    known = ["--base_model", "model", "--calibration", text_file, "--eval_data", text_file, "--max_seq_len", 16, "--eval_limit", 9]
+    known += ["--num_examples", 12, "--seq_len", 16, "--target_sparsity", 0.3, "--save_ckpt_log_name", name]
+    return [str(flag) for flag in (*known, *more)]
+
+
+def two_processes(*arguments):
+    return [*TORCHRUN, str(PORT), str(ROOT / "hf_prune.py"), *arguments]
+
+
+@pytest.mark.parametrize("recipe", ["paper", "best"])
+def test_two_processes_decide_as_one(folder, text_file, recipe):
+    assert hf_prune.main(flags(text_file, "one", "--recipe", recipe)) == 0
+    done = subprocess.run(two_processes(*flags(text_file, "two", "--recipe", recipe)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("layer   3") == 1 and done.stdout.count("everything lies in prune_log/two/") == 1
+    one, two = (json.loads((folder / "prune_log" / name / "pruning.json").read_text()) for name in ("one", "two"))
+    for a, b in zip(one["layers"], two["layers"]):
+        assert a["heads"] == b["heads"] and a["channels"] == b["channels"]
+        assert b["cosine"] == pytest.approx(a["cosine"], abs=1e-5)
+        assert (a["mlp_error"] or []) == pytest.approx(b["mlp_error"] or [], rel=1e-3)
+    for key in ("dense", "pruned"):
+        assert two["evaluation"][0][key] == pytest.approx(one["evaluation"][0][key], rel=1e-3)
+    weights = [load_file(folder / "prune_log" / name / "model.safetensors") for name in ("one", "two")]
+    for name in weights[0]:
+        torch.testing.assert_close(weights[1][name], weights[0][name], rtol=1e-2, atol=1e-3)
+
+
+def test_a_process_that_dies_ends_the_run_with_one_line_and_what_it_finished_stays(folder, text_file):
+    """The second process is killed after the third layer."""
+    arguments = flags(text_file, "two")
+    code = "import os, sys, signal; sys.path.insert(0, sys.argv.pop(1)); import hf_prune; from slimllm.pruning import pipeline\n"
+    code += "prune = pipeline.prune_layer\n"
+    code += "def dying(*a):\n    if a[3] == 3 and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\n    prune(*a)\n"
+    code += "pipeline.prune_layer = dying\nsys.exit(hf_prune.main())\n"
+    (folder / "dying.py").write_text(code)
+    done = subprocess.run([*TORCHRUN, str(PORT), "dying.py", str(ROOT), *arguments], capture_output=True, text=True)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if "hf_prune.py: " in line]
+    assert len(lines) == 1 and re.search("another process of this run ended|interrupted", lines[0]), done.stderr[-3000:]
+    assert lines[0].endswith("go on with the same command and --resume") and "Traceback" not in done.stdout
+    (partial,) = Path("prune_log").glob(".two.*.partial")
+    assert len(list(partial.glob(".journal/layer-*.json"))) == 3
+    done = subprocess.run(two_processes(*arguments, "--resume"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole = subprocess.run(two_processes(*flags(text_file, "whole")), capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    assert Path("prune_log/two/model.safetensors").read_bytes() == Path("prune_log/whole/model.safetensors").read_bytes()
+
+
+def test_a_mistake_is_said_once(folder, text_file):
+    done = subprocess.run(two_processes(*flags(text_file, "two", "--recovery", "liner")), capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("hf_prune.py: error: ")]
+    assert done.returncode != 0 and len(lines) == 1 and "did you mean 'linear'?" in lines[0]
+
+
+def test_statistics_of_two_halves_merge_to_those_of_the_whole(monkeypatch):
+    """Two processes are played by one: what the other one holds is added as the engine would."""
+    rows, more = torch.randn(300, 7) * 3 + 5, torch.randn(300, 7)
+    make = {
+        "covariance": lambda: Covariance(7),
+        "squares": lambda: SquareSum(7),
+        "pair": lambda: PairMoments(7),
+    }
+    for name, new in make.items():
+        whole, first, second = new(), new(), new()
+        for statistic, part in ((whole, slice(None)), (first, slice(0, 100)), (second, slice(100, None))):
+            statistic.update(*((rows[part], more[part]) if name == "pair" else (rows[part],)))
+        _merge(first, second, monkeypatch)
+        if name == "covariance":
+            torch.testing.assert_close(first.matrix(), whole.matrix(), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(first.mean, whole.mean)
+        elif name == "squares":
+            torch.testing.assert_close(first.norm(), whole.norm())
+        else:
+            torch.testing.assert_close(first.cov_xy, whole.cov_xy, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(first.var_x, whole.var_x, rtol=1e-4, atol=1e-4)
+            assert first.relative_error() == pytest.approx(whole.relative_error(), rel=1e-4)
+
+
+def _merge(first, second, monkeypatch):
+    """Runs ``merge`` of both in step: each call of the engine waits for the other's."""
+    import threading
+
+    barrier, held, lock = threading.Barrier(2), {}, threading.Lock()
+    who = threading.local()
+
+    def all_reduce(tensor):
+        with lock:
+            held[who.index] = tensor.clone()
+        barrier.wait()
+        tensor.copy_(held[0] + held[1])
+        barrier.wait()
+
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes.dist, "all_reduce", all_reduce)
+
+    def run(index, statistic):
+        who.index = index
+        statistic.merge()
+
+    threads = [threading.Thread(target=run, args=pair) for pair in enumerate((first, second))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    monkeypatch.undo()
+
+
+def test_one_process_shares_with_nobody():
+    rows = torch.arange(6)
+    assert processes.count() == 1 and torch.equal(processes.share(rows), rows)
+    assert processes.total(1.0, 2.0) == [1.0, 2.0] and processes.from_first(lambda: 7) == 7 and processes.from_all(7) == [7]
