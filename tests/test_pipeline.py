@@ -5,14 +5,15 @@ import torch
 
 from slimllm.errors import UserError
 from slimllm.experiments import plain
-from slimllm.models.adapter import LayerAdapter
 from slimllm.models.shape import shape_of
+from slimllm.models.source import ModelSource
 from slimllm.pruning import pipeline
 from slimllm.pruning.allocation import auto
 from slimllm.pruning.allocation.inputs import AllocationInputs
 from slimllm.pruning.allocation.plan import LayerPlan
 from slimllm.pruning.config import HEAD_UNITS
 from slimllm.pruning.recovery import RECOVERIES
+from slimllm.pruning.statistics import ActivationMemory
 from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model
 
 
@@ -54,12 +55,19 @@ def test_the_pipeline_decides_as_the_plain_transcription(ratio, seed):
     torch.testing.assert_close(logits(model, ids), logits(twin, ids), rtol=1e-2, atol=1e-2)
 
 
-def test_samples_in_batches_and_on_disk_decide_the_same(monkeypatch):
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_samples_in_batches_and_on_disk_decide_the_same(where, monkeypatch):
+    """float32 in memory. On disk it is bfloat16, which a bfloat16 model has anyway: its decisions are the same to the last one."""
     model, ids = make_model(), make_ids(samples=10)
+    if where == "disk":
+        model = model.bfloat16()
+        model.model.rotary_emb = make_model().model.rotary_emb
     twin = copy.deepcopy(model)
+    batch = 48 if where == "memory" else 2048
     reports = pipeline.prune(model, ids, make_config(recovery="least_squares"))
-    monkeypatch.setattr("slimllm.pruning.runner.TOKENS_PER_BATCH", 48)
-    monkeypatch.setattr("slimllm.pruning.runner.MIN_ACTIVATION_BYTES", 0)
+    monkeypatch.setattr("slimllm.pruning.runner.TOKENS_PER_BATCH", batch)
+    if where == "disk":
+        monkeypatch.setattr("slimllm.pruning.runner.ActivationMemory", lambda limit, folder: ActivationMemory(0, folder))
     again = pipeline.prune(twin, ids, make_config(recovery="least_squares"))
     assert [(r.heads, r.channels) for r in reports] == [(r.heads, r.channels) for r in again]
     torch.testing.assert_close(logits(model, ids), logits(twin, ids), rtol=1e-3, atol=1e-3)
@@ -123,8 +131,8 @@ def test_layers_run_as_in_the_whole_model(case):
 
 
 def inputs(model, ids, probe_ids, config):
-    shape, adapter = shape_of(model.config), LayerAdapter(model.config)
-    return AllocationInputs(shape, config, [0.0] * shape.layers, model, adapter, ids, probe_ids)
+    shape = shape_of(model.config)
+    return AllocationInputs(shape, config, [0.0] * shape.layers, ModelSource.of(model), ids, probe_ids)
 
 
 def divergence_of_pruned(dense, plans, seen, held, config):

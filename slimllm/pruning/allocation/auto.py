@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,11 @@ import torch
 
 from ...errors import UserError
 from ...models.shape import Limits, ModelShape
+from ...utils import processes
 from ...utils.device import evaluation_dtype
 from ..layer import prune_layer
+from ..runner import mean_cosines
+from ..statistics import ActivationStore
 from .head_units import HeadUnits
 from .inputs import Allocation, AllocationInputs
 from .plan import LayerPlan, from_ratios, plan
@@ -26,6 +30,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("slimllm")
 
+TRIAL_TOKENS = 4096  # calibration tokens that trials are pruned from, at most; fewer make channels look dearer than heads
+MOST_PROBES = 32  # layers that are pruned alone to see what it costs; in deeper models, runs of neighbouring layers
+MOST_TRIED = 12  # layers, evenly spread, in which candidates are compared; the others stay whole in this
 PROBE_RATIO = 0.5  # how much of each layer is taken away to see what it costs
 SPREAD = 4.0  # how evenly the sparsity is spread over the layers
 MAX_RATIO = 0.9  # of one layer
@@ -35,7 +42,7 @@ ATTENTION_SHARES = (1.0, 0.5)  # the share of the heads that goes, to that of th
 def auto(inputs: AllocationInputs) -> Allocation:
     """Probes, candidates, choice. Without a model all layers are taken to cost the same, and the first candidate is the answer."""
     shape, config = inputs.shape, inputs.config
-    if inputs.model is None:
+    if inputs.source is None:
         return Allocation(next(iter(candidates(shape, [0.0] * shape.layers, config).values())))
     sensitivity = layer_sensitivities(inputs)
     found = candidates(shape, sensitivity, config)
@@ -51,39 +58,63 @@ def layer_sensitivities(inputs: AllocationInputs) -> list[float]:
     """What it costs to prune each layer alone, [L]: KL divergence (nats per token) of the dense model's next-token distribution
     from that of the model with PROBE_RATIO of this one layer's heads and channels removed and the outputs recovered.
 
-    Measured on ``probe_ids``, pruned from ``ids``; the model is left as it is. All layers' probes go through each later layer
-    together, so that it visits the device once.
+    Measured on ``probe_ids``, pruned from ``ids``; the model is left as it is. A model of more than MOST_PROBES layers is probed in
+    that many runs of neighbouring layers, pruned together, and a run's cost is shared among its layers in proportion to how
+    much each of them changes the residual stream; so the time grows with the depth and not with its square. All probes go through
+    each later layer together, so that it is read once.
     """
-    plans = probe(inputs.shape, PROBE_RATIO, inputs.config)
+    plans, layers = probe(inputs.shape, PROBE_RATIO, inputs.config), inputs.shape.layers
+    size = math.ceil(layers / MOST_PROBES)
+    changes, cosines = [], []
 
     def visit(index, layer, seen, hidden, held, streams):
         states, pruned = hidden.copy(), copy.deepcopy(layer)
         prune_layer(seen, states, pruned, index, plans[index], inputs.shape, inputs.config)
         states.close()
-        seen.advance(hidden, layer, index)
-        streams.append(streams[0].copy())
-        held.advance(streams[-1], pruned.to(streams[0][0].dtype), index)
+        cosines.append(seen.advance(hidden, layer, index))
+        if index % size == 0:
+            streams.append(streams[0].copy())
+        wanted = streams[-1].copy()
+        held.advance(wanted, layer, index)
+        held.advance(streams[-1], pruned, index)
+        changes.append(_relative_change(wanted, streams[-1]))
+        wanted.close()
         return streams[1:-1]
 
-    return _divergences(inputs, "layer sensitivity", visit)
+    costs = _divergences(inputs, "layer sensitivity", visit)
+    if inputs.layer_scores is None:
+        inputs.layer_scores = mean_cosines(cosines, processes.share(_trial_ids(inputs)).numel())
+    runs = [changes[start : start + size] for start in range(0, layers, size)]
+    return [cost * change / max(sum(run), torch.finfo(torch.float32).tiny) for cost, run in zip(costs, runs) for change in run]
+
+
+def _relative_change(before: ActivationStore, after: ActivationStore) -> float:
+    """Mean over tokens of |after - before|^2 / |before|^2."""
+    parts = [((b.float() - a.float()).square().sum(-1) / a.float().square().sum(-1)).flatten() for a, b in zip(before, after)]
+    change, tokens = processes.total(float(torch.cat(parts).sum()), sum(map(len, parts)))
+    return change / tokens
 
 
 def plan_divergences(inputs: AllocationInputs, plans_by_candidate: list[list[LayerPlan]]) -> list[float]:
     """KL divergence (nats per token) of the dense model's next-token distribution from that of the model pruned by each candidate.
 
     Measured on ``probe_ids``, pruned from ``ids``; the model is left as it is, and no pruned one is ever whole in memory: a
-    candidate, one LayerPlan per layer, is tried on a copy of one layer at a time.
+    candidate, one LayerPlan per layer, is tried on a copy of one layer at a time, and in MOST_TRIED layers at most.
     """
-    trials = []
+    layers, trials = inputs.shape.layers, []
+    compared = {round(layers * (i + 0.5) / MOST_TRIED - 0.5) for i in range(MOST_TRIED)} if layers > MOST_TRIED else range(layers)
 
     def visit(index, layer, seen, hidden, held, streams):
         if not trials:
             trials.extend((plans, hidden.copy()) for plans in plans_by_candidate)
             streams.extend(streams[0].copy() for _ in trials)
         for (plans, states), stream in zip(trials, streams[1:]):
-            pruned = copy.deepcopy(layer)
-            prune_layer(seen, states, pruned, index, plans[index], inputs.shape, inputs.config)
-            held.advance(stream, pruned.to(stream[0].dtype), index)
+            tried = copy.deepcopy(layer) if index in compared else layer
+            if index in compared:
+                prune_layer(seen, states, tried, index, plans[index], inputs.shape, inputs.config)
+            else:
+                seen.advance(states, tried, index)
+            held.advance(stream, tried, index)
         return []
 
     costs = _divergences(inputs, "plans", visit)
@@ -96,22 +127,26 @@ def plan_divergences(inputs: AllocationInputs, plans_by_candidate: list[list[Lay
 def _divergences(inputs: AllocationInputs, stage: str, visit: Callable) -> list[float]:
     """The divergence of each stream that ``visit`` made from that of the dense model, after the last layer.
 
-    ``visit(index, layer, seen, hidden, held, streams)`` works on one dense layer: ``hidden`` are the states of the calibration
-    tokens before the first layer, or where ``visit`` left them, run by ``seen``; ``streams`` those of the probe tokens, run by ``held``:
-    the dense model's, then one per trial, which it may append. It gives the streams that the dense layer is still to be run on.
+    ``visit(index, layer, seen, hidden, held, streams)`` works on one dense layer, in the dtype of evaluation: ``hidden`` are the states of
+    the trials' calibration tokens before the first layer, or where ``visit`` left them, run by ``seen``; ``streams`` those of
+    the probe tokens, run by ``held``: the dense model's, then one per trial, which it may append. It gives the streams that the
+    dense layer is still to be run on.
     """
-    seen, held = inputs.runner(inputs.ids), inputs.runner(inputs.probe_ids)
-    dtype = evaluation_dtype(inputs.model.dtype, seen.device)
-    hidden, streams = seen.embed(), [held.embed(dtype)]
+    dtype = evaluation_dtype(inputs.source.dtype, torch.device(inputs.device))
+    seen = inputs.runner(_trial_ids(inputs), dtype)
+    held = inputs.runner(inputs.probe_ids, dtype)
+    hidden, streams = seen.embed(), [held.embed()]
     for index, layer in seen.visit(stage):
-        through_dense = visit(index, layer, seen, hidden, held, streams)
-        whole = copy.deepcopy(layer).to(dtype)
-        for stream in (streams[0], *through_dense):
-            held.advance(stream, whole, index)
+        for stream in (streams[0], *visit(index, layer, seen, hidden, held, streams)):
+            held.advance(stream, layer, index)
     costs = held.divergences(streams[0], streams[1:])
     for store in (hidden, *streams):
         store.close()
     return costs
+
+
+def _trial_ids(inputs: AllocationInputs) -> torch.Tensor:
+    return inputs.ids[: max(1, TRIAL_TOKENS // inputs.ids.shape[1])]
 
 
 def spread(sensitivity: list[float], total: float) -> list[float]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...models.adapter import LayerAdapter
 from ...models.shape import ModelShape
+from ...models.source import ModelSource
 from ..runner import LayerRunner, Progress, no_progress
 from .plan import LayerPlan
 
@@ -20,23 +20,28 @@ if TYPE_CHECKING:
 class AllocationInputs:
     """All that is known before the first layer is pruned.
 
-    ``layer_scores`` [L]: the dense model's layer cosines. ``model``: the dense model, left as it is, or None where only the shape is
-    known; then layers are taken to matter the same. ``ids``: calibration tokens [samples, length]; ``probe_ids``: tokens of the
-    same form that nothing is fitted to.
+    ``layer_scores`` [L]: the dense model's layer cosines, where they were measured already. ``source``: the dense model, left as it
+    is, or None where only the shape is known; then layers are taken to matter the same. ``ids``: calibration tokens [samples,
+    length]; ``probe_ids``: tokens of the same form that nothing is fitted to.
     """
 
     shape: ModelShape
     config: PruneConfig
-    layer_scores: list[float]
-    model: torch.nn.Module | None = None
-    adapter: LayerAdapter | None = None
+    layer_scores: list[float] | None
+    source: ModelSource | None = None
     ids: torch.Tensor | None = None
     probe_ids: torch.Tensor | None = None
     device: torch.device | str = "cpu"
     progress: Progress = no_progress
 
-    def runner(self, ids: torch.Tensor) -> LayerRunner:
-        return LayerRunner(self.model, self.adapter, ids, self.device, self.progress)
+    def scores(self) -> list[float]:
+        """The layer cosines [L], measured now where they were not (pass 1)."""
+        if self.layer_scores is None:
+            self.layer_scores = self.runner(self.ids).layer_cosines()
+        return self.layer_scores
+
+    def runner(self, ids: torch.Tensor, dtype: torch.dtype | None = None) -> LayerRunner:
+        return LayerRunner(self.source, ids, self.device, self.progress, dtype, self.config.tmp_dir)
 
 
 @dataclass

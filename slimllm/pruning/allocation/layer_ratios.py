@@ -5,7 +5,6 @@ To add one: a function, here or in a module of its own, and an entry in LAYER_RA
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ...models.shape import ModelShape
@@ -20,12 +19,12 @@ if TYPE_CHECKING:
 
 def importance(inputs: AllocationInputs) -> Allocation:
     """The paper's: more from the layers that turn their input least (Eq. 11)."""
-    return _weighted(inputs, importance_weights(inputs.layer_scores, inputs.config.pruned_layers, inputs.config.alpha))
+    return _weighted(inputs, importance_weights(inputs.scores(), inputs.config.pruned_layers, inputs.config.alpha))
 
 
 def uniform(inputs: AllocationInputs) -> Allocation:
     """The same from each of the layers that turn their input least."""
-    return _weighted(inputs, uniform_weights(inputs.layer_scores, inputs.config.pruned_layers))
+    return _weighted(inputs, uniform_weights(inputs.scores(), inputs.config.pruned_layers))
 
 
 def _weighted(inputs: AllocationInputs, weights: list[float]) -> Allocation:
@@ -36,7 +35,6 @@ LAYER_RATIOS = {"importance": importance, "uniform": uniform, "auto": auto}
 NEEDS_PROBE_IDS = {"auto"}
 
 
-def without_scores(shape: ModelShape, config: PruneConfig, layer_ratio: str | None = None) -> list[LayerPlan]:
+def without_scores(shape: ModelShape, config: PruneConfig) -> list[LayerPlan]:
     """The plans of a model whose layers all matter the same, from its shape alone. Raises UserError for a sparsity that cannot be met."""
-    config = replace(config, layer_ratio=layer_ratio or config.layer_ratio)
     return LAYER_RATIOS[config.layer_ratio](AllocationInputs(shape, config, [0.0] * shape.layers)).plans

@@ -41,6 +41,11 @@ class LayerPlan:
     clipped: bool = False
     kept: Kept | None = None
 
+    @classmethod
+    def of(cls, values: dict) -> LayerPlan:
+        """The plan whose fields, as asdict gives them, are ``values``."""
+        return cls(**values | {"kept": values["kept"] and Kept(**values["kept"])})
+
 
 def plan(shape: ModelShape, ratios: Callable[[float], list[float]], config: PruneConfig, attention: float | None = None) -> list[LayerPlan]:
     """One LayerPlan per layer, from ``ratios``: an amount -> the ratio of each layer [L], in proportion to it.
