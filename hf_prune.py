@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 from slimllm.cli import guarded, logging_to_console
@@ -30,7 +32,10 @@ def run(config) -> None:
     from slimllm.models import hub, loading
     from slimllm.models.shape import shape_of
     from slimllm.pruning.allocation.layer_ratios import without_scores
+    from slimllm.pruning.footprint import check_room, footprint, sizes_of
+    from slimllm.pruning.journal import Journal
     from slimllm.reporting import tables
+    from slimllm.utils import processes
     from slimllm.utils.device import device_of, pruning_dtype
     from slimllm.utils.files import atomic_dir
     from slimllm.utils.memory import memory_errors
@@ -41,65 +46,95 @@ def run(config) -> None:
         shape = shape_of(model_config)
         plans = api.plans_of(config, shape)
         device, eval_device = device_of("device", config.device), device_of("eval_device", config.eval_device)
-        dtype = pruning_dtype(config.dtype, device, loading.own_dtype(config.base_model, model_config))
+        own = loading.own_dtype(config.base_model, model_config)
+        dtype = pruning_dtype(config.dtype, device, own)
+        likely = plans or without_scores(shape, config)
+        takes = footprint(shape, likely, config, sizes_of(config, own, dtype, device, eval_device))
+        check_room(takes, config.tmp_dir, device)
         if config.dry_run:
             how = f"the plan of {config.plan}" if plans else "all layers taken to matter the same"
-            log.info("%s", tables.dry_run(shape, plans or without_scores(shape, config, "uniform"), config, dtype, how))
+            log.info("%s", tables.dry_run(shape, likely, config, dtype, how, takes))
             return
         if config.push_to_hub:
             hub.check_push(config.push_to_hub)
         target = OUTPUT / config.save_ckpt_log_name
-        with atomic_dir(target, config.overwrite, "choose another --save_ckpt_log_name") as folder:
-            lines.to_file(folder / "log.txt")
-            record = _prune_into(folder, config, shape, eval_device, dtype)
+        with processes.group(device):
+            if not processes.is_first():
+                log.setLevel(logging.ERROR)
+                with processes.other():
+                    _prune_into(processes.from_first(None), config, model_config, eval_device, dtype)
+                return
+            way = "choose another --save_ckpt_log_name"
+            with atomic_dir(target, config.overwrite, way, config.resume, Journal.worth_keeping) as folder:
+                lines.to_file(folder / "log.txt")
+                processes.from_first(lambda: folder)
+                record = _prune_into(folder, config, model_config, eval_device, dtype)
+            Journal.of_run(target).remove()  # only now: a run killed before this goes on without doing anything twice
         log.info("\n%s\n\neverything lies in %s/", tables.table([(config.save_ckpt_log_name, record)]), target)
         if config.push_to_hub:
             log.info("uploaded to %s", hub.push(target, config.push_to_hub, config.public))
 
 
-def _prune_into(folder: Path, config, shape, eval_device, dtype):
-    """The run itself; everything is written to ``folder``. Returns the PruningRecord."""
+def _prune_into(folder: Path, config, model_config, eval_device, dtype):
+    """The run itself. Everything is written to ``folder``, and what a stopped run left there is not done again.
+
+    Returns the PruningRecord, in the first of several processes.
+    """
     from slimllm import api
     from slimllm.data import calibration, texts
-    from slimllm.evaluation.perplexity import continuations, perplexity
+    from slimllm.deploy.checkpoint import CheckpointSink, write_tokenizer
     from slimllm.models import loading
+    from slimllm.pruning.journal import Journal
     from slimllm.reporting import card, figures, record
-    from slimllm.utils.device import evaluation_dtype, name_of
+    from slimllm.utils import processes
+    from slimllm.utils.device import device_of, evaluation_dtype, name_of
 
-    timed = record.Stopwatch()
+    timed, journal = record.Stopwatch(), Journal.of_run(folder)
     log.info("%s", record.command())
     measured = texts.load_texts(config.eval_data)
+    written = config.save_model or measured or config.test_after_train
+    checkpoint = folder if config.save_model else journal.folder / "checkpoint"
     with timed("loading"):
         tokenizer = loading.load_tokenizer(config.base_model)
+        if written and processes.is_first():
+            checkpoint.mkdir(exist_ok=True)
+            write_tokenizer(tokenizer, checkpoint, config.base_model)
         blocks = [texts.blocks_of(text, tokenizer, config.max_seq_len, config.eval_limit) for text in measured]
-        model = loading.load_model(config.base_model, dtype)
-    size = model.num_parameters() / 1e6
-    log.info("%s: %s, %d layers, %.1f M parameters, %s", config.base_model, model.config.model_type, shape.layers, size, dtype)
+        source = loading.open_source(config.base_model, dtype, config=model_config)
+    size = source.model.num_parameters() / 1e6
+    log.info("%s: %s, %d layers, %.1f M parameters, %s", config.base_model, model_config.model_type, len(source), size, dtype)
+    processes.from_first(lambda: journal.check(record.identity(config, source.weights.files, measured)))
     with timed("calibration"):
-        samples = api.calibrate(model, tokenizer, config, config.calibration, eval_device)
-    samples.save(folder)
+        calibrate = functools.partial(api.calibrate, source, tokenizer, config, config.calibration, eval_device)
+        samples = processes.from_first(lambda: _calibrated(folder, journal, calibrate))
     log.info("calibration: %d samples of %d tokens, %s, sha256 %s", *samples.ids.shape, samples.source, samples.sha256[:12])
 
-    def evaluate(model, stage: str) -> list[float]:
-        if not blocks and not config.test_after_train:
-            return []
-        with timed("evaluation"), loading.placed_for_evaluation(model, eval_device):
-            if config.test_after_train:
-                for text in continuations(model, tokenizer, config.seed, config.temperature, config.top_p):
-                    log.info("[%s] %s", stage, text)
-            values = [perplexity(model, ids, f"{text.name} ({stage})") for text, ids in zip(measured, blocks)]
+    def evaluate(source, stage: str) -> list[float]:
+        values = journal.get(stage)
+        if values is None:
+            with timed("evaluation"):
+                values = _evaluate(source, stage, tokenizer, measured, blocks, config, eval_device)
+            journal.put(stage, values)
         for text, value in zip(measured, values):
             log.info("%s: %s perplexity %.3f", stage, text.name, value)
         return values
 
-    dense = evaluate(model, "dense")
-    result = _prune(model, tokenizer, samples, config, shape, timed)
-    del model
-    if config.save_model:
+    dense = evaluate(source, "dense")
+    sink = None
+    if written and processes.is_first():
+        sink = CheckpointSink(checkpoint, source, config, samples.ids[:2, :64], device_of("device", config.device))
+    result = _prune(source, tokenizer, samples, config, timed, sink, journal)
+    pruned = []
+    if written:
         with timed("saving"):
-            api.write_checkpoint(result, folder)
-        log.info("saved, loaded again and compared: the same logits")
-    pruned = evaluate(result.model, "pruned")
+            if sink:
+                sink.finish()
+            processes.wait()
+        if config.save_model:
+            log.info("saved, loaded again and compared: the same logits")
+        pruned = evaluate(loading.open_source(str(checkpoint), dtype, "DIR"), "pruned")
+    if not processes.is_first():
+        return None
     eval_dtype = name_of(evaluation_dtype(dtype, eval_device))
     of_run = result.record(
         text.figure(
@@ -119,26 +154,80 @@ def _prune_into(folder: Path, config, shape, eval_device, dtype):
     return of_run
 
 
-def _prune(model, tokenizer, samples, config, shape, timed):
-    """Prunes ``model``, with a line and a step of the bar for each layer."""
+def _calibrated(folder: Path, journal, calibrate):
+    """The calibration samples: made, or as a stopped run left them."""
+    from slimllm.data.calibration import Calibration
+
+    known = journal.get("calibration")
+    if known is None:
+        samples = calibrate()
+        samples.save(folder)
+        journal.put("calibration", samples.to_dict())
+        return samples
+    return Calibration.read(folder, known)
+
+
+def _evaluate(source, stage: str, tokenizer, measured, blocks, config, device) -> list[float]:
+    """Prints the continuations of ``source`` that were asked for, and measures its perplexity on each text."""
+    from slimllm.evaluation.perplexity import continuations, perplexities
+    from slimllm.models.loading import Voice
+    from slimllm.utils import processes
+    from slimllm.utils.device import evaluation_dtype
+
+    if config.test_after_train and processes.is_first():
+        with Voice(source, device) as voice:
+            for text in continuations(voice.whole(), tokenizer, config.seed, config.temperature, config.top_p):
+                log.info("[%s] %s", stage, text)
+    if not blocks:
+        return []
+    names = [f"{text.name} ({stage})" for text in measured]
+    with _progress(len(source)) as progress:
+        return perplexities(source, blocks, names, device, evaluation_dtype(source.dtype, device), progress, config.tmp_dir)
+
+
+def _prune(source, tokenizer, samples, config, timed, sink, journal):
+    """Prunes ``source``, with a line and a step of the bar for each layer."""
+    from slimllm import api
+    from slimllm.models.shape import shape_of
+    from slimllm.reporting.tables import layer_line
+
+    shape = shape_of(source.config)
+    with _progress(shape.layers) as progress:
+
+        def on_layer(layer):
+            log.info("%s", layer_line(layer, shape))
+            progress("pruning", layer.index + 1, shape.layers)
+
+        return api.prune(
+            source,
+            tokenizer,
+            calibration=samples,
+            config=config,
+            on_layer=on_layer,
+            progress=progress,
+            timed=timed,
+            sink=sink,
+            journal=journal,
+        )
+
+
+@contextmanager
+def _progress(layers: int):
+    """A bar over the layers, as a function of (what is being done, layers done, layers)."""
     from tqdm.auto import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from slimllm import api
-    from slimllm.reporting.tables import layer_line
+    from slimllm.utils import processes
 
-    with logging_redirect_tqdm([log]), tqdm(total=shape.layers, unit="layer", disable=None) as bar:
+    silent = None if processes.is_first() else True  # None: where there is no terminal
+    with logging_redirect_tqdm([log]), tqdm(total=layers, unit="layer", disable=silent, leave=False) as bar:
 
         def progress(stage, done, total):
             bar.set_description(stage, refresh=False)
             bar.n, bar.total = done, total
             bar.refresh()
 
-        def on_layer(layer):
-            log.info("%s", layer_line(layer, shape))
-            progress("pruning", layer.index + 1, shape.layers)
-
-        return api.prune(model, tokenizer, calibration=samples, config=config, on_layer=on_layer, progress=progress, timed=timed)
+        yield progress
 
 
 if __name__ == "__main__":

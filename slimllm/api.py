@@ -6,7 +6,6 @@ slimllm.save(result, "my-smaller-model")
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
@@ -23,10 +22,13 @@ from .errors import UserError, nearest
 from .models import loading
 from .models.families import dense_family_of
 from .models.shape import shape_of
+from .models.source import ModelSource
+from .models.weights import GgufTensors
 from .pruning import pipeline
 from .pruning.allocation.layer_ratios import without_scores
 from .pruning.allocation.plan_file import read_plan
 from .pruning.config import PruneConfig
+from .pruning.journal import Journal
 from .pruning.layer import LayerReport
 from .pruning.runner import Progress, no_progress
 from .reporting import card
@@ -38,7 +40,7 @@ from .utils.files import atomic_dir
 _SETTINGS = {
     f.name
     for f in dataclasses.fields(PruneConfig)
-    if f.metadata.get("group") in ("sparsity", "method", "calibration") or f.name == "device"
+    if f.metadata.get("group") in ("sparsity", "method", "calibration") or f.name in ("device", "tmp_dir")
 } - {"calibration"}
 
 CalibrationSource = str | Sequence[str] | torch.Tensor | Calibration | None
@@ -48,8 +50,8 @@ CalibrationSource = str | Sequence[str] | torch.Tensor | Calibration | None
 class PruneResult:
     """A pruned model and how it came about.
 
-    ``model``: pruned, in the class that ``config.runtime`` asks for. ``layers``: one LayerReport each. ``parameters``: counts and
-    the shares removed. ``info``: the dense model. ``seconds``: of each phase.
+    ``model``: pruned, in the class that ``config.runtime`` asks for; without its weights where these went to a sink. ``layers``: one
+    LayerReport each. ``parameters``: counts and the shares removed. ``info``: the dense model. ``seconds``: of each phase.
     """
 
     model: torch.nn.Module
@@ -78,19 +80,22 @@ def prune(
     progress: Progress = no_progress,
     config: PruneConfig | None = None,
     timed: Stopwatch | None = None,
+    sink: pipeline.Sink | None = None,
+    journal: Journal | None = None,
     **settings,
 ) -> PruneResult:
-    """Prunes ``model`` in place.
+    """Prunes ``model``, in place where it is in memory.
 
     Args:
-        model: a dense causal LM of a supported family, as from_pretrained gives it.
+        model: a dense causal LM of a supported family, as from_pretrained gives it, or a ModelSource that reads one layer at a time.
         tokenizer: the model's. Not needed where ``calibration`` is token ids and ``layer_ratio`` is not "auto".
         calibration: texts, token ids [samples, length], a :class:`Calibration`, or what ``--calibration`` takes (a name, file or
             folder); by default Bookcorpus, or samples of the model itself where the hub is out of reach.
         on_layer: called with each LayerReport as it is ready. progress: called with (what is done, layers done, layers).
         settings: ``target_sparsity=0.2``, ``recipe="best"`` and every other flag of ``hf_prune.py`` that concerns the sparsity, the
             method, the samples or the device. ``config``: all of them at once, instead.
-        timed: where the seconds of each phase are added up.
+        timed: where the seconds of each phase are added up. sink: where the layers go as they are done, which a ModelSource needs;
+            journal: what keeps a run that is stopped (pipeline.prune).
     Raises:
         UserError: a setting, the model or the calibration cannot be used; one line says what and what to do.
     """
@@ -101,24 +106,29 @@ def prune(
         config = PruneConfig(base_model=getattr(model.config, "_name_or_path", "") or type(model).__name__, **settings)
     elif settings:
         raise UserError(f"config and {next(iter(settings))}: give one of them")
-    shape = shape_of(model.config, dense_family_of(model.config))
+    source = ModelSource.of(model)
+    shape = shape_of(source.config, dense_family_of(source.config))
     plans = plans_of(config, shape)
     device, timed = device_of("device", config.device), timed or Stopwatch()
     info = ModelInfo(
         name=Path(config.base_model).name,
-        type=model.config.model_type,
-        dtype=name_of(model.dtype),
+        type=source.config.model_type,
+        dtype=name_of(source.dtype),
         device=str(device),
         shape=dataclasses.asdict(shape),
-        **card.origin_of(config.base_model),
+        **({"license": source.weights.license} if isinstance(source.weights, GgufTensors) else card.origin_of(config.base_model)),
     )
-    size = model.num_parameters()
+    size = source.model.num_parameters()
     if not isinstance(calibration, Calibration):
         with timed("calibration"):
-            calibration = calibrate(model, tokenizer, config, calibration, device_of("eval_device", config.eval_device))
+            calibration = calibrate(source, tokenizer, config, calibration, device_of("eval_device", config.eval_device))
     with timed("pruning"):
-        layers = pipeline.prune(model, calibration.ids, config, device, on_layer, calibration.probe_ids, progress, plans)
-    convert_for_runtime(model, config.runtime)
+        layers = pipeline.prune(source, calibration.ids, config, device, on_layer, calibration.probe_ids, progress, plans, sink, journal)
+    if source.streams:
+        widths = [(len(layer.heads), len(layer.kv_heads), len(layer.channels)) for layer in layers]
+        model = checkpoint.pruned_skeleton(source, widths, config)
+    else:
+        convert_for_runtime(model, config.runtime)
     parameters = Parameters.of(size, model.num_parameters(), shape.decoder_parameters)
     return PruneResult(model, tokenizer, config, calibration, layers, info, parameters, timed.seconds)
 
@@ -138,25 +148,33 @@ def plans_of(config: PruneConfig, shape):
 def calibrate(model, tokenizer, config: PruneConfig, source: CalibrationSource, device: torch.device) -> Calibration:
     """The samples that ``source`` gives, and those that ``layer_ratio`` auto measures on.
 
-    What the model itself has to say, it says on ``device`` in the dtype of evaluation, and is then as it was.
+    What the model (or ModelSource) itself has to say, it says on ``device`` in the dtype of evaluation, whole; where it does not fit there,
+    the samples that are measured on are held back from the text of ``source``.
     Raises UserError for a source that cannot be had or is too short, and where a tokenizer is needed and not there.
     """
-    if isinstance(source, torch.Tensor):
-        samples = _of_ids(source, model.config.vocab_size)
-    elif tokenizer is None:
-        raise UserError("tokenizer: needed to make calibration samples; give one, or token ids [samples, length]")
-    elif source is None or isinstance(source, str):
-        calibrations.check_source(source)
-        with _speaking(model, device, calibrations.needs_model(source)):
-            samples = calibrations.load(source, model, tokenizer, config.samples)
-    else:
-        samples = calibrations.from_text("\n".join(source), "texts", tokenizer, config.samples)
-    if config.needs_probe_ids and samples.probe_ids is None:
+    with loading.Voice(model, device) as voice:
+        held_back = config.needs_probe_ids and not voice.fits
+        if isinstance(source, torch.Tensor):
+            samples = _of_ids(source, voice.config.vocab_size)
+        elif tokenizer is None:
+            raise UserError("tokenizer: needed to make calibration samples; give one, or token ids [samples, length]")
+        else:
+            spec = config.samples
+            if held_back:
+                spec = dataclasses.replace(spec, num_examples=spec.num_examples + calibrations.PROBE_SAMPLES)
+            if source is None or isinstance(source, str):
+                calibrations.check_source(source)
+                samples = calibrations.load(source, voice, tokenizer, spec)
+            else:
+                samples = calibrations.from_text("\n".join(source), "texts", tokenizer, spec)
+        if not config.needs_probe_ids or samples.probe_ids is not None:
+            return samples
+        if held_back:
+            return samples.holding_back()
         if tokenizer is None:
             raise UserError("layer_ratio auto measures on the model's own text: give a tokenizer")
-        with _speaking(model, device):
-            samples.probe_ids = calibrations.probe_samples(model, tokenizer, config.samples)
-    return samples
+        samples.probe_ids = calibrations.probe_samples(voice, tokenizer, config.samples)
+        return samples
 
 
 def _of_ids(ids: torch.Tensor, vocab_size: int) -> Calibration:
@@ -164,10 +182,6 @@ def _of_ids(ids: torch.Tensor, vocab_size: int) -> Calibration:
         raise UserError(f"calibration: token ids are [samples, length], not {list(ids.shape)}")
     calibrations.check_vocabulary(ids, vocab_size, "calibration")
     return Calibration(ids.cpu().long(), "token ids")
-
-
-def _speaking(model, device: torch.device, needed: bool = True):
-    return loading.placed_for_evaluation(model, device) if needed else contextlib.nullcontext()
 
 
 def write_checkpoint(result: PruneResult, folder: Path) -> None:

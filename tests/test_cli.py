@@ -3,10 +3,10 @@ import errno
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -19,7 +19,8 @@ from slimllm.data import calibration
 from slimllm.deploy import checkpoint, runtimes
 from slimllm.errors import UserError
 from slimllm.models import loading
-from slimllm.pruning import pipeline
+from slimllm.models.source import ModelSource
+from slimllm.pruning import footprint, pipeline
 from slimllm.pruning.config import PruneConfig
 from slimllm.training.config import TrainConfig
 from tests.conftest import ROOT, logits, make_config, make_ids, make_model, run_cli
@@ -135,6 +136,21 @@ def test_dry_run_reads_no_weights_and_writes_nothing(cli, tiny_folder):
         assert word in out
 
 
+def test_a_run_larger_than_the_machine_says_so_in_its_first_line(cli, monkeypatch):
+    monkeypatch.setattr(footprint, "free_memory", lambda device: 10_000)
+    status, out, _ = cli("--eval_data", "none")
+    first = out.splitlines()[0]
+    assert status == 0 and first.startswith("this run takes about 0.") and "0.0 GB are free" in first and "--dtype bfloat16" in first
+
+
+def test_activations_that_do_not_fit_on_the_disk_are_said_before_the_first_pass(cli, monkeypatch, tmp_path):
+    monkeypatch.setattr(footprint.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 1_000))
+    monkeypatch.setattr(footprint, "MIN_ACTIVATION_BYTES", 0)
+    status, _, err = cli("--tmp_dir", tmp_path)
+    assert status == 2 and f"the temporary folder {tmp_path} has 0.0 GB free" in err and "--tmp_dir" in err
+    assert not (cli.folder / "prune_log").exists()
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
@@ -169,6 +185,7 @@ def test_dry_run_reads_no_weights_and_writes_nothing(cli, tiny_folder):
         (["--target_sparsity", "0.99"], "lower it: a part of each layer must stay"),
         (["--device", "mps"], "--device mps: Apple's GPU has no float64"),
         (["--save_ckpt_log_name", "x" * 300], "the name is too long"),
+        (["--tmp_dir", "nowhere"], "--tmp_dir nowhere: no such folder"),
         (["--plan", "nowhere.json"], "--plan nowhere.json: No such file"),
         (["--plan", "x", "--pruning_ratio", "0.2"], "--plan and --pruning_ratio both say how much to remove"),
         (["--no_greedy", "--head_choice", "greedy"], "contradict each other"),
@@ -226,8 +243,8 @@ def break_model(folder, how):
         ("unknown", "lama"),
         ("json", "cannot read the config"),
         ("config", "the folder has no config.json"),
-        ("truncated", "safetensors file is broken"),
-        ("garbage", "safetensors file is broken"),
+        ("truncated", "model.safetensors: the file is broken"),
+        ("garbage", "model.safetensors: the file is broken"),
         ("weights", "cannot read the weights"),
         ("missing", "1 weights are missing, the first model.layers.1.mlp.up_proj.weight"),
         ("mismatched", "is [32, 48] in the weights and [32, 40] by config.json"),
@@ -264,32 +281,42 @@ def test_no_flag_takes_infinity(settings, value):
                 settings(**needed, **{f.name: value})
 
 
-def test_with_nothing_to_evaluate_the_model_is_not_moved(cli, monkeypatch):
-    """--eval_device holds the whole model, which may be larger than it."""
+def test_only_what_the_model_itself_has_to_say_needs_it_whole(cli, monkeypatch):
+    def whole(*_):
+        raise AssertionError("the whole model was read")
 
-    def moved(*_):
-        raise AssertionError("the model went to --eval_device")
-
-    monkeypatch.setattr(loading, "placed_for_evaluation", moved)
-    assert cli("--eval_data", "none")[0] == 0
-    with pytest.raises(AssertionError, match="went to --eval_device"):
-        cli("--overwrite")
+    monkeypatch.setattr(ModelSource, "whole", whole)
+    assert cli()[0] == 0
+    for flags in (["--calibration", "self"], ["--recipe", "best"], ["--test_after_train"]):
+        with pytest.raises(AssertionError, match="whole model was read"):
+            cli("--overwrite", *flags)
 
 
-def test_samples_of_the_model_itself_are_made_where_it_is_evaluated(cli, monkeypatch):
-    placed, inside = loading.placed_for_evaluation, []
+def test_samples_of_the_model_itself_are_made_where_and_as_it_is_evaluated(cli, monkeypatch):
+    monkeypatch.setattr(loading, "evaluation_dtype", lambda dtype, device: torch.bfloat16)
+    sample, said = calibration.sample_from_model, []
 
-    @contextmanager
-    def watched(model, device):
-        inside.append(device)
-        with placed(model, device):
-            yield
-        inside.pop()
+    def watched(voice, *args):
+        said.append((voice.device, voice.whole().dtype))
+        return sample(voice, *args)
 
-    sample = calibration.sample_from_model
-    monkeypatch.setattr(loading, "placed_for_evaluation", watched)
-    monkeypatch.setattr(calibration, "sample_from_model", lambda *args: sample(*args) if inside else pytest.fail("on the wrong device"))
-    assert cli("--eval_data", "none", "--calibration", "self", "--recipe", "best")[0] == 0
+    monkeypatch.setattr(calibration, "sample_from_model", watched)
+    assert cli("--eval_data", "none", "--calibration", "self", "--recipe", "best", "--eval_device", "cpu")[0] == 0
+    assert said == [(torch.device("cpu"), torch.bfloat16)] * 2
+
+
+def test_where_the_whole_model_does_not_fit_the_probes_are_held_back_from_the_text(cli, monkeypatch):
+    monkeypatch.setattr(loading, "free_memory", lambda device: 1000)
+    assert cli("--recipe", "best", "--target_sparsity", "0.3")[0] == 0
+    record = json.loads((cli.folder / "prune_log/llama_prune/pruning.json").read_text())
+    assert record["calibration"]["probe_source"] == "held back from the calibration text" and record["calibration"]["samples"] == 8
+    found = load_file(cli.folder / "prune_log/llama_prune/calibration.safetensors")
+    assert found["probe_ids"].shape == (4, 16) and not any(
+        bool((found["calibration_ids"] == row).all(1).any()) for row in found["probe_ids"]
+    )
+    status, _, err = cli("--calibration", "self", "--overwrite")
+    assert status == 2 and "the whole model needs" in err and "name a text with --calibration" in err
+    assert len(err.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -351,7 +378,8 @@ def test_a_full_disk_leaves_the_old_checkpoint(cli, tiny_folder, text_file):
     assert done.returncode == 2, done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("hf_prune.py: error: prune_log/a: cannot be written")
     assert "Traceback" not in done.stderr
-    assert [p.name for p in (cli.folder / "prune_log").iterdir()] == ["a"]
+    assert "what is finished is kept in prune_log/.a." in done.stderr and "--resume" in done.stderr
+    assert [p.name for p in (cli.folder / "prune_log").glob("[!.]*")] == ["a"]
     assert (cli.folder / "prune_log/a/model.safetensors").read_bytes() == before
 
 
@@ -369,22 +397,23 @@ def test_interrupted_in_the_middle_leaves_the_old_checkpoint(cli, monkeypatch):
 
     monkeypatch.setattr(pipeline, "prune", interrupted)
     status, out, err = cli("--save_ckpt_log_name", "a", "--overwrite")
-    assert status == 130 and err.strip().endswith("hf_prune.py: interrupted; nothing was written") and "layer   0" in out
-    assert [p.name for p in (cli.folder / "prune_log").iterdir()] == ["a"]
+    assert status == 130 and "hf_prune.py: interrupted; what is finished is kept in prune_log/.a." in err and "layer   0" in out
+    assert len(err.strip().splitlines()) == 1 and err.strip().endswith("go on with the same command and --resume")
+    assert [p.name for p in (cli.folder / "prune_log").glob("[!.]*")] == ["a"]
     assert (cli.folder / "prune_log/a/model.safetensors").read_bytes() == before
 
 
 def test_a_save_that_fails_to_load_fails_the_run(cli, monkeypatch):
-    save = checkpoint.save
+    write_reference = checkpoint._write_reference
 
-    def wrong(model, tokenizer, folder, *rest):
-        save(model, tokenizer, folder, *rest)
+    def wrong(folder, *rest):
+        write_reference(folder, *rest)
         spoil(folder)
 
-    monkeypatch.setattr(checkpoint, "save", wrong)
+    monkeypatch.setattr(checkpoint, "_write_reference", wrong)
     with pytest.raises(RuntimeError, match="does not load as the model that was saved"):
         cli()
-    assert not any((cli.folder / "prune_log").iterdir())
+    assert not any((cli.folder / "prune_log").glob("[!.]*"))
 
 
 def test_help_names_every_flag_with_its_default(capsys):

@@ -30,9 +30,10 @@ def test_without_network_calibration_and_evaluation_are_named(run):
     assert "--calibration self" in out and "--eval_data python_manual" in out
 
 
-def test_peak_memory_is_at_most_the_model_and_a_gigabyte(run):
+def test_peak_memory_is_at_most_a_gigabyte(run):
+    """The interpreter and its libraries included; the model in float32 would be half of it."""
     _, record, _ = run
-    assert record["peak_memory"]["cpu_bytes"] <= 4 * record["parameters"]["dense"] + 1e9
+    assert record["peak_memory"]["cpu_bytes"] <= 1e9
 
 
 def test_the_pruned_model_still_works(run, smollm2):
@@ -80,8 +81,8 @@ def test_interrupted_in_the_middle_of_pruning(smollm2, text_file, tmp_path, sent
             break
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in err
-    assert err.strip().splitlines()[-1] == "hf_prune.py: interrupted; nothing was written"
-    assert list((tmp_path / "prune_log").iterdir()) == []
+    assert err.strip().splitlines()[-1].startswith("hf_prune.py: interrupted; what is finished is kept in prune_log/.llama_prune.")
+    assert list((tmp_path / "prune_log").glob("[!.]*")) == []
 
 
 PEAK = """

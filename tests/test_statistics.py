@@ -1,4 +1,5 @@
 import errno
+import os
 import tempfile
 
 import pytest
@@ -63,7 +64,7 @@ def test_pair_moments_and_relative_error():
 def test_store_keeps_what_fits_in_memory_and_the_rest_in_a_file():
     memory = ActivationMemory(2 * 40)
     store = ActivationStore(memory)
-    tensors = [torch.randn(2, 5), torch.randn(2, 5), torch.randn(2, 5).bfloat16(), torch.randn(3, 5)]
+    tensors = [torch.randn(2, 5), torch.randn(2, 5), torch.randn(2, 5).bfloat16(), torch.randn(3, 5).half()]
     for tensor in tensors:
         store.append(tensor)
     assert memory.left == 0 and store._file is not None
@@ -75,10 +76,17 @@ def test_store_keeps_what_fits_in_memory_and_the_rest_in_a_file():
     assert memory.left == 80
 
 
+def test_float32_is_kept_as_bfloat16_on_disk_and_comes_back_as_float32(tmp_path):
+    store, tensor = ActivationStore(ActivationMemory(0, str(tmp_path))), torch.randn(3, 5)
+    store.append(tensor)
+    assert torch.equal(store[0], tensor.bfloat16().float()) and store[0].dtype == torch.float32
+    assert os.fstat(store._file.fileno()).st_size == 2 * 15 and not list(tmp_path.iterdir())
+
+
 def test_a_full_temporary_folder_is_named_with_the_way_out(monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
-    with pytest.raises(UserError, match=f"temporary folder {tempfile.gettempdir()}: cannot be written .*TMPDIR="):
+    with pytest.raises(UserError, match=f"temporary folder {tempfile.gettempdir()}: cannot be written .*--tmp_dir"):
         ActivationStore(ActivationMemory(0)).append(torch.zeros(4))

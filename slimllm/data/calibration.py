@@ -11,12 +11,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ..errors import UserError, nearest
 from ..models import hub
+from ..models.loading import Voice
+from ..utils.files import atomic_file
 from ..utils.memory import return_free_memory
-from .texts import read_text
+from .texts import read_text, token_ids
 
 log = logging.getLogger("slimllm")
 
@@ -28,7 +30,7 @@ HUB_SOURCES = {
 }
 TEXT_SUFFIXES = (".txt", ".jsonl")
 MAX_CHARACTERS = 8_000_000  # enough for over ten thousand samples of 128 tokens; more is not read
-SELF_SAMPLE_BATCH = 16
+SELF_SAMPLE_BATCH = 32
 PROBE_SAMPLES = 4
 OVERLAP_TOKENS = 16  # a run this long in common is no accident
 _OLD_PROBE_IDS = "held_back_ids"  # files written before the first release call them so
@@ -38,13 +40,22 @@ _OLD_PROBE_IDS = "held_back_ids"  # files written before the first release call 
 class Calibration:
     """Token ids [samples, length] int64, where they came from, and their hash (SHA-256 of the int64 bytes).
 
-    ``probe_ids`` [samples, length]: text that ``--layer_ratio auto`` measures on, as from :func:`probe_samples`.
+    ``probe_ids`` [samples, length]: text that ``--layer_ratio auto`` measures on, as from :func:`probe_samples`; ``probe_source``
+    says whose.
     """
 
     ids: torch.Tensor
     source: str
     seed: int | None = None
     probe_ids: torch.Tensor | None = None
+    probe_source: str = "self"
+
+    def holding_back(self) -> Calibration:
+        """The same without its last PROBE_SAMPLES samples, which become the ``probe_ids``. Raises UserError where none would be left."""
+        if len(self.ids) <= PROBE_SAMPLES:
+            raise UserError(f"--calibration {self.source}: {len(self.ids)} samples, of which {PROBE_SAMPLES} are held back; give more")
+        kept, probe_ids = self.ids[:-PROBE_SAMPLES], self.ids[-PROBE_SAMPLES:]
+        return Calibration(kept, self.source, self.seed, probe_ids, "held back from the calibration text")
 
     @property
     def sha256(self) -> str:
@@ -54,10 +65,19 @@ class Calibration:
         tensors = {"calibration_ids": self.ids.contiguous()}
         if self.probe_ids is not None:
             tensors["probe_ids"] = self.probe_ids.contiguous()
-        save_file(tensors, folder / "calibration.safetensors", {"source": self.source})
+        with atomic_file(folder / "calibration.safetensors") as partial:
+            save_file(tensors, partial, {"source": self.source})
+
+    @classmethod
+    def read(cls, folder: Path, described: dict) -> Calibration:
+        """What :meth:`save` wrote into ``folder``; ``described`` as by :meth:`to_dict`."""
+        tensors = load_file(folder / "calibration.safetensors")
+        probe = {"probe_source": described["probe_source"]} if "probe_source" in described else {}
+        return cls(tensors["calibration_ids"], described["source"], described["seed"], tensors.get("probe_ids"), **probe)
 
     def to_dict(self) -> dict:
-        return {"source": self.source, "samples": len(self.ids), "length": self.ids.shape[1], "seed": self.seed, "sha256": self.sha256}
+        found = {"source": self.source, "samples": len(self.ids), "length": self.ids.shape[1], "seed": self.seed, "sha256": self.sha256}
+        return found | ({} if self.probe_ids is None else {"probe_source": self.probe_source})
 
 
 @dataclass(frozen=True)
@@ -70,7 +90,7 @@ class SampleSpec:
 
 
 def load(source: str | None, model, tokenizer, spec: SampleSpec) -> Calibration:
-    """The calibration samples that ``--calibration SOURCE`` asks for.
+    """The calibration samples that ``--calibration SOURCE`` asks for. ``model``: itself, or a Voice of it.
 
     Without a source it is bookcorpus, or samples of the model itself where that cannot be had.
     Raises UserError for a source that the user named and that cannot be had, is empty, too short or broken.
@@ -91,11 +111,6 @@ def load(source: str | None, model, tokenizer, spec: SampleSpec) -> Calibration:
         except OSError as error:
             raise UserError(f"--calibration {source}: {error}; name a local .txt or .jsonl file, or self") from None
     return _from_files(source, tokenizer, spec)
-
-
-def needs_model(source: str | None) -> bool:
-    """Whether the samples of this source are, or may come to be, the model's own."""
-    return source in (None, "self")
 
 
 def from_text(text: str, name: str, tokenizer, spec: SampleSpec) -> Calibration:
@@ -168,7 +183,7 @@ def _sample(text: str, name: str, tokenizer, spec: SampleSpec) -> torch.Tensor:
 
     Short texts are thereby joined; none is searched for.
     """
-    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    ids = token_ids(text, tokenizer, special=False)
     blocks = len(ids) // spec.seq_len
     if blocks < spec.num_examples:
         raise UserError(
@@ -176,7 +191,7 @@ def _sample(text: str, name: str, tokenizer, spec: SampleSpec) -> torch.Tensor:
             "give more text, or fewer or shorter samples (--num_examples, --seq_len)"
         )
     chosen = random.Random(spec.seed).sample(range(blocks), spec.num_examples)
-    return torch.tensor(ids[: blocks * spec.seq_len]).view(blocks, spec.seq_len)[chosen]
+    return ids[: blocks * spec.seq_len].view(blocks, spec.seq_len)[chosen]
 
 
 def overlap(ids: torch.Tensor, text: torch.Tensor) -> int:
@@ -218,6 +233,7 @@ def sample_from_model(model, tokenizer, spec: SampleSpec) -> torch.Tensor:
     """
     from transformers import GenerationConfig, LogitsProcessorList, SuppressTokensLogitsProcessor
 
+    model = model.whole() if isinstance(model, Voice) else model
     device, vocab = model.device, model.config.vocab_size
     special = _never_sampled(tokenizer, model.generation_config, vocab)
     words = torch.tensor(sorted(set(range(vocab)) - set(special)))

@@ -2,48 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ..errors import UserError
+from ..models.loading import open_source
+from ..models.shape import limits_of, shape_of
+from ..models.source import ModelSource
+from ..models.weights import INDEX, TensorFile
+from ..pruning import surgery
+from ..pruning.allocation.plan import LayerPlan
+from ..pruning.config import PruneConfig
+from ..pruning.journal import Journal
+from ..pruning.runner import LayerRunner
+from ..pruning.statistics import ActivationStore
 from ..utils.memory import return_free_memory
 from . import gguf_tokenizer
+from .runtimes import convert_for_runtime
 
 REFERENCE = "reference.safetensors"  # beside each checkpoint: what its model gave in memory
-
-
-class Tensors:
-    """The weights of a checkpoint folder, read one at a time: ``names`` in the order of the file, ``shape(name)``, ``[name]``.
-
-    Raises UserError for a folder without safetensors files, or with a broken one.
-    """
-
-    def __init__(self, folder: str | os.PathLike):
-        self._at = {}
-        for path in sorted(Path(folder).glob("model*.safetensors")):
-            try:
-                file = safe_open(path, "pt")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: the file is broken ({error}); copy or save it again") from None
-            self._at |= dict.fromkeys(file.keys(), file)
-        if not self._at:
-            raise UserError(f"{folder}: it has no model*.safetensors")
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._at)
-
-    def shape(self, name: str) -> list[int]:
-        return self._at[name].get_slice(name).get_shape()
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._at[name].get_tensor(name)
+SHARD_BYTES = 5_000_000_000  # of weights in one file, at most; a single tensor may be larger
 
 
 def load(folder: str | os.PathLike, dtype: torch.dtype | str = "auto", **kwargs):
@@ -52,7 +38,7 @@ def load(folder: str | os.PathLike, dtype: torch.dtype | str = "auto", **kwargs)
 
 
 def reload_and_compare(model, folder: str | os.PathLike):
-    """The model loaded again from ``folder``, after it was compared with what :func:`save` wrote of ``model``'s outputs.
+    """The model loaded again from ``folder``, after it was compared with what was written of ``model``'s outputs.
 
     ``model`` loses its weights on the way, so that the two are never in memory together.
     Raises RuntimeError where they differ by more than :func:`tolerance`.
@@ -61,10 +47,15 @@ def reload_and_compare(model, folder: str | os.PathLike):
     model.to("meta")
     return_free_memory()
     reloaded = load(folder, dtype)
-    difference, limit = compare_with_reference(reloaded, folder)
+    check(reloaded, folder)
+    return reloaded
+
+
+def check(model, folder: str | os.PathLike) -> None:
+    """Raises RuntimeError where ``model``, or a source of one, is not the one that was saved in ``folder``."""
+    difference, limit = compare_with_reference(model, folder)
     if not difference <= limit:
         raise RuntimeError(f"the checkpoint does not load as the model that was saved: logits differ by {difference:.3g}")
-    return reloaded
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -81,42 +72,158 @@ def log_probabilities(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _outputs(model, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Log-probability of each next token, and the logits after the last: what tells one model from another in few bytes."""
-    logits = model(ids.to(model.device), use_cache=False).logits.float().cpu()
-    return {"log_probabilities": log_probabilities(logits, ids), "last_logits": logits[:, -1].clone()}
+def _outputs(runner: LayerRunner, states: ActivationStore) -> dict[str, torch.Tensor]:
+    """Log-probability of each next token, and the logits after the last: what tells one model from another in few bytes.
+
+    ``states``: of the runner's token ids, after the last layer.
+    """
+    norm, head = runner.output_modules()
+    rows = torch.cat(list(states))
+    found = {"log_probabilities": [], "last_logits": []}
+    for ids, row in zip(runner.ids, rows):
+        logits = runner.adapter.logits(head, norm(row)).cpu()
+        found["log_probabilities"].append(log_probabilities(logits[None], ids[None])[0])
+        found["last_logits"].append(logits[-1])
+    return {name: torch.stack(values) for name, values in found.items()}
 
 
-def compare_with_reference(model, folder: str | os.PathLike) -> tuple[float, float]:
+@torch.no_grad()
+def compare_with_reference(model, folder: str | os.PathLike, device="cpu") -> tuple[float, float]:
     """(largest difference, how much is allowed) between ``model``'s outputs and those that the saved model gave in memory.
 
-    Raises UserError for a folder without :data:`REFERENCE`.
+    ``model`` may be a ModelSource. Raises UserError for a folder without :data:`REFERENCE`.
     """
     try:
         reference = load_file(Path(folder) / REFERENCE)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: no readable {REFERENCE} ({error}); checkpoints of hf_prune.py and post_training.py have one") from None
-    found = _outputs(model, reference["ids"])
+    source = ModelSource.of(model)
+    runner = LayerRunner(source, reference["ids"], device if source.streams else source.home, split=False)
+    found = _outputs(runner, runner.last_states())
     difference = max(float((found[name] - reference[name]).abs().max()) for name in found)
-    return difference, tolerance(model.dtype) * float(reference["last_logits"].abs().max())
+    return difference, tolerance(runner.dtype) * float(reference["last_logits"].abs().max())
 
 
-def save(model, tokenizer, folder: Path, ids: torch.Tensor, base_model: str) -> None:
-    """Writes a checkpoint: weights (safetensors, sharded when large), config, modeling file, generation config, tokenizer.
+class WeightFiles:
+    """The weights of a checkpoint, written one tensor at a time: one file, or several where it is large, and their index.
 
-    Besides, for :func:`compare_with_reference`, what the model in memory gives for ``ids`` [samples, length], and the tokenizer
-    metadata of ``base_model`` where that is a .gguf file (or came from one).
+    ``model`` says what tensors there will be; it may be without weights.
     """
-    model.save_pretrained(folder)
+
+    def __init__(self, folder: Path, model):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.layout = {name: (p.dtype, p.shape) for name, p in model.named_parameters()}  # tied ones once
+        shards, size, total = [{}], 0, 0
+        for name, (dtype, shape) in self.layout.items():
+            tensor_bytes = dtype.itemsize * shape.numel()
+            if size and size + tensor_bytes > SHARD_BYTES:
+                shards, size = [*shards, {}], 0
+            shards[-1][name], size, total = (dtype, shape), size + tensor_bytes, total + tensor_bytes
+        self._files, self._index = {}, {"metadata": {"total_size": total}, "weight_map": {}}
+        for number, layout in enumerate(shards, 1):
+            name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            self._files |= dict.fromkeys(layout, TensorFile(folder / name, layout))
+            self._index["weight_map"] |= dict.fromkeys(layout, name)
+        self._folder = folder
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        self._files[name].write(name, tensor)
+
+    def sync(self) -> None:
+        for file in set(self._files.values()):
+            file.sync()
+
+    def close(self) -> None:
+        """Writes the index, without which vLLM would take every .safetensors file in the folder for weights."""
+        for file in set(self._files.values()):
+            file.close()
+        (self._folder / INDEX).write_text(json.dumps(self._index, indent=1) + "\n")
+
+
+@torch.no_grad()
+def save(model, tokenizer, folder: Path, ids: torch.Tensor, base_model: str) -> None:
+    """Writes a checkpoint of a model in memory: weights (safetensors, sharded when large) and what stands beside them.
+
+    Besides, for :func:`compare_with_reference`, what the model in memory gives for ``ids`` [samples, length].
+    """
+    _write_config(model, folder)
+    files = WeightFiles(folder, model)
+    for name, parameter in model.named_parameters():
+        files.write(name, parameter)
+    files.close()
+    write_tokenizer(tokenizer, folder, base_model)
+    runner = LayerRunner(model, ids, ModelSource.of(model).home, split=False)
+    _write_reference(folder, runner, runner.last_states())
+
+
+def write_tokenizer(tokenizer, folder: Path, base_model: str) -> None:
+    """Writes the tokenizer, and the tokenizer metadata of ``base_model`` where that is a .gguf file (or came from one)."""
     tokenizer.save_pretrained(folder)
     gguf_tokenizer.carry(base_model, folder)
-    save_file({"ids": ids.contiguous(), **_outputs(model, ids)}, folder / REFERENCE)
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():  # vLLM would take every .safetensors file in the folder for weights
-        (weights,) = folder.glob("model*.safetensors")
-        names = dict.fromkeys(Tensors(folder).names, weights.name)
-        index.write_text(json.dumps({"metadata": {"total_size": weights.stat().st_size}, "weight_map": names}, indent=1) + "\n")
+
+
+def _write_reference(folder: Path, runner: LayerRunner, states: ActivationStore) -> None:
+    """What the model in memory gives for the runner's token ids; ``states``: of these, after the last layer."""
+    save_file({"ids": runner.ids.contiguous(), **_outputs(runner, states)}, folder / REFERENCE)
+
+
+def _write_config(model, folder: Path) -> None:
+    """Config, modeling file and generation config of a model that may be without weights. Before the weights: it clears older ones."""
+    model.save_pretrained(folder, state_dict={}, save_original_format=False)
     if hasattr(model.config, "block_configs"):  # transformers goes by auto_map, vLLM by this
         path = folder / "config.json"
         config = json.loads(path.read_text())
         path.write_text(json.dumps(config | {"architectures": ["DeciLMForCausalLM"]}, indent=2) + "\n")
+
+
+class CheckpointSink:
+    """The model of a checkpoint, written into a folder layer by layer while ``source`` is pruned; a pipeline's Sink.
+
+    ``ids`` [samples, length]: what the comparison after saving is made on; they follow the layers as these are computed.
+    ``model``, from :meth:`begin` on: the pruned model without its weights, in the class that the runtime asks for.
+    """
+
+    def __init__(self, folder: Path, source: ModelSource, config: PruneConfig, ids: torch.Tensor, device):
+        self.folder, self.source, self.config = Path(folder), source, config
+        self._runner = LayerRunner(source, ids, device, split=False)
+
+    def begin(self, plans: list[LayerPlan], done: int, journal: Journal | None) -> None:
+        self.model = pruned_skeleton(self.source, [(p.heads, p.kv_heads, p.channels) for p in plans], self.config)
+        if not done:
+            _write_config(self.model, self.folder)
+        self._files = WeightFiles(self.folder, self.model)
+        if done:
+            self._runner.prepare()
+            self._states = journal.restore(done - 1, "reference", self._runner.store(), self._runner.device)
+            return
+        self._states = self._runner.embed()
+        layers = self.source.adapter.layers_name()
+        for name, _ in self.model.named_parameters():
+            if not name.startswith(layers):
+                self._files.write(name, self.source.tensor(name))
+
+    def layer(self, index: int, layer: nn.Module) -> None:
+        prefix, tensors = self.source.adapter.layer_name(index), dict(layer.named_parameters())
+        for name, (dtype, shape) in self._files.layout.items():
+            if name.startswith(prefix):  # a bias that only the runtime asks for is zero
+                tensor = tensors.get(name.removeprefix(prefix))
+                self._files.write(name, torch.zeros(shape, dtype=dtype) if tensor is None else tensor)
+        self._files.sync()
+        self._runner.advance(self._states, layer, index)
+
+    def streams(self) -> dict[str, ActivationStore]:
+        return {"reference": self._states}
+
+    def finish(self) -> None:
+        """Completes the folder, reads the model back from it, and compares. Raises RuntimeError where it is another one."""
+        self._files.close()
+        _write_reference(self.folder, self._runner, self._states)
+        check(open_source(str(self.folder), self.source.dtype, "DIR"), self.folder)
+
+
+def pruned_skeleton(source: ModelSource, widths: list[tuple[int, int, int]], config: PruneConfig):
+    """The model that pruning ``source`` to these widths (heads, KV heads, channels of each layer) gives, without its weights."""
+    model = copy.deepcopy(source.model)
+    new_bias = config.recovery != "none" and limits_of(config.runtime, shape_of(source.config)).new_bias
+    surgery.slice_skeleton(source.adapter, model, widths, new_bias)
+    return convert_for_runtime(model, config.runtime)

@@ -14,6 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import UserError
+from ..models.loading import open_source
 from . import checkpoint, vllm
 from .llama_cpp import LlamaCpp
 
@@ -52,10 +53,8 @@ def greedy(model, ids: torch.Tensor, tokens: int, banned: list[int], cached: boo
 
 def checks_of_folder(folder: str, model, tokenizer, blocks: torch.Tensor) -> list[Check]:
     """The checks that need transformers only. ``model`` is the one of ``folder`` in float32, ``blocks`` [n, length] text."""
-    own = checkpoint.load(folder)  # in the dtype that it was saved in
-    difference, allowed = checkpoint.compare_with_reference(own, folder)
-    checks = [Check("saved model against the model in memory: logits", difference, allowed)]
-    del own
+    own = open_source(folder, "auto", "DIR")  # in the dtype that it was saved in
+    checks = [Check("saved model against the model in memory: logits", *checkpoint.compare_with_reference(own, folder))]
     prompt = blocks[0, : blocks.shape[1] // 2]
     cached, plain = (greedy(model, prompt, GREEDY_TOKENS, tokenizer.all_special_ids, use) for use in (True, False))
     checks.append(Check("greedy generation with KV cache against without", _lost(model, prompt, plain, cached), 1e-3, "nats"))

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..models.adapter import columns
 from ..models.shape import ModelShape, limits_of
+from ..utils import processes
 from . import surgery
 from .allocation.head_units import HeadUnits
 from .allocation.plan import LayerPlan
@@ -72,7 +73,7 @@ def prune_layer(
     with Sublayer(hidden, adapter.attention(layer), runner.arguments[index], runner.memory) as sub:
         if plan.heads < shape.heads:
             sub.run(input_covariance=True)
-            heads, kv_heads = _choose_heads(sub, plan, shape, config)
+            heads, kv_heads = processes.from_first(lambda: _choose_heads(sub, plan, shape, config), runner.device)
             recovered, report.attention_error = sub.recover(columns(heads, shape.head_dim), config.recovery, config.ridge, new_bias)
             surgery.slice_heads(adapter, layer, heads, kv_heads, recovered)
             report.heads, report.kv_heads = heads.tolist(), kv_heads.tolist()
@@ -83,7 +84,7 @@ def prune_layer(
         if plan.channels < shape.channels:
             chosen = plan.kept is None
             sub.run(input_covariance=config.recovery in NEEDS_INPUT_COVARIANCE, output_covariance=chosen, norms=True)
-            channels = _choose_channels(sub, adapter.gate_and_up(layer), plan, shape, config)
+            channels = processes.from_first(lambda: _choose_channels(sub, adapter.gate_and_up(layer), plan, shape, config), runner.device)
             recovered, report.mlp_error = sub.recover(channels, config.recovery, config.ridge, new_bias)
             surgery.slice_channels(adapter, layer, channels, recovered)
             report.channels = channels.tolist()

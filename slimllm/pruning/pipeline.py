@@ -8,18 +8,36 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
+from typing import Protocol
 
 import torch
+from torch import nn
 
-from ..models.adapter import LayerAdapter
 from ..models.families import dense_family_of
 from ..models.shape import shape_of
+from ..models.source import ModelSource
 from .allocation.inputs import Allocation, AllocationInputs
 from .allocation.layer_ratios import LAYER_RATIOS
 from .allocation.plan import LayerPlan
 from .config import PruneConfig
+from .journal import Journal
 from .layer import LayerReport, prune_layer, removes, whole_layer
 from .runner import LayerRunner, Progress, no_progress
+from .statistics import ActivationStore
+
+
+class Sink(Protocol):
+    """Where the layers go as they are done."""
+
+    def begin(self, plans: list[LayerPlan], done: int, journal: Journal | None) -> None:
+        """Called before the first layer, or where a run goes on, before layer ``done``."""
+
+    def layer(self, index: int, layer: nn.Module) -> None:
+        """Called with each layer, pruned or not, before it leaves memory; when it returns, the layer is on the disk."""
+
+    def streams(self) -> dict[str, ActivationStore]:
+        """What of it a run that goes on will need again, by name."""
 
 
 @torch.no_grad()
@@ -32,43 +50,75 @@ def prune(
     probe_ids: torch.Tensor | None = None,
     progress: Progress = no_progress,
     plans: list[LayerPlan] | None = None,
+    sink: Sink | None = None,
+    journal: Journal | None = None,
 ) -> list[LayerReport]:
-    """Prunes ``model`` in place and returns one report per layer.
+    """Prunes ``model``, in place where it is in memory, and returns one report per layer.
 
     Args:
-        model: a dense causal LM of a supported family, on the CPU; its layers visit ``device`` one by one.
+        model: a dense causal LM of a supported family, or a ModelSource of one; its layers visit ``device`` one by one.
         ids: calibration token ids [samples, length]. config: settings, ``resolve`` done.
         on_layer: called with each LayerReport as it is ready. progress: called with (stage, layers done, layers) in between.
         probe_ids: token ids [samples, length] that costs are measured on with ``layer_ratio`` auto, and only then needed.
         plans: what to remove from each layer, where that is decided already; else ``config.layer_ratio`` decides it.
+        sink: where layers go when they are done, pruned or not. journal: what a stopped run left, and this one may leave.
     Raises:
         UserError: the sparsity cannot be met; the model's outputs on the calibration tokens are not finite.
     """
-    adapter, shape = LayerAdapter(model.config, dense_family_of(model.config)), shape_of(model.config)
-    runner = LayerRunner(model, adapter, ids, device, progress)
-
-    cosine = runner.layer_cosines()  # pass 1
-    if plans is None:
-        inputs = AllocationInputs(shape, config, cosine, model, adapter, ids, probe_ids, device, progress)
-        allocation = LAYER_RATIOS[config.layer_ratio](inputs)
-    else:
-        allocation = Allocation(plans)
+    source = ModelSource.of(model)
+    shape = shape_of(source.config, dense_family_of(source.config))
+    runner = LayerRunner(source, ids, device, progress, tmp_dir=config.tmp_dir)
+    cosine, allocation = _allocate(runner, ids, config, probe_ids, plans, journal)  # pass 1
 
     sensitivity = allocation.sensitivity or [None] * shape.layers  # pass 2
     reports = [whole_layer(i, cosine[i], plan, shape, sensitivity[i]) for i, plan in enumerate(allocation.plans)]
     pruned = [report.index for report, plan in zip(reports, allocation.plans) if removes(shape, plan)]
     after_last = pruned[-1] + 1 if pruned else 0  # what follows the last pruned layer need not run
-    hidden = runner.embed() if pruned else None
+    stop = shape.layers if sink or journal else after_last
+    done = [LayerReport(**report) for report in journal.layers()] if journal else []
+    reports[: len(done)] = done
+    for report in done:
+        on_layer(report)
+    hidden = _states_after(len(done), runner, journal) if len(done) < after_last else None
+    if sink:
+        sink.begin(allocation.plans, len(done), journal)
     started = time.perf_counter()
-    for index, layer in runner.visit(stop=after_last):
+    for index, layer in runner.visit(start=len(done), stop=stop):
         if index in pruned:
             prune_layer(runner, hidden, layer, index, allocation.plans[index], shape, config, reports[index])
-        else:
+        elif index < after_last:
             runner.advance(hidden, layer, index)
-        reports[index].seconds, started = time.perf_counter() - started, time.perf_counter()
+        reports[index].seconds = time.perf_counter() - started
+        if sink:
+            sink.layer(index, layer)
+        if journal:
+            streams = {"hidden": hidden} if index + 1 < after_last else {}
+            journal.finish_layer(index, asdict(reports[index]), streams | (sink.streams() if sink else {}))
         on_layer(reports[index])
-    for report in reports[after_last:]:
+        started = time.perf_counter()
+    for report in reports[max(len(done), stop) :]:
         on_layer(report)
     if hidden is not None:
         hidden.close()
     return reports
+
+
+def _allocate(runner: LayerRunner, ids, config, probe_ids, plans, journal) -> tuple[list[float], Allocation]:
+    """(layer cosines, what goes from each layer), measured, or as a stopped run left them."""
+    known = journal.get("allocation") if journal else None
+    if known:
+        return known["cosine"], Allocation([LayerPlan.of(plan) for plan in known["plans"]], known["sensitivity"])
+    inputs = AllocationInputs(shape_of(runner.source.config), config, None, runner.source, ids, probe_ids, runner.device, runner.progress)
+    allocation = LAYER_RATIOS[config.layer_ratio](inputs) if plans is None else Allocation(plans)
+    cosine = inputs.scores()
+    if journal:
+        journal.put("allocation", {"cosine": cosine, **asdict(allocation)})
+    return cosine, allocation
+
+
+def _states_after(done: int, runner: LayerRunner, journal: Journal | None) -> ActivationStore:
+    """The states of the calibration tokens before layer ``done``: embedded, or as a stopped run left them."""
+    if not done:
+        return runner.embed()
+    runner.prepare()
+    return journal.restore(done - 1, "hidden", runner.store(), runner.device)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import UserError
 from .statistics import Covariance, PairMoments
 
 
@@ -26,6 +27,10 @@ class Recovered:
     bias: torch.Tensor | None
     scale: torch.Tensor | None = None
     shift: torch.Tensor | None = None
+
+    def to(self, device) -> Recovered:
+        parts = (self.weight, self.bias, self.scale, self.shift)
+        return Recovered(*(None if part is None else part.to(device) for part in parts))
 
 
 def _affine(weight, bias, scale, shift) -> Recovered:
@@ -60,22 +65,26 @@ def least_squares(weight, bias, keep, moments: PairMoments, covariance: Covarian
     dW^T = (C_SS + ridge * median(diag C_SS) * 1)^-1 C_SP W_P^T, W' = W_S + dW, b = mean(y) - W' mean(X_S).
     The median, since one input with an outlying variance would raise a mean, and with it the pull, a thousandfold.
 
-    Raises ValueError where C_SS plus the ridge is not positive definite (inputs that overflowed, say).
+    Raises UserError where C_SS plus the ridge is not positive definite (inputs that overflowed, say).
     """
     c = covariance.matrix()
     removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     removed[keep] = False
-    kept_cov = c[keep][:, keep]
-    cross = c[keep][:, removed] @ weight[:, removed].T
-    del c
+    removed = removed.nonzero().flatten()
+    cross = c[keep[:, None], removed] @ weight[:, removed].T
+    kept_cov = c[keep[:, None], keep].T  # symmetric; in the order of memory in which it is decomposed in place
     kept_cov.diagonal().add_(ridge * typical_variance(kept_cov.diagonal()))
-    factor, failed = torch.linalg.cholesky_ex(kept_cov)
+    failed = torch.empty((), dtype=torch.int32, device=c.device)
+    torch.linalg.cholesky_ex(kept_cov, out=(kept_cov, failed))
     if failed:  # a tiny ridge can be lost in float32
-        factor, failed = torch.linalg.cholesky_ex(kept_cov.double())
+        kept_cov = c[keep[:, None], keep].double()
+        kept_cov.diagonal().add_(ridge * typical_variance(kept_cov.diagonal()))
+        kept_cov, failed = torch.linalg.cholesky_ex(kept_cov)
         if failed:
-            raise ValueError(f"least_squares: the input covariance is not positive definite at ridge {ridge}; use a larger --ridge")
-    del kept_cov
-    new = weight[:, keep] + torch.cholesky_solve(cross.to(factor.dtype), factor).T.to(weight.dtype)
+            raise UserError(f"least_squares: the input covariance is not positive definite at ridge {ridge}; use a larger --ridge")
+    change = torch.linalg.solve_triangular(kept_cov, cross.to(kept_cov.dtype), upper=False)  # unlike cholesky_solve it copies no factor
+    change = torch.linalg.solve_triangular(kept_cov.mT, change, upper=True)
+    new = weight[:, keep] + change.T.to(weight.dtype)
     return Recovered(new, moments.mean_y - new @ covariance.mean[keep])
 
 

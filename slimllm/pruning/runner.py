@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..models.adapter import Block, LayerAdapter
-from ..utils.memory import return_free_memory
+from ..models.adapter import Block
+from ..models.source import ModelSource
+from ..utils import processes
 from .importance.layers import cosine_sum
 from .recovery import RECOVERIES
 from .statistics import ActivationMemory, ActivationStore, Covariance, PairMoments, SquareSum
@@ -28,81 +29,99 @@ def no_progress(stage: str, done: int, total: int) -> None:
 
 
 class LayerRunner:
-    """Runs single layers on the calibration tokens, on ``device``, whatever device the model itself is on."""
+    """Runs the layers of a source one by one on the token ids [samples, length], on ``device``.
 
-    def __init__(self, model, adapter: LayerAdapter, ids: torch.Tensor, device, progress: Progress = no_progress):
-        self.model, self.adapter, self.ids, self.device, self.progress = model, adapter, ids, torch.device(device), progress
-        self.layers = adapter.layers(model)
-        self.home = next(self.layers.parameters()).device
+    Where a run has several processes each takes its share of the samples, unless they are not to be ``split``.
+    ``dtype``: what it computes in, the source's own by default. ``arguments``: what each layer is called with besides the states (mask,
+    position embeddings and the like, for one sample; they broadcast); there after :meth:`embed` or :meth:`prepare`.
+    """
+
+    def __init__(
+        self, source, ids: torch.Tensor, device="cpu", progress: Progress = no_progress, dtype=None, tmp_dir: str | None = None, split=True
+    ):
+        self.source, self.device, self.progress = ModelSource.of(source), torch.device(device), progress
+        self.ids = processes.share(ids) if split else ids
+        self.adapter, self.dtype = self.source.adapter, dtype or self.source.dtype
         self.batch = max(1, TOKENS_PER_BATCH // ids.shape[1])
-        layer_bytes = sum(p.nbytes for p in self.layers[0].parameters())
-        self.memory = ActivationMemory(max(MIN_ACTIVATION_BYTES, layer_bytes))
-        with self._recorders() as recorders:
-            self._run_decoder(ids[:1])
-            # mask, position embeddings and the like that each layer is called with, for one sample (they broadcast)
-            self.arguments = [_to(recorder.arguments, self.device) for recorder in recorders]
+        layer = self.adapter.layers(self.source.model)[0]
+        layer_bytes = sum(p.numel() for p in layer.parameters()) * self.dtype.itemsize
+        self.memory = ActivationMemory(max(MIN_ACTIVATION_BYTES, layer_bytes), tmp_dir)
+        self.arguments: list[dict] | None = None
+
+    def store(self) -> ActivationStore:
+        return ActivationStore(self.memory)
 
     @contextmanager
-    def _recorders(self):
-        """The model with recorders in place of its layers."""
-        recorders = nn.ModuleList(_Recorder() for _ in self.layers)
-        self.adapter.set_layers(self.model, recorders)
-        try:
-            yield recorders
-        finally:
-            self.adapter.set_layers(self.model, self.layers)
+    def _decoder(self):
+        """(the decoder with recorders in place of its layers, the first recorder)"""
+        recorders = nn.ModuleList(_Recorder() for _ in range(len(self.source)))
+        with self.source.decoder(recorders) as decoder:
 
-    def _run_decoder(self, ids: torch.Tensor) -> None:
-        self.adapter.decoder(self.model)(input_ids=ids.to(self.home), use_cache=False)
+            def run(ids):
+                decoder(input_ids=ids.to(self.source.home), use_cache=False)
 
-    def embed(self, dtype: torch.dtype | None = None) -> ActivationStore:
-        """The hidden states before the first layer, as the decoder gives them to it, in ``dtype`` or the model's own."""
-        hidden = ActivationStore(self.memory)
-        with self._recorders() as recorders:
+            if self.arguments is None:
+                run(self.ids[:1])
+                self.arguments = [_to(_to(recorder.arguments, self.device), self.dtype) for recorder in recorders]
+            yield run, recorders[0]
+
+    def prepare(self) -> None:
+        """Finds the ``arguments`` of the layers where no states are embedded."""
+        with self._decoder():
+            pass
+
+    def embed(self) -> ActivationStore:
+        """The hidden states before the first layer, as the decoder gives them to it."""
+        hidden = self.store()
+        with self._decoder() as (run, recorder):
             for batch in self.ids.split(self.batch):
-                self._run_decoder(batch)
-                hidden.append(recorders[0].states.to(device=self.device, dtype=dtype))
+                run(batch)
+                hidden.append(recorder.states.to(device=self.device, dtype=self.dtype))
         return hidden
 
-    def visit(self, stage: str | None = None, stop: int | None = None) -> Iterator[tuple[int, nn.Module]]:
-        """Each layer in turn, the first ``stop`` of them, on the device while it is worked on; reports progress as ``stage``."""
-        total = len(self.layers) if stop is None else stop
-        for index in range(total):
-            layer = self.layers[index].to(self.device)
+    def visit(self, stage: str | None = None, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, nn.Module]]:
+        """Layers ``start`` to ``stop`` in turn, each on the device while it is worked on; reports progress as ``stage``."""
+        total = len(self.source) if stop is None else stop
+        for index, layer in self.source.visit(self.device, self.dtype, start, total):
             yield index, layer
-            layer.to(self.home)
-            return_free_memory()  # batches come and go; without this the holes they leave add up over the layers
             if stage:
                 self.progress(stage, index + 1, total)
 
     def advance(self, hidden: ActivationStore, layer: nn.Module, index: int) -> float:
-        """Replaces the hidden states by the layer's output; returns the mean cosine similarity of the two."""
-        cosines, arguments = 0.0, None
+        """Replaces the hidden states by the layer's output; returns the sum over tokens of the cosine similarity of the two."""
+        cosines = 0.0
         for i, states in enumerate(hidden):
-            arguments = arguments or _to(self.arguments[index], states.dtype)
-            output = layer(states, **arguments)
+            output = layer(states, **self.arguments[index])
             output = output[0] if isinstance(output, tuple) else output
             cosines += cosine_sum(states, output)
             hidden[i] = output
-        return cosines / self.ids.numel()
+        return cosines
 
     def layer_cosines(self) -> list[float]:
         """c_l of each layer of the model as it is (Eq. 11)."""
         hidden = self.embed()
-        cosine = [self.advance(hidden, layer, index) for index, layer in self.visit("layer importance")]
+        sums = [self.advance(hidden, layer, index) for index, layer in self.visit("layer importance")]
         hidden.close()
-        bad = (~torch.tensor(cosine).isfinite()).nonzero().flatten().tolist()
-        if bad:
-            raise UserError(f"layer {bad[0]} gives values that are not finite on the calibration tokens; try --dtype float32 or bfloat16")
-        return cosine
+        return mean_cosines(sums, self.ids.numel())
+
+    def last_states(self, stage: str | None = None) -> ActivationStore:
+        """The states after the last layer, before the final norm."""
+        hidden = self.embed()
+        for index, layer in self.visit(stage):
+            self.advance(hidden, layer, index)
+        return hidden
+
+    def output_modules(self, dtype: torch.dtype | None = None) -> tuple[nn.Module, nn.Module]:
+        """(final norm, output head) on the device, in ``dtype`` or the one it computes in."""
+        dtype = dtype or self.dtype
+        return self.source.final_norm(self.device, dtype), self.source.head(self.device, dtype)
 
     def divergences(self, reference: ActivationStore, others: list[ActivationStore]) -> list[float]:
         """Mean over tokens of KL(p || q) in nats, one for each of ``others``.
 
         p and q are the next-token distributions that follow from the last layer's states in ``reference`` and the other.
         """
-        modules = self.adapter.final_norm(self.model), self.adapter.head(self.model)
-        norm, head = (copy.deepcopy(module).to(device=self.device, dtype=reference[0].dtype) for module in modules)
+        norm, head = self.output_modules()
         totals = [0.0] * len(others)
         for i, states in enumerate(reference):
             chunks = states.flatten(0, 1).split(LOGIT_ROWS)
@@ -114,7 +133,17 @@ class LayerRunner:
                 for k, rival in enumerate(rivals):
                     logits = self.adapter.logits(head, norm(rival[c]))  # sum of p log q = sum of p logits - logsumexp(logits)
                     totals[k] += entropy - float((p * logits).sum() - logits.logsumexp(-1).sum())
-        return [total / self.ids.numel() for total in totals]
+        *sums, tokens = processes.total(*totals, self.ids.numel())
+        return [value / tokens for value in sums]
+
+
+def mean_cosines(sums: list[float], tokens: int) -> list[float]:
+    """Means [L] of cosines whose sums over this process's ``tokens`` are given. Raises UserError where one is not finite."""
+    *sums, tokens = processes.total(*sums, tokens)
+    bad = [index for index, value in enumerate(sums) if not math.isfinite(value)]
+    if bad:
+        raise UserError(f"layer {bad[0]} gives values that are not finite on the calibration tokens; try --dtype float32 or bfloat16")
+    return [value / tokens for value in sums]
 
 
 class Sublayer:
@@ -166,6 +195,9 @@ class Sublayer:
                 self.inputs.append(x)
             self.outputs.append(y)
         hook.remove()
+        for statistic in (self.input_covariance, self.output_covariance, *((self.input_norm, self.block_input_norm) if norms else ())):
+            if statistic:
+                statistic.merge()
 
     def recover(self, keep: torch.Tensor, recovery: str, ridge: float, new_bias: bool = True):
         """(Recovered, (error before, error after)) for the kept input columns ``keep``; replaces the outputs.
@@ -186,10 +218,11 @@ class Sublayer:
                 pruned = y.float() - x[:, columns].float() @ part.T
             before.update(pruned, y.float())
             self._pruned.append(pruned)
+        before.merge()
         moments, covariance = before, self.input_covariance
         if bias is None and not new_bias:
             moments, covariance = moments.about_zero(), covariance and covariance.about_zero()
-        recovered = RECOVERIES[recovery](weight, bias, keep, moments, covariance, ridge)
+        recovered = processes.from_first(lambda: RECOVERIES[recovery](weight, bias, keep, moments, covariance, ridge), weight.device)
         if bias is None and not new_bias:
             recovered.bias = None  # it is zero
         for i, y in enumerate(self.outputs):
@@ -199,6 +232,7 @@ class Sublayer:
                 new = self._pruned[i] * recovered.scale + recovered.shift
             after.update(new, y.float())
             self.outputs[i] = new.to(y.dtype)
+        after.merge()
         return recovered, (before.relative_error(), after.relative_error())
 
 

@@ -7,11 +7,14 @@ of the activations; their size does not depend on the number of tokens.
 
 from __future__ import annotations
 
+import os
 import tempfile
 
 import numpy as np
 import torch
 
+from ..errors import UserError
+from ..utils import processes
 from ..utils.files import writing
 
 _COLUMN_BLOCK = 1024  # the co-moment is symmetric: only blocks on and above the diagonal are multiplied
@@ -24,6 +27,7 @@ class Covariance:
         self.count = 0
         self.mean = torch.zeros(size, device=device)
         self._comoment = torch.zeros(size, size, device=device)
+        self._complete = False
 
     def update(self, rows: torch.Tensor) -> None:
         count, mean = rows.shape[0], rows.mean(0)
@@ -36,18 +40,36 @@ class Covariance:
         self.mean += delta * (count / total)
         self.count = total
 
+    def merge(self) -> None:
+        """Takes in what the other processes of the run have seen."""
+        if processes.count() == 1:
+            return
+        mean, weighted = self.mean.clone(), self.mean * self.count
+        [total] = processes.total(self.count)
+        processes.add(weighted)
+        self.mean = weighted / total
+        delta = mean - self.mean
+        for start in range(0, len(mean), _COLUMN_BLOCK):
+            block = self._comoment[start : start + _COLUMN_BLOCK, start:]
+            block.addr_(delta[start : start + _COLUMN_BLOCK], delta[start:], alpha=self.count)
+        processes.add(self._comoment)
+        self.count = int(total)
+
     def matrix(self) -> torch.Tensor:
-        """The covariance [n, n] (divided by the count), symmetric up to rounding."""
-        for start in range(0, len(self.mean), _COLUMN_BLOCK):
-            stop = start + _COLUMN_BLOCK
-            self._comoment[stop:, start:stop] = self._comoment[start:stop, stop:].T
-        return self._comoment / self.count
+        """The covariance [n, n] (divided by the count), symmetric up to rounding. No row can be added afterwards."""
+        if not self._complete:  # in place: it is the largest thing that a layer needs
+            for start in range(0, len(self.mean), _COLUMN_BLOCK):
+                stop = start + _COLUMN_BLOCK
+                self._comoment[stop:, start:stop] = self._comoment[start:stop, stop:].T
+            self._comoment /= self.count
+            self._complete = True
+        return self._comoment
 
     def about_zero(self) -> Covariance:
         """The same with raw second moments in place of covariances, and a mean of zero."""
-        raw = Covariance(len(self.mean), self.mean.device)
-        raw.count = self.count
-        raw._comoment = torch.addr(self._comoment, self.mean, self.mean, alpha=self.count)
+        raw = Covariance(0, self.mean.device)
+        raw.count, raw.mean, raw._complete = self.count, torch.zeros_like(self.mean), True
+        raw._comoment = torch.addr(self.matrix(), self.mean, self.mean)
         return raw
 
 
@@ -60,6 +82,10 @@ class SquareSum:
     def update(self, rows: torch.Tensor) -> None:
         self.total += rows.square().sum(0)
 
+    def merge(self) -> None:
+        """Takes in what the other processes of the run have seen."""
+        processes.add(self.total)
+
     def norm(self) -> torch.Tensor:
         return self.total.sqrt()
 
@@ -69,7 +95,7 @@ class PairMoments:
 
     def __init__(self, size: int, device=None):
         self.count = 0
-        self.mean_x, self.mean_y, self._xx, self._yy, self._xy = torch.zeros(5, size, device=device)
+        self.mean_x, self.mean_y, self._xx, self._yy, self._xy = (torch.zeros(size, device=device) for _ in range(5))
 
     def update(self, x: torch.Tensor, y: torch.Tensor) -> None:
         count, mean_x, mean_y = x.shape[0], x.mean(0), y.mean(0)
@@ -81,6 +107,21 @@ class PairMoments:
         self._xy += (x * y).sum(0) + weight * dx * dy
         self.mean_x, self.mean_y = self.mean_x + dx * (count / total), self.mean_y + dy * (count / total)
         self.count = total
+
+    def merge(self) -> None:
+        """Takes in what the other processes of the run have seen."""
+        if processes.count() == 1:
+            return
+        mine = torch.stack([self.mean_x, self.mean_y])
+        weighted = mine * self.count
+        [total] = processes.total(self.count)
+        processes.add(weighted)
+        self.mean_x, self.mean_y = weighted / total
+        dx, dy = mine - weighted / total
+        for moment, product in ((self._xx, dx * dx), (self._yy, dy * dy), (self._xy, dx * dy)):
+            moment += self.count * product
+        processes.add(self._xx, self._yy, self._xy)
+        self.count = int(total)
 
     def about_zero(self) -> PairMoments:
         """The same with raw second moments in place of variances and covariance, and means of zero."""
@@ -106,16 +147,27 @@ class PairMoments:
 
 
 class ActivationMemory:
-    """Bytes of activations that may still stay in memory, shared by several stores."""
+    """Bytes of activations that may still stay in memory, shared by several stores, and the folder for those that may not."""
 
-    def __init__(self, limit: int):
-        self.left = limit
+    def __init__(self, limit: int, folder: str | None = None):
+        self.left, self.folder = limit, temporary_folder(folder)
+
+
+def temporary_folder(tmp_dir: str | None) -> str:
+    """The folder that ``--tmp_dir`` names, or the system's. Raises UserError where there is no such folder."""
+    if tmp_dir is not None and not os.path.isdir(tmp_dir):
+        raise UserError(f"--tmp_dir {tmp_dir}: no such folder")
+    return tmp_dir or tempfile.gettempdir()
+
+
+DISK_DTYPE = torch.bfloat16  # of float32 activations on disk: half the room, and the precision of a bfloat16 model's
 
 
 class ActivationStore:
     """A list of activation batches: in memory while there is room for them, beyond it in an unnamed temporary file.
 
-    So memory does not grow with the number of samples, and nothing is left behind when a run is killed.
+    So memory does not grow with the number of samples, and nothing is left behind when a run is killed. In the file float32 is
+    kept as bfloat16.
     """
 
     def __init__(self, memory: ActivationMemory):
@@ -133,7 +185,7 @@ class ActivationStore:
             self._items.append(tensor)
             return
         self._items.append((self._end, tensor.shape, tensor.dtype, tensor.device))
-        self._end += size
+        self._end += tensor.numel() * _on_disk(tensor.dtype).itemsize
         self[len(self._items) - 1] = tensor
 
     def __len__(self) -> int:
@@ -145,19 +197,20 @@ class ActivationStore:
             return item
         offset, shape, dtype, device = item
         self._file.seek(offset)
-        raw = np.fromfile(self._file, dtype=np.uint8, count=shape.numel() * dtype.itemsize)
-        return torch.from_numpy(raw).view(dtype).view(shape).to(device)
+        stored = _on_disk(dtype)
+        raw = np.fromfile(self._file, dtype=np.uint8, count=shape.numel() * stored.itemsize)
+        return torch.from_numpy(raw).view(stored).view(shape).to(device=device, dtype=dtype)
 
     def __setitem__(self, index: int, tensor: torch.Tensor) -> None:
         item = self._items[index]
         if isinstance(item, torch.Tensor):
             self._items[index] = tensor
             return
-        with writing(f"the temporary folder {tempfile.gettempdir()}", "; make room there, or name another folder with TMPDIR=..."):
+        with writing(f"the temporary folder {self._memory.folder}", "; make room there, or name another folder with --tmp_dir"):
             if self._file is None:
-                self._file = tempfile.TemporaryFile(prefix="slimllm-")
+                self._file = tempfile.TemporaryFile(prefix="slimllm-", dir=self._memory.folder)
             self._file.seek(item[0])
-            tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().tofile(self._file)
+            tensor.to(_on_disk(tensor.dtype)).contiguous().view(-1).view(torch.uint8).cpu().numpy().tofile(self._file)
 
     def __iter__(self):
         return (self[index] for index in range(len(self)))
@@ -175,3 +228,7 @@ class ActivationStore:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _on_disk(dtype: torch.dtype) -> torch.dtype:
+    return DISK_DTYPE if dtype == torch.float32 else dtype

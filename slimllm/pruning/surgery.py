@@ -32,3 +32,22 @@ def _set_projection(linear: nn.Linear, recovered: Recovered) -> None:
     linear.weight = nn.Parameter(recovered.weight.to(dtype).contiguous(), requires_grad=trained)
     linear.bias = None if recovered.bias is None else nn.Parameter(recovered.bias.to(dtype), requires_grad=trained)
     linear.in_features = linear.weight.shape[1]
+
+
+def slice_skeleton(adapter: LayerAdapter, model, widths: list[tuple[int, int, int]], new_bias: bool) -> None:
+    """Gives the layers of a model without weights the shapes of a pruned one: (heads, KV heads, channels) of each.
+
+    ``new_bias``: pruned output projections have a bias.
+    """
+    for layer, (heads, kv_heads, channels) in zip(adapter.layers(model), widths, strict=True):
+        before = adapter.widths(layer)
+        if heads < before[0]:
+            shape = _shape_of_recovered(adapter.attention(layer).output, heads * adapter.head_dim, new_bias)
+            slice_heads(adapter, layer, torch.arange(heads), torch.arange(kv_heads), shape)
+        if channels < before[2]:
+            slice_channels(adapter, layer, torch.arange(channels), _shape_of_recovered(adapter.mlp(layer).output, channels, new_bias))
+
+
+def _shape_of_recovered(linear: nn.Linear, inputs: int, new_bias: bool) -> Recovered:
+    has_bias = new_bias or linear.bias is not None
+    return Recovered(linear.weight[:, :inputs], linear.weight.new_empty(linear.out_features) if has_bias else None)

@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..models import hub, loading
 from ..models.families import is_pruned
+from ..models.weights import gguf_reader
 from ..utils.files import file_hash, write_text
 from .record import PruningRecord
 from .tables import aligned
@@ -67,9 +68,7 @@ def origin_of(base_model: str) -> dict[str, str | None]:
     """
     license_name, hub_name, path = None, None, Path(base_model)
     if path.suffix == ".gguf":
-        import gguf
-
-        field = gguf.GGUFReader(path).fields.get("general.license")
+        field = gguf_reader(path).fields.get("general.license")
         license_name = field and field.contents()
     elif (path / FILE).is_file():
         found = re.match(r"---\n(.*?)\n---", (path / FILE).read_text(encoding="utf-8", errors="replace"), re.DOTALL)

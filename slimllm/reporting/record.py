@@ -18,7 +18,8 @@ from typing import ClassVar
 import torch
 
 from ..errors import UserError
-from ..utils.files import write_text
+from ..utils import processes
+from ..utils.files import file_hash, write_text
 from ..utils.memory import peak_memory
 
 FORMAT = 1
@@ -65,6 +66,31 @@ def _commit() -> str | None:
 
 def command() -> str:
     return " ".join(["python", *sys.argv])
+
+
+# Flags that say where a run's results go, or where it is stopped and gone on with, and nothing of what they are.
+_NOT_OF_THE_RESULT = ("overwrite", "resume", "push_to_hub", "public", "dry_run", "tmp_dir", "save_ckpt_log_name")
+
+
+def identity(config, weights: list[Path], texts: list) -> dict:
+    """All that a run's results follow from: what has to be equal where one is gone on with.
+
+    ``weights``: the model's files, told by size and date; ``texts``: EvalText, told, like calibration and plan files, by their hashes.
+    """
+    flags = {f"--{name}": value for name, value in config.to_dict().items() if name not in _NOT_OF_THE_RESULT}
+    source = Path(config.calibration or "")
+    calibration = (
+        [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file()) if config.calibration else []
+    )
+    files = {str(path): file_hash(path) for path in (*calibration, *([Path(config.plan)] if config.plan else []))}
+    return {
+        **flags,
+        **{f"the file {path.name}": [path.stat().st_size, path.stat().st_mtime_ns] for path in weights},
+        **{f"the file {path}": digest for path, digest in files.items()},
+        **{f"the text {text.name}": text.sha256 for text in texts},
+        "the number of processes": processes.count(),
+        **{package: version for package, version in environment().items() if package in ("slimllm", "torch", "transformers")},
+    }
 
 
 class Stopwatch:

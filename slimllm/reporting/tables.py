@@ -11,16 +11,13 @@ from ..evaluation import zero_shot
 from ..models.shape import ModelShape
 from ..pruning.allocation.plan import LayerPlan, removed_parameters
 from ..pruning.config import PruneConfig
+from ..pruning.footprint import Footprint
 from ..pruning.layer import LayerReport
-from ..pruning.recovery import NEEDS_INPUT_COVARIANCE
-from ..pruning.runner import MIN_ACTIVATION_BYTES
 from ..utils.device import name_of
 from ..utils.files import write_text
 from ..utils.memory import peak_memory
 from . import record
 from .record import PruningRecord
-
-BASE_BYTES = 600_000_000  # the interpreter with torch and transformers, and evaluation's logits
 
 
 def table(records: list[tuple[str, PruningRecord]]) -> str:
@@ -68,17 +65,14 @@ def layer_line(layer: LayerReport, shape: ModelShape) -> str:
     return f"{line}  {layer.seconds:.2f} s  {peak_memory()['cpu_bytes'] / 1e9:.2f} GB"
 
 
-def dry_run(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig, dtype: torch.dtype, how: str) -> str:
-    """The plans in words: widths, parameters, bytes, KV cache per token, memory of a run (estimated). ``how``: where the plans are from."""
+def dry_run(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig, dtype: torch.dtype, how: str, takes: Footprint) -> str:
+    """The plans in words: widths, parameters, bytes, KV cache per token, what the run ``takes``. ``how``: where the plans are from."""
     dense, removed = shape.decoder_parameters + shape.other_parameters, removed_parameters(shape, plans, config)
     widths = {(p.heads, p.kv_heads, p.channels) for p in plans if p.ratio}
     kv = [
         sum(2 * p * shape.head_dim * dtype.itemsize for p in kept)
         for kept in ([shape.kv_heads] * shape.layers, [p.kv_heads for p in plans])
     ]
-    widest = max([shape.heads * shape.head_dim, shape.channels if config.recovery in NEEDS_INPUT_COVARIANCE else 0])
-    layer_bytes = shape.layer_parameters(shape.heads, shape.kv_heads, shape.channels) * dtype.itemsize
-    working = 4 * 4 * widest**2 + 8 * shape.heads**2 * shape.hidden + 2 * max(layer_bytes, MIN_ACTIVATION_BYTES)
     rows = [
         ["", "dense", "pruned"],
         ["parameters", f"{dense / 1e6:.2f} M", f"{(dense - removed) / 1e6:.2f} M ({removed / dense:.2%} less)"],
@@ -98,7 +92,10 @@ def dry_run(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig, dtyp
             f"{shape.heads} / {shape.kv_heads} / {shape.channels}",
             ", ".join("%d / %d / %d" % w for w in sorted(widths, reverse=True)),
         ],
-        ["peak memory of a run, about", "", f"{(dense * dtype.itemsize + working + BASE_BYTES) / 1e9:.2f} GB"],
+        ["peak memory of a run, about", "", f"{takes.host / 1e9:.2f} GB"],
+        *([["peak memory of the GPU, about", "", f"{takes.device / 1e9:.2f} GB"]] if takes.device else []),
+        ["activations in the temporary folder", "", f"{takes.temporary / 1e9:.2f} GB"],
+        ["the checkpoint", "", f"{takes.result / 1e9:.3f} GB"],
     ]
     return f"dry run, {how} over {sum(p.ratio > 0 for p in plans)} of {shape.layers} layers; no weights read\n" + "\n".join(aligned(rows))
 

@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,39 +62,77 @@ def atomic_file(path: Path):
             partial.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file, and its folder; what it held before stays until the new content is complete."""
-    with atomic_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+def write_text(path: Path, text: str, sync: bool = False) -> None:
+    """Writes a text file, and its folder; what it held before stays until the new content is complete, with ``sync`` on the disk."""
+    with atomic_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+    if sync:
+        fsync_folder(Path(path).parent)
+
+
+def fsync_folder(folder: str | os.PathLike) -> None:
+    """Makes sure that the names of new files in ``folder`` are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
-def atomic_dir(target: Path, overwrite: bool, otherwise: str = "choose another name"):
+def atomic_dir(
+    target: Path,
+    overwrite: bool,
+    otherwise: str = "choose another name",
+    resume: bool = False,
+    worth_keeping: Callable[[Path], bool] = lambda folder: False,
+):
     """A temporary folder beside ``target`` that takes its place when the block ends well, and is removed otherwise.
 
-    What a killed run of the same name left behind is cleared first. Raises UserError where ``target`` exists (without
-    ``overwrite``; ``otherwise`` is the other way out) or cannot be written: a full disk, a read-only folder.
+    What a killed run of the same name left behind is cleared first, or with ``resume`` gone on with. A folder that is
+    ``worth_keeping`` stays for that when the block fails, and the error gets a note that says so. Raises UserError where ``target``
+    exists (without ``overwrite``; ``otherwise`` is the other way out) or cannot be written: a full disk, a read-only folder.
     """
     target = Path(target)
     staging = lock = None
     try:
         with writing(target):
+            if resume:
+                staging, lock = _leftover(target)
             _clear_leftovers(target)
             if target.exists() and not overwrite:
                 raise UserError(f"{target} exists: {otherwise}, or replace it with --overwrite")
             target.parent.mkdir(parents=True, exist_ok=True)
-            staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-            lock = _lock(staging)
-            staging.chmod(0o777 & ~_umask())
+            if staging is None:
+                staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+                lock = _lock(staging)
+                staging.chmod(0o777 & ~_umask())
             yield staging
             for path in staging.rglob("*"):  # safetensors writes files that only their owner can read
                 path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
             _replace(staging, target)
+    except BaseException as error:
+        if staging is not None and worth_keeping(staging):
+            error.add_note(f"what is finished is kept in {staging}: go on with the same command and --resume")
+            staging = None
+        raise
     finally:
         if lock is not None:
             os.close(lock)
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def _leftover(target: Path) -> tuple[Path, int]:
+    """(staging folder of a stopped run, its lock), the newest. Raises UserError where there is none."""
+    folders = target.parent.glob(f".{glob.escape(target.name)}.{_MKDTEMP}.partial")
+    for folder in sorted(folders, key=lambda path: -path.stat().st_mtime):
+        if (lock := _lock(folder)) is not None:
+            return folder, lock
+    raise UserError(f"--resume: no stopped run left anything for {target}; start without the flag")
 
 
 def _lock(folder: Path) -> int | None:

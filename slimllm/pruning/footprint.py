@@ -1,0 +1,150 @@
+"""How much memory and disk a run takes, from the model's shape and the settings alone."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import UserError
+from ..models.shape import ModelShape
+from ..models.weights import PIECE
+from ..utils import processes
+from ..utils.device import evaluation_dtype
+from ..utils.memory import free_memory
+from .allocation.plan import LayerPlan, removed_parameters
+from .config import PruneConfig
+from .recovery import NEEDS_INPUT_COVARIANCE
+from .runner import LOGIT_ROWS, MIN_ACTIVATION_BYTES, TOKENS_PER_BATCH
+from .statistics import DISK_DTYPE, temporary_folder
+
+log = logging.getLogger("slimllm")
+
+PROGRAM = 490_000_000  # the interpreter with torch and transformers
+GGUF_PROGRAM = 80_000_000  # what is left of a parsed .gguf file
+
+
+TYPICAL_TEXTS = 450_000  # tokens of WikiText-2 and PTB together
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes: the peak of the process's memory and of the GPU's, of what lies in ``--tmp_dir``, and of the checkpoint."""
+
+    host: int
+    device: int
+    temporary: int
+    result: int
+
+
+def footprint(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig, sizes: Sizes) -> Footprint:
+    """What a run with these plans takes; ``sizes`` says how many bytes each number has."""
+    inner = _layer_peak(shape, plans, config, sizes)
+    head = shape.vocab * shape.hidden
+    logits = 3 * LOGIT_ROWS * shape.vocab * 4
+    embedding = head * sizes.compute + PIECE * max(sizes.stored, sizes.compute)
+    evaluation = 0
+    if sizes.evaluated_tokens:
+        layer = shape.layer_parameters(shape.heads, shape.kv_heads, shape.channels)
+        states = min(_room(layer * sizes.evaluation), sizes.evaluated_tokens * shape.hidden * sizes.evaluation)
+        batch = 4 * TOKENS_PER_BATCH * shape.channels * sizes.evaluation
+        evaluation = states + max(layer * (sizes.evaluation + sizes.stored) + batch, head * sizes.evaluation + logits)
+    speech = round(1.15 * (shape.decoder_parameters + shape.other_parameters) * sizes.evaluation) if sizes.speaks else 0
+    peak = max(inner, embedding + logits, evaluation, speech)
+    program = PROGRAM + (GGUF_PROGRAM if sizes.gguf else 0)
+    kept = shape.decoder_parameters + shape.other_parameters - removed_parameters(shape, plans, config)
+    temporary = max(0, _activations(shape, sizes) - _room(_layer_bytes(shape, sizes)))
+    if sizes.compute == 4:
+        temporary = temporary * DISK_DTYPE.itemsize // 4
+    states = sizes.evaluated_tokens * shape.hidden * sizes.evaluation
+    temporary = max(temporary, states - _room(_layer_bytes(shape, sizes) // sizes.compute * sizes.evaluation))
+    if sizes.on_gpu:
+        layer = _layer_bytes(shape, sizes) * sizes.stored // sizes.compute
+        return Footprint(program + max(embedding, 3 * layer), peak, max(0, temporary), kept * sizes.compute)
+    return Footprint(program + peak, 0, max(0, temporary), kept * sizes.compute)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a number in the model's files, in computation and in evaluation; how many tokens one process works on.
+
+    ``speaks``: whether the model is needed whole, for text of its own.
+    """
+
+    stored: int
+    compute: int
+    evaluation: int
+    tokens: int
+    evaluated_tokens: int = 0
+    speaks: bool = False
+    gguf: bool = False
+    on_gpu: bool = False
+
+
+def sizes_of(config: PruneConfig, stored: torch.dtype | None, dtype: torch.dtype, device: torch.device, eval_device: torch.device) -> Sizes:
+    """The sizes of a run: weights ``stored`` in this dtype (None: a .gguf file's), computed in ``dtype`` on ``device``."""
+    evaluated = 0 if config.eval_data and "none" in config.eval_data else TYPICAL_TEXTS
+    if evaluated and config.eval_limit:
+        evaluated = config.eval_limit * config.max_seq_len * (len(config.eval_data) if config.eval_data else 2)
+    from_file = (config.calibration or "").endswith(".safetensors")
+    return Sizes(
+        stored=4 if stored is None else stored.itemsize,
+        compute=dtype.itemsize,
+        evaluation=evaluation_dtype(dtype, eval_device).itemsize,
+        tokens=-(-config.num_examples // processes.expected()) * config.seq_len,
+        evaluated_tokens=-(-evaluated // processes.expected()),
+        speaks=config.test_after_train or config.calibration in (None, "self") or (config.needs_probe_ids and not from_file),
+        gguf=stored is None,
+        on_gpu=device.type == "cuda",
+    )
+
+
+def _room(layer_bytes: int) -> int:
+    """Activations that stay in memory (LayerRunner)."""
+    return max(MIN_ACTIVATION_BYTES, layer_bytes)
+
+
+def _layer_bytes(shape: ModelShape, sizes: Sizes) -> int:
+    return shape.layer_parameters(shape.heads, shape.kv_heads, shape.channels) * sizes.compute
+
+
+def _activations(shape: ModelShape, sizes: Sizes) -> int:
+    """Of the feed-forward part: the states, the inputs and outputs of its output projection, and its pruned outputs in float32."""
+    return sizes.tokens * (shape.hidden * (2 * sizes.compute + 4) + shape.channels * sizes.compute)
+
+
+def _layer_peak(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig, sizes: Sizes) -> int:
+    """While a layer is pruned: itself, the next one as it is stored, activations, and the largest step of its feed-forward part."""
+    layer = _layer_bytes(shape, sizes)
+    hidden, channels = shape.hidden, shape.channels
+    least = min(p.channels for p in plans)
+    kept = (channels + least) // 2  # layers that matter more keep more
+    fits = config.recovery in NEEDS_INPUT_COVARIANCE and least < channels
+    batch = min(TOKENS_PER_BATCH, sizes.tokens)
+    cast = sizes.compute != 4  # a copy in float32
+    covariance = 4 * channels**2 if fits else 0
+    running = batch * channels * (2 * sizes.compute + 4 * (2 + cast))
+    choosing = 4 * hidden * channels * (3 * cast + 2) + 4 * 4 * hidden**2
+    fitting = 4 * (kept**2 + 4 * kept * hidden) if fits else 4 * kept * hidden
+    recovering = 4 * hidden * channels * (1 + cast) + fitting
+    step = covariance + 4 * hidden**2 + max(running, choosing, recovering)
+    return layer + layer // sizes.compute * sizes.stored + min(_room(layer), _activations(shape, sizes)) + step
+
+
+def check_room(takes: Footprint, tmp_dir: str | None, device: torch.device) -> None:
+    """Says, in one line, where a run takes more memory than there is. Raises UserError where its activations do not fit on the disk."""
+    folder = temporary_folder(tmp_dir)
+    free = shutil.disk_usage(folder).free
+    if takes.temporary > free:
+        raise UserError(
+            f"the temporary folder {folder} has {free / 1e9:.1f} GB free, and activations of {takes.temporary / 1e9:.1f} GB go there; "
+            "make room, name another folder with --tmp_dir, or lower --num_examples, --seq_len or --eval_limit"
+        )
+    for needed, place, way in (
+        (takes.host, torch.device("cpu"), "--dtype bfloat16, --recovery linear and a calibration file lower it"),
+        (takes.device, device, "--dtype bfloat16 and --device cpu lower it"),
+    ):
+        if needed and needed > (room := free_memory(place)):
+            log.warning("this run takes about %.1f GB of memory on %s, and %.1f GB are free: %s", needed / 1e9, place, room / 1e9, way)

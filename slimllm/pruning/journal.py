@@ -1,0 +1,103 @@
+"""What a run has finished, kept in a folder, so that a run that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from ..errors import UserError
+from ..models.weights import TensorFile, Tensors
+from ..utils import processes
+from ..utils.files import fsync_folder, write_text
+from .statistics import ActivationStore
+
+NAME = ".journal"  # inside the folder of a run that is not finished
+
+
+class Journal:
+    """Results by name, and for each finished layer its report and the states after it.
+
+    Every entry is a file that appears whole and is on the disk before the next one is begun. Numbers are kept exactly. Of several
+    processes each keeps its own states, and the first writes the rest.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    @classmethod
+    def of_run(cls, folder: Path) -> Journal:
+        """The journal of the run whose folder this is."""
+        return cls(Path(folder) / NAME)
+
+    @staticmethod
+    def worth_keeping(folder: Path) -> bool:
+        """Whether the run whose folder this is has finished anything."""
+        return any(path.name != "identity.json" for path in (Path(folder) / NAME).glob("*.json"))
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder)
+
+    def check(self, identity: dict) -> None:
+        """Keeps what a run is, or raises UserError, naming the difference, where the finished part is of another one."""
+        identity = json.loads(json.dumps(identity, default=str))
+        found = self.get("identity")
+        if found is None:
+            self.put("identity", identity)
+            return
+        for name in [*identity, *found]:
+            before, now = found.get(name), identity.get(name)
+            if before != now:
+                raise UserError(
+                    f"--resume: the stopped run had {name} {_short(before)}, this one has {_short(now)}; "
+                    "give the same command, or leave --resume away to start anew"
+                )
+
+    def get(self, name: str):
+        """The entry ``name``, or None where there is none."""
+        path = self.folder / f"{name}.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def put(self, name: str, value) -> None:
+        if processes.is_first():
+            write_text(self.folder / f"{name}.json", json.dumps(value), sync=True)
+
+    def layers(self) -> list[dict]:
+        """The reports of the finished layers, in order."""
+        reports = []
+        while (report := self.get(f"layer-{len(reports):05d}")) is not None:
+            reports.append(report)
+        return reports
+
+    def finish_layer(self, index: int, report: dict, streams: dict[str, ActivationStore]) -> None:
+        """Keeps a layer's report, and the states after it, by name; those after the layer before it go."""
+        layout = {f"{name}.{i}": (states.dtype, states.shape) for name, store in streams.items() for i, states in enumerate(store)}
+        path = self._states(index)
+        if layout:
+            with TensorFile(path.with_suffix(".partial"), layout) as file:
+                for name, store in streams.items():
+                    for i, states in enumerate(store):
+                        file.write(f"{name}.{i}", states)
+            path.with_suffix(".partial").replace(path)
+            fsync_folder(self.folder)
+        processes.wait()
+        self.put(f"layer-{index:05d}", report)
+        self._states(index - 1).unlink(missing_ok=True)
+
+    def restore(self, index: int, name: str, store: ActivationStore, device) -> ActivationStore | None:
+        """Fills ``store`` with the states ``name`` after layer ``index``; None where none were kept."""
+        if not self._states(index).is_file():
+            return None
+        tensors = Tensors([self._states(index)])
+        while (key := f"{name}.{len(store)}") in tensors.names:
+            store.append(tensors.read(key).to(device))
+        return store if len(store) else None
+
+    def _states(self, index: int) -> Path:
+        return self.folder / f"states-{index:05d}-{processes.rank()}.safetensors"
+
+
+def _short(value) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,34 @@
+"""What --dry_run says of memory and disk is what a run then takes."""
+
+import json
+import re
+
+import pytest
+
+from slimllm.experiments.benchmark import write_random_model
+from tests.conftest import run_cli
+
+SHAPES = {
+    "channels weigh most": dict(hidden_size=1024, intermediate_size=6144, num_attention_heads=16, num_key_value_heads=4, vocab_size=8000),
+    "the vocabulary weighs most": dict(hidden_size=512, intermediate_size=1024, num_attention_heads=8, vocab_size=160_000),
+    "nothing weighs much": dict(hidden_size=768, intermediate_size=2048, num_attention_heads=12, vocab_size=32_000),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_predicted_peak_is_that_of_the_run(name, tmp_path):
+    (tmp_path / "model").mkdir()
+    write_random_model(tmp_path / "model", dict(SHAPES[name], num_hidden_layers=2))
+    flags = ["--base_model", "model", "--calibration", "model/calibration.safetensors", "--eval_data", "none", "--pruning_ratio", 0.25]
+    flags += ["--recovery", "least_squares", "--dtype", "bfloat16"]
+    said = run_cli(*flags, "--dry_run", cwd=tmp_path).stdout
+    done = run_cli(*flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((tmp_path / "prune_log/llama_prune/pruning.json").read_text())
+    assert bytes_said(said, "peak memory of a run, about") == pytest.approx(record["peak_memory"]["cpu_bytes"], rel=0.15)
+    weights = sum(path.stat().st_size for path in (tmp_path / "prune_log/llama_prune").glob("model*.safetensors"))
+    assert bytes_said(said, "the checkpoint") == pytest.approx(weights, rel=0.02)
+
+
+def bytes_said(text: str, row: str) -> float:
+    return 1e9 * float(re.search(rf"^\| {re.escape(row)} +\| +\| ([\d.]+) GB", text, re.M).group(1))

@@ -1,0 +1,176 @@
+"""A run that is stopped goes on where it was, and ends with the same bytes as one that was never stopped."""
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import hf_prune
+from slimllm.deploy import checkpoint
+from slimllm.models import weights
+from slimllm.pruning import pipeline
+from tests.conftest import ROOT, make_model
+
+FILES = ("*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json", "modeling.py")
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_tokenizer, monkeypatch):
+    """A folder with a model of eight layers, to run in."""
+    make_model(num_hidden_layers=8).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def flags(text_file, *more):
+    known = ["--base_model", "model", "--calibration", text_file, "--eval_data", text_file, "--max_seq_len", 16, "--eval_limit", 8]
+    known += ["--num_examples", 12, "--seq_len", 16, "--recipe", "best", "--target_sparsity", 0.3, "--save_ckpt_log_name", "run"]
+    return [str(flag) for flag in (*known, *more)]
+
+
+def run_whole(text_file, *more):
+    """A run that is not stopped, and what it wrote."""
+    assert hf_prune.main(flags(text_file, *more)) == 0
+    return contents(Path("prune_log/run"))
+
+
+def contents(run):
+    record = json.loads((run / "pruning.json").read_text())
+    kept = [(layer["heads"], layer["channels"], layer["mlp_error"], layer["sensitivity"]) for layer in record["layers"]]
+    files = {path.name: path.read_bytes() for pattern in FILES for path in run.glob(pattern)}
+    assert {"config.json", "reference.safetensors", "calibration.safetensors"} <= set(files)
+    return files, kept, [f["pruned"] for f in record["evaluation"]], record["parameters"]
+
+
+def _finished_layers() -> int:
+    return len(list(Path("prune_log").glob(".run.*.partial/.journal/layer-*.json")))
+
+
+def _child(folder, arguments):
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    os._exit(hf_prune.main(arguments))
+
+
+def test_killed_at_ten_random_moments_and_resumed_each_time(folder, text_file, monkeypatch):
+    """kill -9. The children are forked from a process that has everything imported, so that a run takes a second."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["hf_prune", "tests.test_resume", "slimllm.api", "slimllm.reporting.figures", "slimllm.evaluation.zero_shot"]
+    )
+    make_model(num_hidden_layers=32).save_pretrained(folder / "model")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    quick = ["--layer_ratio", "importance"]  # most of the time goes by layer after layer
+    whole = run_whole(text_file, *quick)
+    seconds = time.perf_counter() - started
+    torch.set_num_threads(threads)
+    Path("prune_log/run").rename("whole")
+    rng, killed, done = random.Random(0), [], False
+    while len(killed) < 10 and not done:
+        more = quick + (["--resume"] if list(Path("prune_log").glob(".run.*.partial")) else [])
+        child = context.Process(target=_child, args=(folder, flags(text_file, *more)))
+        child.start()
+        before = _finished_layers()
+        wanted = before + rng.randint(0, 3)  # so that the moments lie all over the run, not in one of its phases
+        while child.is_alive() and _finished_layers() < wanted:
+            time.sleep(0.001)
+        child.join(rng.uniform(0.0, 0.2 if wanted == before else 0.01) * seconds)
+        done = not child.is_alive()
+        if not done:
+            os.kill(child.pid, signal.SIGKILL)
+            child.join()
+            killed.append(_finished_layers())
+    assert killed == sorted(killed) and len(set(killed)) > 3, killed  # what was finished stayed finished
+    if not done:
+        assert hf_prune.main(flags(text_file, *quick, "--resume")) == 0
+    assert contents(Path("prune_log/run")) == whole
+    assert [path.name for path in Path("prune_log").iterdir()] == ["run"] and not Path("prune_log/run/.journal").exists()
+
+
+@pytest.mark.parametrize("layer, shard_bytes", [(2, 10**9), (4, 40_000), (7, 10**9)])
+def test_only_the_layers_that_are_missing_are_pruned_again(folder, text_file, layer, shard_bytes, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", shard_bytes)
+    whole = run_whole(text_file)
+    prune_layer, pruned = pipeline.prune_layer, []
+    monkeypatch.setattr(pipeline, "prune_layer", _stopping_at(layer, prune_layer))
+    assert hf_prune.main(flags(text_file, "--overwrite")) == 130
+    monkeypatch.setattr(pipeline, "prune_layer", lambda *args: pruned.append(args[3]) or prune_layer(*args))
+    monkeypatch.setattr(pipeline.LayerRunner, "layer_cosines", lambda *_: pytest.fail("pass 1 was made again"))
+    assert hf_prune.main(flags(text_file, "--overwrite", "--resume")) == 0
+    assert pruned == [index for index in range(layer, 8) if index in pruned] and layer in pruned
+    assert contents(Path("prune_log/run")) == whole
+
+
+def _stopping_at(layer, prune_layer):
+    def stopping(*args):
+        if args[3] == layer:
+            raise KeyboardInterrupt
+        prune_layer(*args)
+
+    return stopping
+
+
+def test_a_disk_that_fills_up_in_the_middle_and_is_given_room(folder, text_file, monkeypatch, capsys):
+    whole = run_whole(text_file)
+    put, count = weights.TensorFile._put, []
+
+    def full(self, data, offset):
+        count.append(1)
+        if len(count) > 90:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        put(self, data, offset)
+
+    monkeypatch.setattr(weights.TensorFile, "_put", full)
+    capsys.readouterr()
+    assert hf_prune.main(flags(text_file, "--overwrite")) == 2
+    err = capsys.readouterr().err.strip()
+    assert "prune_log/run: cannot be written (No space left on device)" in err and err.endswith("--resume") and len(err.splitlines()) == 1
+    assert 0 < _finished_layers() < 8
+    monkeypatch.setattr(weights.TensorFile, "_put", put)
+    assert hf_prune.main(flags(text_file, "--overwrite", "--resume")) == 0
+    assert contents(Path("prune_log/run")) == whole
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (["--target_sparsity", "0.4"], "--target_sparsity 0.3, this one has 0.4"),
+        (["--recovery", "linear"], "--recovery least_squares, this one has linear"),
+        (["--seed", "1"], "--seed 42, this one has 1"),
+        ("model", "the file model.safetensors"),
+        ("text", "text.txt"),
+    ],
+)
+def test_another_run_is_not_gone_on_with(folder, text_file, change, said, monkeypatch, capsys):
+    prune_layer = pipeline.prune_layer
+    monkeypatch.setattr(pipeline, "prune_layer", _stopping_at(5, prune_layer))
+    assert hf_prune.main(flags(text_file)) == 130
+    monkeypatch.setattr(pipeline, "prune_layer", prune_layer)
+    more = []
+    if change == "model":
+        make_model(num_hidden_layers=8, seed=1).save_pretrained("model")
+    elif change == "text":
+        text_file.write_text(text_file.read_text() + "More.\n")
+    else:
+        more = change
+    capsys.readouterr()
+    assert hf_prune.main(flags(text_file, "--resume", *more)) == 2
+    err = capsys.readouterr().err
+    assert "--resume: the stopped run had" in err and said in err and len(err.strip().splitlines()) == 1
+    assert list(Path("prune_log").glob(".run.*.partial"))  # it is still there to be gone on with
+
+
+def test_nothing_to_go_on_with(folder, text_file, capsys):
+    assert hf_prune.main(flags(text_file, "--resume")) == 2
+    assert "--resume: no stopped run left anything for prune_log/run; start without the flag" in capsys.readouterr().err
