@@ -15,9 +15,10 @@ from ..cli import check_choice, check_choices, check_range, flag
 from ..data.texts import blocks_of, load_texts
 from ..errors import UserError, first_line
 from ..evaluation import zero_shot
-from ..evaluation.perplexity import perplexity
+from ..evaluation.perplexity import perplexities
 from ..models import loading
 from ..reporting import record, tables
+from ..utils import processes
 from ..utils.device import DTYPES, device_of, evaluation_dtype, name_of
 from ..utils.files import file_hash
 
@@ -32,6 +33,8 @@ class EvalConfig:
     adapter: str | None = flag("model", "LoRA adapter to apply: OUTPUT_DIR/adapter of post_training.py")
     dtype: str = flag("model", "dtype of the weights; auto: the checkpoint's own, or bfloat16 on a CPU fast in it", "auto", choices=DTYPES)
     device: str = flag("model", "where to evaluate; auto takes a GPU if there is one", "auto")
+
+    tmp_dir: str | None = flag("model", "folder for activations that do not fit in memory, in bfloat16 [TMPDIR, or the system's]")
 
     tasks: tuple[str, ...] = flag("tasks", "zero-shot tasks, or none", tuple(zero_shot.TASKS), nargs="*")
     data_dir: str | None = flag(
@@ -75,7 +78,10 @@ class EvalConfig:
 
 def run(config: EvalConfig) -> None:
     """Evaluates one model and prints its row of the paper's table."""
-    results = evaluate(config)
+    with processes.group(device_of("device", config.device)):
+        if not processes.is_first():
+            log.setLevel(logging.ERROR)
+        results = evaluate(config)
     log.info("\n%s\n\neverything lies in %s", "\n".join(tables.paper_table([results])), config.output)
 
 
@@ -94,16 +100,18 @@ def evaluate(config: EvalConfig) -> dict:
     wanted = [(text, ids) for text, ids in wanted if (text.name, text.sha256, config.max_seq_len, len(ids)) not in known]
     log.info("%s: %d tasks and %d texts to do, %d results at hand", output, len(missing), len(wanted), len(known) + len(results["tasks"]))
     if missing or wanted:
-        model = loading.load_model(config.model, getattr(torch, results["fingerprint"]["dtype"]), "MODEL")
-        if config.adapter:
-            model = _adapted(model, config.adapter)
-        results["parameters"] = model.num_parameters()
-        model = model.to(device)
-        for text, ids in wanted:
-            value = perplexity(model, ids, text.name)
-            results["perplexity"].append(text.figure(ids, config.eval_limit, perplexity=value))
-            log.info("%s: perplexity %.3f", text.name, value)
-            record.save_results(results, output)
+        model = source = loading.open_source(config.model, getattr(torch, results["fingerprint"]["dtype"]), "MODEL")
+        results["parameters"] = source.model.num_parameters()
+        if missing or config.adapter:  # tasks need it whole; without them its layers come one at a time
+            model = source.whole()
+            model = (_adapted(model, config.adapter) if config.adapter else model).to(device)
+        for some in [[one] for one in wanted] if model is not source else [wanted] if wanted else []:
+            texts, blocks = zip(*some)
+            values = perplexities(model, blocks, [text.name for text in texts], device, tmp_dir=config.tmp_dir)
+            for (text, ids), value in zip(some, values):
+                results["perplexity"].append(text.figure(ids, config.eval_limit, perplexity=value))
+                log.info("%s: perplexity %.3f", text.name, value)
+            _save(results, output)
         for name in missing:
             started = time.perf_counter()
             source = file_hash(zero_shot.local_file(name, config.data_dir)) if config.data_dir else "hub"
@@ -118,8 +126,13 @@ def evaluate(config: EvalConfig) -> dict:
                 "seconds": seconds,
             }
             log.info("%s: %s %.4f (%d questions, %.0f s)", name, reported, scores["metrics"][reported], scores["questions"], seconds)
-            record.save_results(results, output)
+            _save(results, output)
     return results
+
+
+def _save(results: dict, output: Path) -> None:
+    if processes.is_first():
+        record.save_results(results, output)
 
 
 def _identity(config: EvalConfig, model_config, device) -> dict:

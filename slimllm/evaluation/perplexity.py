@@ -5,34 +5,72 @@ from __future__ import annotations
 import math
 
 import torch
-from tqdm.auto import tqdm
+from torch import nn
 
 from ..errors import UserError
-from ..models.adapter import LayerAdapter
-from ..pruning.runner import LOGIT_ROWS
+from ..models.source import ModelSource
+from ..pruning.runner import LOGIT_ROWS, MIN_ACTIVATION_BYTES, LayerRunner, Progress, no_progress
+from ..utils import processes
 
-TOKENS_PER_BATCH = 1024
+
+def perplexity(model, blocks: torch.Tensor, description: str = "perplexity") -> float:
+    """The perplexity of one text, as :func:`perplexities` has it, on the device that the model is on."""
+    return perplexities(model, [blocks], [description])[0]
 
 
 @torch.no_grad()
-def perplexity(model, blocks: torch.Tensor, description: str = "perplexity") -> float:
-    """exp(mean negative log-likelihood) over the tokens that the model predicts: all but the first of each block.
+def perplexities(
+    model,
+    texts: list[torch.Tensor],
+    descriptions: list[str],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: Progress = no_progress,
+    tmp_dir: str | None = None,
+) -> list[float]:
+    """exp(mean negative log-likelihood) of each text over the tokens that the model predicts: all but the first of each block.
 
-    ``blocks`` [blocks, seq_len] token ids; the losses are taken in float32 and added in float64.
-    Raises UserError if the model's loss is not finite.
+    The layers are taken in turn, each on all blocks of all texts, so that a ``model`` that is a ModelSource is read once. A model in
+    memory takes as many blocks at a time as stay in memory with it.
+
+    Args:
+        texts: token ids [blocks, seq_len] each, all of one seq_len. descriptions: of the texts, for the progress and for errors.
+        device, dtype: what it is computed on and in; by default where and what the model is.
+    Returns:
+        One figure per text; the losses are taken in float32 and added in float64. Raises UserError if one is not finite.
     """
-    adapter = LayerAdapter(model.config)
-    head, total = adapter.head(model), 0.0
-    batch = max(1, TOKENS_PER_BATCH // blocks.shape[1])
-    for ids in tqdm(blocks.split(batch), desc=description, leave=False, disable=None):
-        ids = ids.to(model.device)
-        states = adapter.last_states(model, ids)[:, :-1].flatten(0, 1)
-        targets = ids[:, 1:].flatten()
-        for rows, wanted in zip(states.split(LOGIT_ROWS), targets.split(LOGIT_ROWS)):
-            total += torch.nn.functional.cross_entropy(adapter.logits(head, rows), wanted, reduction="sum").double().item()
-    mean = total / (len(blocks) * (blocks.shape[1] - 1))
+    source = ModelSource.of(model)
+    device = source.home if device is None else torch.device(device)
+    shares = [processes.share(ids) for ids in texts]
+    blocks = torch.cat(shares)
+    chunks = [blocks]
+    if not source.streams:
+        room = MIN_ACTIVATION_BYTES // (blocks.shape[1] * source.config.hidden_size * (dtype or source.dtype).itemsize)
+        chunks = blocks.split(max(1, room))
+    parts = [_losses(LayerRunner(source, ids, device, progress, dtype, tmp_dir, split=False), " and ".join(descriptions)) for ids in chunks]
+    losses = [float(part.sum()) for part in torch.cat(parts).split([len(ids) for ids in shares])]
+    counts = [ids[:, 1:].numel() for ids in shares]
+    losses, counts = processes.total(*losses), processes.total(*counts)
+    return [_perplexity(loss / n, what, dtype or source.dtype) for loss, n, what in zip(losses, counts, descriptions)]
+
+
+def _losses(runner: LayerRunner, description: str) -> torch.Tensor:
+    """The sum of the losses of each block, [blocks] float64."""
+    states = runner.last_states(description)
+    norm, head = runner.output_modules()
+    losses = torch.zeros(runner.ids[:, 1:].shape, device=runner.device)  # filled in place: what lies between large tensors keeps their room
+    for ids, batch, found in zip(runner.ids.split(runner.batch), states, losses.split(runner.batch)):
+        rows, targets, found = norm(batch)[:, :-1].flatten(0, 1), ids[:, 1:].flatten().to(runner.device), found.view(-1)
+        for i in range(0, len(rows), LOGIT_ROWS):
+            part = slice(i, i + LOGIT_ROWS)
+            found[part] = nn.functional.cross_entropy(runner.adapter.logits(head, rows[part]), targets[part], reduction="none")
+    states.close()
+    return losses.double().sum(1).cpu()
+
+
+def _perplexity(mean: float, description: str, dtype: torch.dtype) -> float:
     if not math.isfinite(mean):
-        raise UserError(f"{description}: the loss is not finite in {model.dtype}; try --dtype float32 or bfloat16")
+        raise UserError(f"{description}: the loss is not finite in {dtype}; try --dtype float32 or bfloat16")
     return math.exp(mean) if mean < 700 else math.inf
 
 
