@@ -3,27 +3,41 @@
 Two cases on the CPU, both opponents in the same process on the same model and tokens, run in turn: a whole small
 model, and one layer of LLaMA-7B's shape with random weights. For orientation the floor is timed too: two forward passes, the
 covariances and one eigendecomposition per layer.
+
+Two more, where asked for, show what streaming takes: ``hf_prune.py`` itself, in a process of its own, on a whole LLaMA-7B and on one
+layer of LLaMA-2-70B's shape, both with random bfloat16 weights on disk.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import logging
+import shutil
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from accelerate import init_empty_weights
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ..cli import check_range, flag
+from ..cli import check_choice, check_range, flag
+from ..data.calibration import PROBE_SAMPLES, Calibration
+from ..deploy.checkpoint import WeightFiles
 from ..models import loading
 from ..models.adapter import LayerAdapter, with_multi_head_attention
 from ..models.shape import shape_of
 from ..pruning import pipeline
-from ..pruning.config import PruneConfig
+from ..pruning.config import RECIPES, PruneConfig
 from ..pruning.runner import TOKENS_PER_BATCH
 from ..reporting import record
 from ..reporting.tables import aligned
@@ -33,6 +47,15 @@ log = logging.getLogger("slimllm")
 
 SAMPLES, LENGTH = 32, 128
 LLAMA_7B = dict(hidden_size=4096, intermediate_size=11008, num_attention_heads=32)
+STREAMED = {  # case -> the model's config; its head and embeddings are the real ones
+    "LLaMA-7B whole": dict(LLAMA_7B, num_hidden_layers=32, vocab_size=32000),
+    "one layer of LLaMA-2-70B": dict(
+        hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8, num_hidden_layers=1, vocab_size=32000
+    ),
+}
+
+
+STREAM_NAMES = dict(zip(("7b", "70b_layer"), STREAMED))
 
 
 @dataclass
@@ -43,11 +66,20 @@ class BenchmarkConfig:
         "cases", "the small Llama model, multi-head or grouped-query; without it only the single layer is measured"
     )
     skip_layer: bool = flag("cases", "leave the layer of LLaMA-7B's shape out", False)
+    stream: tuple[str, ...] = flag(
+        "cases", "cases of streaming, with hf_prune.py in a process of its own: 7b (13.5 GB on disk), 70b_layer (2.3 GB)", (), nargs="+"
+    )
+    recipe: tuple[str, ...] = flag("cases", "recipes that these are pruned with", tuple(RECIPES), nargs="+")
+    work_dir: str | None = flag("cases", "folder for these cases' models and results, removed afterwards [TMPDIR, or the system's]")
     repeats: int = flag("measurement", "runs of the package in each case", 3)
     plain_repeats: int = flag("measurement", "runs of the plain transcription of the large layer; the small model has --repeats", 1)
     json: str | None = flag("output", "write the measurements to this file as well")
 
     def __post_init__(self):
+        for case in self.stream:
+            check_choice("stream", case, STREAM_NAMES)
+        for recipe in self.recipe:
+            check_choice("recipe", recipe, RECIPES)
         check_range(self, "repeats", 1)
         check_range(self, "plain_repeats", 1)
 
@@ -58,10 +90,10 @@ def llama_7b_layer():
     return LlamaForCausalLM(LlamaConfig(**LLAMA_7B, num_hidden_layers=1, vocab_size=1000)).eval()
 
 
-def settings(model) -> PruneConfig:
+def settings(model_config) -> PruneConfig:
     """The paper's settings for 20 %: ratio 0.25, 26 of 32 layers, alpha 10."""
     config = PruneConfig(base_model="benchmark", pruning_ratio=0.25)
-    config.resolve(shape_of(model.config))
+    config.resolve(shape_of(model_config))
     return config
 
 
@@ -94,7 +126,7 @@ def floor(model, ids: torch.Tensor, pruned_layers: int) -> float:
 def compare(name: str, make_model, ids: torch.Tensor, repeats: int, opponent_repeats: int) -> dict:
     """Medians of both opponents on copies of one model; the package's run comes before and after the opponent's."""
     model = make_model()
-    config = settings(model)
+    config = settings(model.config)
     pipeline.prune(copy.deepcopy(model), ids[:2], config)  # warm up
     ours, opponent = [], []
     for turn in range(max(repeats, opponent_repeats)):
@@ -107,8 +139,82 @@ def compare(name: str, make_model, ids: torch.Tensor, repeats: int, opponent_rep
     return {"case": name, "plain": opponent, "slimllm": ours, "floor": least, "speedup": ratio}
 
 
+def write_random_model(folder: Path, sizes: dict) -> None:
+    """A Llama of this config with random bfloat16 weights, written one layer at a time, with a tokenizer and calibration tokens."""
+    config = LlamaConfig(**sizes, dtype="bfloat16")
+    with init_empty_weights():
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    words = WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="<unk>", bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    files = WeightFiles(folder, model)
+    for name, (dtype, shape) in tqdm(files.layout.items(), desc="random weights", unit="tensor", leave=False, disable=None):
+        tensor = torch.ones(shape) if len(shape) == 1 else torch.empty(shape).normal_(0, 0.02, generator=generator)
+        files.write(name, tensor.to(dtype))
+    files.close()
+    ids = torch.randint(3, config.vocab_size, (SAMPLES + PROBE_SAMPLES, LENGTH), generator=generator)
+    Calibration(ids[:SAMPLES], "random", probe_ids=ids[SAMPLES:]).save(folder)
+
+
+def stream(name: str, recipes: tuple[str, ...], work_dir: str | None) -> list[dict]:
+    """What ``hf_prune.py`` takes on the case ``name`` of STREAMED, in seconds and bytes, with each recipe; and the floor."""
+    sizes = STREAMED[name]
+    found = []
+    with tempfile.TemporaryDirectory(prefix="slimllm-", dir=work_dir) as scratch:
+        model = Path(scratch) / "model"
+        model.mkdir()
+        write_random_model(model, sizes)
+        for recipe in recipes:
+            command = [
+                sys.executable,
+                str(Path(__file__).parents[2] / "hf_prune.py"),
+                "--base_model",
+                str(model),
+                "--pruning_ratio",
+                "0.25",
+            ]
+            command += ["--dtype", "bfloat16", "--calibration", str(model / "calibration.safetensors"), "--eval_data", "none"]
+            command += ["--recipe", recipe, "--save_ckpt_log_name", recipe]
+            elapsed = seconds(functools.partial(subprocess.run, command, cwd=scratch, check=True))
+            result = record.PruningRecord.read(Path(scratch) / "prune_log" / recipe)
+            layers = sorted(layer["seconds"] for layer in result.layers)
+            found.append(
+                {
+                    "case": name,
+                    "recipe": recipe,
+                    "seconds": elapsed,
+                    "pruning": result.seconds["pruning"],
+                    "layer": statistics.median(layers),
+                    "peak_bytes": result.peak_memory["cpu_bytes"],
+                }
+            )
+            log.info("%s, %s: %.0f s, %.2f GB", name, recipe, elapsed, result.peak_memory["cpu_bytes"] / 1e9)
+            shutil.rmtree(Path(scratch) / "prune_log" / recipe)
+    one = LlamaForCausalLM(LlamaConfig(**{**sizes, "num_hidden_layers": 1, "vocab_size": 1000})).eval().to(torch.bfloat16)
+    ids, config = torch.randint(1000, (SAMPLES, LENGTH)), settings(LlamaConfig(**sizes))
+    whole, pruned = floor(one, ids, 0), floor(one, ids, 1)
+    least = config.pruned_layers * pruned + (sizes["num_hidden_layers"] - config.pruned_layers) * whole
+    return [entry | {"floor": least} for entry in found]
+
+
 def run(config: BenchmarkConfig) -> None:
-    """Runs the cases and prints their table."""
+    """Runs the cases and prints their tables."""
+    streamed = [entry for case in config.stream for entry in stream(STREAM_NAMES[case], config.recipe, config.work_dir)]
+    results = compared(config)
+    rows = [["case", "recipe", "in all, s", "pruning, s", "a pruned layer, s", "floor, s", "peak memory, GB"]]
+    for r in streamed:
+        cells = [f"{r[what]:.1f}" for what in ("seconds", "pruning", "layer", "floor")]
+        rows.append([r["case"], r["recipe"], *cells, f"{r['peak_bytes'] / 1e9:.2f}"])
+    if streamed:
+        log.info("%s", "\n".join(aligned(rows)))
+    if config.json:
+        record.save_results({"format": record.FORMAT, "results": results, "streamed": streamed}, Path(config.json))
+
+
+def compared(config: BenchmarkConfig) -> list[dict]:
+    """The cases beside the plain transcription, and their table."""
     results = []
     if config.base_model:
         model = with_multi_head_attention(loading.load_model(config.base_model, torch.float32))
@@ -123,6 +229,6 @@ def run(config: BenchmarkConfig) -> None:
     for r in results:
         medians = [f"{statistics.median(r[who]):.1f} (n={len(r[who])})" for who in ("plain", "slimllm")]
         rows.append([r["case"], *medians, f"{r['speedup']:.1f} x", f"{r['floor']:.1f}"])
-    log.info("%s", "\n".join(aligned(rows)))
-    if config.json:
-        record.save_results({"format": record.FORMAT, "results": results}, Path(config.json))
+    if results:
+        log.info("%s", "\n".join(aligned(rows)))
+    return results
