@@ -214,7 +214,7 @@ def run(gguf_file, tmp_path_factory):
     flags = ("--base_model", gguf_file, "--target_sparsity", 0.2, "--num_examples", 8, "--eval_limit", 16, "--save_ckpt_log_name", "real")
 
     def make(home):
-        done = run_cli(*flags, cwd=home)
+        done = run_cli(*flags, cwd=home, env={"HF_DATASETS_CACHE": str(home / "no data sets")})
         assert done.returncode == 0, done.stderr[-3000:]
         (home / "stdout").write_text(done.stdout)
 

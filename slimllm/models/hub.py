@@ -34,6 +34,12 @@ def reachable() -> bool:
     return True
 
 
+def _cached_datasets() -> bool:
+    """Whether the cache of hub data sets holds anything."""
+    folder = Path(os.environ.get("HF_DATASETS_CACHE") or Path(huggingface_hub.constants.HF_HOME) / "datasets")
+    return folder.is_dir() and any(folder.iterdir())
+
+
 def rows(path: str, column: str | None = None, stream: bool = False, **kwargs):
     """Iterates over a hub data set's rows, or one column of them.
 
@@ -42,7 +48,9 @@ def rows(path: str, column: str | None = None, stream: bool = False, **kwargs):
     Raises OSError where the data set cannot be had.
     """
     online = reachable()
-    import datasets  # slow to import, and only hub data needs it
+    if not online and not _cached_datasets():
+        raise OSError(f"hub data set {path}: the hub is out of reach, or offline mode is set, and no data set is in the cache")
+    import datasets  # takes seconds and 80 MB, and only hub data needs it
 
     logging.getLogger("datasets").setLevel(logging.ERROR)
     try:
