@@ -163,9 +163,13 @@ def test_bad_data_is_named(tmp_path, name, content, said):
         data.read_rows(settings(data_path=str(tmp_path / name)))
 
 
-def test_rows_come_from_the_hub_by_name(monkeypatch):
-    """Up to the libraries' own door: what ``datasets`` would stream from the default data set."""
+def test_rows_come_from_the_hub_by_name(monkeypatch, tmp_path):
+    """Up to the libraries' own door: what ``datasets`` would give of the default data set, from a cache that is not empty."""
     asked = {}
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="no data set is in the cache"):
+        data.read_rows(settings())
+    (tmp_path / "some___data").mkdir()
 
     def load_dataset(path, **kwargs):
         asked.update(path=path, **kwargs)

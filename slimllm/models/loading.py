@@ -107,9 +107,10 @@ def open_source(base_model: str, dtype: torch.dtype | str, option_name: str = "-
     with init_empty_weights(include_buffers=False):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
     skeleton.tie_weights()
-    source = _source(base_model, option_name)[0]
-    if os.path.isfile(os.path.join(source, "generation_config.json")):
-        skeleton.generation_config = GenerationConfig.from_pretrained(source)
+    source, kwargs = _source(base_model, option_name)
+    if not kwargs:
+        with contextlib.suppress(OSError):  # it may have none
+            skeleton.generation_config = GenerationConfig.from_pretrained(source)
     names = [name for name, _ in skeleton.named_parameters()]
     weights = _read("weights", base_model, option_name, lambda: _weights(base_model, source, config, names))
     known = set(weights.names)
@@ -191,7 +192,7 @@ class Voice:
         if not self.source.streams:
             self._model = self._stack.enter_context(placed_for_evaluation(self.source.model, self.device))
         else:
-            log.info("the whole model is read to say something: %.2f GB on %s", self.bytes / 1e9, self.device)
+            log.info("text of the model's own needs all of it in memory: %.2f GB on %s", self.bytes / 1e9, self.device)
             self._model = self.source.whole(evaluation_dtype(self.source.dtype, self.device)).to(self.device)
         return self._model
 

@@ -83,6 +83,7 @@ class Journal:
             fsync_folder(self.folder)
         processes.wait()
         self.put(f"layer-{index:05d}", report)
+        processes.wait()  # until then a run that is stopped needs the older ones
         self._states(index - 1).unlink(missing_ok=True)
 
     def restore(self, index: int, name: str, store: ActivationStore, device) -> ActivationStore | None:
