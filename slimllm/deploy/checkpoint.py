@@ -88,7 +88,7 @@ def _outputs(runner: LayerRunner, states: ActivationStore) -> dict[str, torch.Te
 
 
 @torch.no_grad()
-def compare_with_reference(model, folder: str | os.PathLike, device="cpu") -> tuple[float, float]:
+def compare_with_reference(model, folder: str | os.PathLike) -> tuple[float, float]:
     """(largest difference, how much is allowed) between ``model``'s outputs and those that the saved model gave in memory.
 
     ``model`` may be a ModelSource. Raises UserError for a folder without :data:`REFERENCE`.
@@ -98,7 +98,7 @@ def compare_with_reference(model, folder: str | os.PathLike, device="cpu") -> tu
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: no readable {REFERENCE} ({error}); checkpoints of hf_prune.py and post_training.py have one") from None
     source = ModelSource.of(model)
-    runner = LayerRunner(source, reference["ids"], device if source.streams else source.home, split=False)
+    runner = LayerRunner(source, reference["ids"], source.home, split=False)
     found = _outputs(runner, runner.last_states())
     difference = max(float((found[name] - reference[name]).abs().max()) for name in found)
     return difference, tolerance(runner.dtype) * float(reference["last_logits"].abs().max())
