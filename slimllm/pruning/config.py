@@ -19,15 +19,40 @@ from .importance.channels import CHANNEL_SCORES
 from .importance.heads import HEAD_CHOICES
 from .recovery import RECOVERIES
 
+SCALES_RATE, ALL_RATE, MOST_ALL_RATE = 3e-3, 0.3, 1e-3  # peak learning rates of distillation; the second over the hidden size
 HEAD_UNITS = ("group", "query")
+DISTILLATIONS = ("none", "scales", "all")
 GGUF_BLOCK = 32  # rows of quantized tensors come in blocks of this
 LONGEST_NAME = 200  # bytes of a file name; what is written beside a folder while it is made needs a few more, and 255 are allowed
 
-# What a recipe sets where the user says nothing. "paper" is Guo et al.; "best" is what measured best (README).
-RECIPES = {
-    "paper": {"recovery": "linear", "layer_ratio": "importance"},
-    "best": {"recovery": "least_squares", "layer_ratio": "auto"},
+
+@dataclass(frozen=True)
+class Method:
+    """A pruning method as its authors' code does it: what it sets where the user says nothing, by the names of the registries.
+
+    ``all_layers``: by default every layer is pruned. ``dense_stream``: as published, all it measures is of the dense model's states,
+    and not of what the pruned layers before give.
+    """
+
+    head_choice: str
+    channel_score: str
+    layer_ratio: str
+    recovery: str
+    all_layers: bool = False
+    dense_stream: bool = False
+
+
+METHODS = {
+    "slimllm": Method("greedy", "feature_space", "importance", "linear"),
+    "llm_pruner": Method("taylor", "taylor", "middle", "none"),  # Ma et al. 2023
+    "flap": Method("fluctuation", "fluctuation", "ranking", "bias", all_layers=True, dense_stream=True),  # An et al. 2024
+    "wanda_sp": Method("wanda", "wanda", "uniform", "none", all_layers=True),  # An et al. 2024, after Sun et al. 2024
+    "magnitude": Method("magnitude", "magnitude", "uniform", "none", all_layers=True),
+    "random": Method("random", "random", "uniform", "none", all_layers=True),
 }
+# What a recipe sets, instead of the method, where the user says nothing. "paper": nothing; the others are what measured best.
+_BEST = {"recovery": "least_squares", "layer_ratio": "auto"}
+RECIPES = {"paper": {}, "best": _BEST, "distilled": {**_BEST, "distill": "all"}}
 # The published code spares the lowest-scoring 1 % of the channels. least_squares, not published, does better without.
 PUBLISHED_KEEP_LOWEST = 0.01
 
@@ -64,8 +89,9 @@ class PruneConfig:
     alpha: float | None = flag("sparsity", "with importance: how strongly it spreads the ratios (Eq. 11) [10, or 7 from ratio 0.4 on]")
     layer_ratio: str | None = flag(
         "sparsity",
-        "ratios by layer importance, the same for the least important layers, or auto: by what pruning each layer alone costs, "
-        "and as much from the heads as from the channels or half of it, whichever costs less [importance; best: auto]",
+        "importance: by Eq. 11; uniform: the same from the least important layers; middle: the same from all but the first and last; "
+        "ranking: one ranking of all heads and channels; auto: by what pruning each layer alone costs, and as much from the heads as "
+        "from the channels or half of it, whichever costs less [the method's: importance; best: auto]",
         choices=LAYER_RATIOS,
     )
     plan: str | None = flag(
@@ -79,22 +105,39 @@ class PruneConfig:
     )
     round_to: int | None = flag("sparsity", "keep channels, and heads x head size, in multiples of this [1; with --runtime gguf 32]")
 
-    recipe: str = flag("method", "paper: the published method; best: what measured best", "paper", choices=RECIPES)
-    recovery: str | None = flag("method", "what the kept output weights become [linear; best: least_squares]", choices=RECOVERIES)
+    method: str = flag("method", "SlimLLM, or what it is compared with, as its authors' code does it", "slimllm", choices=METHODS)
+    recipe: str = flag(
+        "method", "paper: the published method; best: what measured best; distilled: the same, then --distill all", "paper", choices=RECIPES
+    )
+    recovery: str | None = flag(
+        "method", "what the kept output weights become [the method's: linear; best: least_squares]", choices=RECOVERIES
+    )
     ridge: float = flag("method", "least_squares: ridge as a multiple of the median input variance", 1.0)
     keep_lowest: float | None = flag(
         "method",
         "share of a layer's channels, the lowest-scoring, that stays all the same as in the published code [0.01; with least_squares 0]",
     )
-    channel_score: str = flag(
-        "method", "how channels are ranked; all but feature_space are for comparison", "feature_space", choices=CHANNEL_SCORES
+    channel_score: str | None = flag(
+        "method",
+        "how channels are ranked; all but feature_space are for comparison [the method's: feature_space]",
+        choices=CHANNEL_SCORES,
     )
     head_choice: str | None = flag(
         "method",
-        "how heads are scored and chosen; leave_one_out: without the swaps of the greedy search [greedy]",
+        "how heads are scored and chosen; leave_one_out: without the swaps of the greedy search; all but these two are for comparison "
+        "[the method's: greedy]",
         choices=HEAD_CHOICES,
     )
     no_greedy: bool = flag("method", "the same as --head_choice leave_one_out", False)
+    distill: str | None = flag(
+        "distillation",
+        "train the pruned model to predict what the dense one predicts: scales: norms, biases and one factor per input of the output "
+        "projections; all: every weight of the decoder, which takes five times the memory [none; distilled: all]",
+        choices=DISTILLATIONS,
+    )
+    distill_examples: int = flag("distillation", "samples to train on, half of them calibration text and half the model's own", 512)
+    distill_epochs: int = flag("distillation", "passes over them", 1)
+    distill_learning_rate: float | None = flag("distillation", "peak learning rate [all: 0.3 / hidden size; scales: 0.003]")
     slimllm: bool = flag("method", "accepted for old command lines; the method is always SlimLLM", False)
 
     calibration: str | None = flag(
@@ -129,12 +172,16 @@ class PruneConfig:
             raise UserError("--base_model is required: a local folder, hub name or .gguf file")
         check_choices(self)
         self._check_what_decides()
-        if self.recovery is None:
-            self.recovery = RECIPES[self.recipe]["recovery"]
+        if self.no_greedy:
+            self.head_choice = "leave_one_out"
+        for name in ("recovery", "head_choice", "channel_score"):
+            if getattr(self, name) is None:
+                setattr(self, name, self._default(name))
+        if self.distill is None:
+            self.distill = RECIPES[self.recipe].get("distill", "none")
         if self.keep_lowest is None:
-            self.keep_lowest = 0.0 if self.recovery == "least_squares" else PUBLISHED_KEEP_LOWEST
-        if self.head_choice is None:
-            self.head_choice = "leave_one_out" if self.no_greedy else "greedy"
+            published = self.method == "slimllm" and self.recovery != "least_squares"
+            self.keep_lowest = PUBLISHED_KEEP_LOWEST if published else 0.0
         if self.round_to is None:
             self.round_to = GGUF_BLOCK if self.runtime == "gguf" else 1
         if self.target_sparsity is None and self.pruning_ratio is None and self.plan is None:
@@ -145,8 +192,10 @@ class PruneConfig:
         check_range(self, "top_p", 0, 1)
         check_range(self, "alpha", 0)
         check_range(self, "temperature", 0)
-        for name in ("num_examples", "round_to", "eval_limit", "pruned_layers"):
+        for name in ("num_examples", "round_to", "eval_limit", "pruned_layers", "distill_epochs"):
             check_range(self, name, 1)
+        check_range(self, "distill_examples", 2)
+        check_range(self, "distill_learning_rate", 0, left_open=True)
         for name in ("seq_len", "max_seq_len"):
             check_range(self, name, 2)
         check_range(self, "ridge", 0, left_open=True)
@@ -163,16 +212,36 @@ class PruneConfig:
         """Raises UserError where two settings decide the same thing."""
         if self.pruning_ratio is not None and self.target_sparsity is not None:
             raise UserError("--pruning_ratio and --target_sparsity both say how much to remove: give one of them")
-        if self.no_greedy and self.head_choice == "greedy":
-            raise UserError("--no_greedy and --head_choice greedy contradict each other: give one of them")
+        if self.no_greedy and self.head_choice not in (None, "leave_one_out"):
+            raise UserError(f"--no_greedy and --head_choice {self.head_choice} contradict each other: give one of them")
+        if self.method != "slimllm" and self.recipe != "paper":
+            raise UserError(
+                f"--method {self.method} and --recipe {self.recipe}: the recipe is SlimLLM's; give one of them, or single flags of "
+                "the recipe such as --recovery least_squares"
+            )
         for name in ("pruning_ratio", "target_sparsity", "pruned_layers", "alpha", "layer_ratio"):
             if self.plan is not None and getattr(self, name) is not None:
                 raise UserError(f"--plan and --{name} both say how much to remove: give one of them")
+
+    def _default(self, name: str) -> str:
+        """What the recipe says, or else the method."""
+        return RECIPES[self.recipe].get(name) or getattr(METHODS[self.method], name)
+
+    @property
+    def dense_stream(self) -> bool:
+        """Whether layers are pruned from what the dense model gives them, as some method is published; not with another recovery."""
+        method = METHODS[self.method]
+        return method.dense_stream and self.recovery == method.recovery
 
     @property
     def samples(self) -> SampleSpec:
         """How the calibration samples are drawn."""
         return SampleSpec(self.num_examples, self.seq_len, self.seed)
+
+    @property
+    def distill_samples(self) -> SampleSpec:
+        """How the samples to distil on are drawn: others than those of the calibration and of the probes."""
+        return SampleSpec(self.distill_examples, self.seq_len, self.seed + 2, or_fewer=True)
 
     @property
     def needs_probe_ids(self) -> bool:
@@ -183,12 +252,14 @@ class PruneConfig:
         """Sets what depends on the model: pruned_layers and alpha where the user gave none (the paper's, scaled to its depth),
         and layer_ratio: the recipe's, or uniform where the runtime wants all layers alike.
         """
+        if self.distill_learning_rate is None:
+            self.distill_learning_rate = SCALES_RATE if self.distill == "scales" else min(ALL_RATE / shape.hidden, MOST_ALL_RATE)
         if self.plan is not None:
             return
         amount = self.pruning_ratio if self.target_sparsity is None else self.target_sparsity
         layers, alpha = next((n, a) for limit, n, a in PAPER_SETTINGS if amount < limit)
         if self.pruned_layers is None:
-            self.pruned_layers = max(1, round(layers * shape.layers / 32))
+            self.pruned_layers = shape.layers if METHODS[self.method].all_layers else max(1, round(layers * shape.layers / 32))
         if self.alpha is None:
             self.alpha = alpha
         if self.pruned_layers > shape.layers:
@@ -200,7 +271,7 @@ class PruneConfig:
                 )
             self.layer_ratio = "uniform"
         if self.layer_ratio is None:
-            self.layer_ratio = RECIPES[self.recipe]["layer_ratio"]
+            self.layer_ratio = self._default("layer_ratio")
 
     def to_dict(self) -> dict:
         return asdict(self)

@@ -14,8 +14,15 @@ from ..utils import processes
 from . import surgery
 from .allocation.head_units import HeadUnits
 from .allocation.plan import LayerPlan
-from .importance.channels import CHANNEL_SCORES, ChannelStatistics, select_channels
+from .importance.channels import (
+    CHANNEL_SCORES,
+    NEEDS_OUTPUT_COVARIANCE,
+    NEEDS_VARIANCE,
+    ChannelStatistics,
+    select_channels,
+)
 from .importance.heads import HEAD_CHOICES, HeadStatistics
+from .importance.taylor import Saliency
 from .recovery import NEEDS_INPUT_COVARIANCE
 from .runner import LayerRunner, Sublayer
 from .statistics import ActivationStore
@@ -64,17 +71,22 @@ def prune_layer(
     shape: ModelShape,
     config: PruneConfig,
     report: LayerReport | None = None,
+    saliency: Saliency | None = None,
 ) -> None:
-    """Prunes ``layer`` in place and advances ``hidden``, the states before it, to what it now gives; completes ``report``."""
+    """Prunes ``layer`` in place and advances ``hidden``, the states before it, to what it now gives; completes ``report``.
+
+    With ``config.dense_stream`` to what it gave before. ``saliency``: the layer's, for a choice that goes by gradients.
+    """
     adapter = runner.adapter
     report = report or whole_layer(index, 0.0, plan, shape)
+    how = {"recovery": config.recovery, "ridge": config.ridge, "replace": not config.dense_stream}
     new_bias = limits_of(config.runtime, shape).new_bias
 
     with Sublayer(hidden, adapter.attention(layer), runner.arguments[index], runner.memory) as sub:
         if plan.heads < shape.heads:
-            sub.run(input_covariance=True)
-            heads, kv_heads = processes.from_first(lambda: _choose_heads(sub, plan, shape, config), runner.device)
-            recovered, report.attention_error = sub.recover(columns(heads, shape.head_dim), config.recovery, config.ridge, new_bias)
+            sub.run(input_covariance=True, norms=True)
+            heads, kv_heads = processes.from_first(lambda: _choose_heads(sub, plan, shape, config, index, saliency), runner.device)
+            recovered, report.attention_error = sub.recover(columns(heads, shape.head_dim), new_bias=new_bias, **how)
             surgery.slice_heads(adapter, layer, heads, kv_heads, recovered)
             report.heads, report.kv_heads = heads.tolist(), kv_heads.tolist()
         else:
@@ -82,35 +94,58 @@ def prune_layer(
 
     with Sublayer(hidden, adapter.mlp(layer), {}, runner.memory) as sub:
         if plan.channels < shape.channels:
-            chosen = plan.kept is None
-            sub.run(input_covariance=config.recovery in NEEDS_INPUT_COVARIANCE, output_covariance=chosen, norms=True)
-            channels = processes.from_first(lambda: _choose_channels(sub, adapter.gate_and_up(layer), plan, shape, config), runner.device)
-            recovered, report.mlp_error = sub.recover(channels, config.recovery, config.ridge, new_bias)
+            score = config.channel_score if plan.kept is None else None
+            sub.run(
+                input_covariance=config.recovery in NEEDS_INPUT_COVARIANCE,
+                output_covariance=score in NEEDS_OUTPUT_COVARIANCE,
+                norms=True,
+                variance=score in NEEDS_VARIANCE,
+            )
+            gate_and_up = adapter.gate_and_up(layer)
+            channels = processes.from_first(lambda: _choose_channels(sub, gate_and_up, plan, shape, config, index, saliency), runner.device)
+            recovered, report.mlp_error = sub.recover(channels, new_bias=new_bias, **how)
             surgery.slice_channels(adapter, layer, channels, recovered)
             report.channels = channels.tolist()
         else:
             sub.run()
 
 
-def _choose_heads(sub: Sublayer, plan: LayerPlan, shape: ModelShape, config: PruneConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def _choose_heads(sub: Sublayer, plan: LayerPlan, shape: ModelShape, config: PruneConfig, index: int, saliency) -> tuple:
     """Kept query heads and KV heads, ascending: those of the plan, or by their importance, on whatever unit the heads go in."""
     device = sub.weight.device
     if plan.kept is not None:
         return torch.tensor(plan.kept.heads, device=device), torch.tensor(plan.kept.kv_heads, device=device)
     units = HeadUnits(shape, config.head_unit)
     removed = units.steps - (plan.heads // shape.kv_heads if units.by_query else plan.kv_heads)
-    statistics = HeadStatistics(sub.input_covariance.matrix(), sub.weight, units.units, units.groups)
+    statistics = HeadStatistics(
+        sub.input_covariance.matrix(),
+        sub.weight,
+        units.units,
+        units.groups,
+        input_norm=sub.input_norm.norm(),
+        saliency=saliency and saliency.of_units(units.units),
+        seed=config.seed + index,
+    )
     keep = torch.tensor(HEAD_CHOICES[config.head_choice](statistics, removed), device=device)
     if units.by_query:
         return keep, torch.arange(shape.kv_heads, device=device)
     return columns(keep, shape.heads // shape.kv_heads), keep
 
 
-def _choose_channels(sub: Sublayer, gate_and_up, plan: LayerPlan, shape: ModelShape, config: PruneConfig) -> torch.Tensor:
+def _choose_channels(
+    sub: Sublayer, gate_and_up, plan: LayerPlan, shape: ModelShape, config: PruneConfig, index: int, saliency
+) -> torch.Tensor:
     """Kept channels, ascending: those of the plan, or by their importance."""
     if plan.kept is not None:
         return torch.tensor(plan.kept.channels, device=sub.weight.device)
     statistics = ChannelStatistics(
-        sub.output_covariance.matrix(), sub.weight, *gate_and_up, sub.input_norm.norm(), sub.block_input_norm.norm(), config.seed
+        sub.output_covariance and sub.output_covariance.matrix(),
+        sub.weight,
+        *gate_and_up,
+        sub.input_norm.norm(),
+        sub.block_input_norm.norm(),
+        activation_variance=sub.input_variance and sub.input_variance.var_x,
+        saliency=saliency and saliency.channels,
+        seed=config.seed + index,
     )
     return select_channels(CHANNEL_SCORES[config.channel_score](statistics), shape.channels - plan.channels, config.keep_lowest)

@@ -21,6 +21,7 @@ from .allocation.inputs import Allocation, AllocationInputs
 from .allocation.layer_ratios import LAYER_RATIOS
 from .allocation.plan import LayerPlan
 from .config import PruneConfig
+from .importance.taylor import NEEDS_GRADIENTS, Saliency, saliencies
 from .journal import Journal
 from .layer import LayerReport, prune_layer, removes, whole_layer
 from .runner import LayerRunner, Progress, no_progress
@@ -68,7 +69,8 @@ def prune(
     source = ModelSource.of(model)
     shape = shape_of(source.config, dense_family_of(source.config))
     runner = LayerRunner(source, ids, device, progress, tmp_dir=config.tmp_dir)
-    cosine, allocation = _allocate(runner, ids, config, probe_ids, plans, journal)  # pass 1
+    saliency = _saliencies(runner, config, plans, journal)
+    cosine, allocation = _allocate(runner, ids, config, probe_ids, plans, saliency, journal)  # pass 1
 
     sensitivity = allocation.sensitivity or [None] * shape.layers  # pass 2
     reports = [whole_layer(i, cosine[i], plan, shape, sensitivity[i]) for i, plan in enumerate(allocation.plans)]
@@ -85,7 +87,7 @@ def prune(
     started = time.perf_counter()
     for index, layer in runner.visit(start=len(done), stop=stop):
         if index in pruned:
-            prune_layer(runner, hidden, layer, index, allocation.plans[index], shape, config, reports[index])
+            prune_layer(runner, hidden, layer, index, allocation.plans[index], shape, config, reports[index], saliency[index])
         elif index < after_last:
             runner.advance(hidden, layer, index)
         reports[index].seconds = time.perf_counter() - started
@@ -103,12 +105,25 @@ def prune(
     return reports
 
 
-def _allocate(runner: LayerRunner, ids, config, probe_ids, plans, journal) -> tuple[list[float], Allocation]:
+def _saliencies(runner: LayerRunner, config, plans, journal) -> list[Saliency | None]:
+    """The layers' first-order importance, where something is chosen by it: measured, or as a stopped run left it."""
+    if plans is not None or not NEEDS_GRADIENTS & {config.head_choice, config.channel_score}:
+        return [None] * len(runner.source)
+    known = journal.get("saliency") if journal else None
+    if known is None:
+        known = [saliency.to_dict() for saliency in saliencies(runner)]
+        if journal:
+            journal.put("saliency", known)
+    return [Saliency.of(values, runner.device) for values in known]
+
+
+def _allocate(runner: LayerRunner, ids, config, probe_ids, plans, saliency, journal) -> tuple[list[float], Allocation]:
     """(layer cosines, what goes from each layer), measured, or as a stopped run left them."""
     known = journal.get("allocation") if journal else None
     if known:
         return known["cosine"], Allocation([LayerPlan.of(plan) for plan in known["plans"]], known["sensitivity"])
-    inputs = AllocationInputs(shape_of(runner.source.config), config, None, runner.source, ids, probe_ids, runner.device, runner.progress)
+    shape = shape_of(runner.source.config)
+    inputs = AllocationInputs(shape, config, None, runner.source, ids, probe_ids, runner.device, runner.progress, saliency)
     allocation = LAYER_RATIOS[config.layer_ratio](inputs) if plans is None else Allocation(plans)
     cosine = inputs.scores()
     if journal:

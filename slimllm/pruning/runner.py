@@ -171,12 +171,13 @@ class Sublayer:
     def weight(self) -> torch.Tensor:
         return self.block.output.weight.float()
 
-    def run(self, input_covariance=False, output_covariance=False, norms=False) -> None:
+    def run(self, input_covariance=False, output_covariance=False, norms=False, variance=False) -> None:
         projection = self.block.output
         dims, size = projection.weight.shape
         device = projection.weight.device
         self.input_covariance = Covariance(size, device) if input_covariance else None
         self.output_covariance = Covariance(dims, device) if output_covariance else None
+        self.input_variance = PairMoments(size, device) if variance else None
         self.input_norm, self.block_input_norm = SquareSum(size, device), SquareSum(dims, device)
         seen = {}
         hook = projection.register_forward_hook(lambda _, args, output: seen.update(x=args[0], y=output))
@@ -188,6 +189,8 @@ class Sublayer:
                 self.input_covariance.update(x.float())
             if self.output_covariance:
                 self.output_covariance.update(y.float())
+            if variance:
+                self.input_variance.update(x.float(), x.float())
             if norms:
                 self.input_norm.update(x.float())
                 self.block_input_norm.update(block_input.flatten(0, -2).float())
@@ -195,12 +198,13 @@ class Sublayer:
                 self.inputs.append(x)
             self.outputs.append(y)
         hook.remove()
-        for statistic in (self.input_covariance, self.output_covariance, *((self.input_norm, self.block_input_norm) if norms else ())):
+        taken = (self.input_norm, self.block_input_norm) if norms else ()
+        for statistic in (self.input_covariance, self.output_covariance, self.input_variance, *taken):
             if statistic:
                 statistic.merge()
 
-    def recover(self, keep: torch.Tensor, recovery: str, ridge: float, new_bias: bool = True):
-        """(Recovered, (error before, error after)) for the kept input columns ``keep``; replaces the outputs.
+    def recover(self, keep: torch.Tensor, recovery: str, ridge: float, new_bias: bool = True, replace: bool = True):
+        """(Recovered, (error before, error after)) for the kept input columns ``keep``; replaces the outputs, if that is to be.
 
         Without ``new_bias`` a projection that has none gets none: the fit goes through zero.
         """
@@ -231,7 +235,8 @@ class Sublayer:
             else:
                 new = self._pruned[i] * recovered.scale + recovered.shift
             after.update(new, y.float())
-            self.outputs[i] = new.to(y.dtype)
+            if replace:
+                self.outputs[i] = new.to(y.dtype)
         after.merge()
         return recovered, (before.relative_error(), after.relative_error())
 

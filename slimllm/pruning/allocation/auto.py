@@ -69,7 +69,7 @@ def layer_sensitivities(inputs: AllocationInputs) -> list[float]:
 
     def visit(index, layer, seen, hidden, held, streams):
         states, pruned = hidden.copy(), copy.deepcopy(layer)
-        prune_layer(seen, states, pruned, index, plans[index], inputs.shape, inputs.config)
+        prune_layer(seen, states, pruned, index, plans[index], inputs.shape, inputs.config, saliency=inputs.saliency[index])
         states.close()
         cosines.append(seen.advance(hidden, layer, index))
         if index % size == 0:
@@ -111,7 +111,7 @@ def plan_divergences(inputs: AllocationInputs, plans_by_candidate: list[list[Lay
         for (plans, states), stream in zip(trials, streams[1:]):
             tried = copy.deepcopy(layer) if index in compared else layer
             if index in compared:
-                prune_layer(seen, states, tried, index, plans[index], inputs.shape, inputs.config)
+                prune_layer(seen, states, tried, index, plans[index], inputs.shape, inputs.config, saliency=inputs.saliency[index])
             else:
                 seen.advance(states, tried, index)
             held.advance(stream, tried, index)

@@ -9,6 +9,7 @@ import torch
 
 from ...models.shape import ModelShape
 from ...models.source import ModelSource
+from ..importance.taylor import Saliency
 from ..runner import LayerRunner, Progress, no_progress
 from .plan import LayerPlan
 
@@ -22,7 +23,7 @@ class AllocationInputs:
 
     ``layer_scores`` [L]: the dense model's layer cosines, where they were measured already. ``source``: the dense model, left as it
     is, or None where only the shape is known; then layers are taken to matter the same. ``ids``: calibration tokens [samples,
-    length]; ``probe_ids``: tokens of the same form that nothing is fitted to.
+    length]; ``probe_ids``: tokens of the same form that nothing is fitted to. ``saliency`` [L]: of each layer, where it was measured.
     """
 
     shape: ModelShape
@@ -33,6 +34,10 @@ class AllocationInputs:
     probe_ids: torch.Tensor | None = None
     device: torch.device | str = "cpu"
     progress: Progress = no_progress
+    saliency: list[Saliency | None] | None = None
+
+    def __post_init__(self):
+        self.saliency = self.saliency or [None] * self.shape.layers
 
     def scores(self) -> list[float]:
         """The layer cosines [L], measured now where they were not (pass 1)."""

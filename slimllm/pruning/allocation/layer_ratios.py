@@ -12,6 +12,7 @@ from ..importance.layers import importance_weights, uniform_weights
 from .auto import auto
 from .inputs import Allocation, AllocationInputs
 from .plan import LayerPlan, plan
+from .ranking import ranking
 
 if TYPE_CHECKING:
     from ..config import PruneConfig
@@ -27,11 +28,18 @@ def uniform(inputs: AllocationInputs) -> Allocation:
     return _weighted(inputs, uniform_weights(inputs.scores(), inputs.config.pruned_layers))
 
 
+def middle(inputs: AllocationInputs) -> Allocation:
+    """LLM-Pruner's (Ma et al. 2023): the same from each layer but the first and the last, which stay whole, two first ones for one last."""
+    shape, config = inputs.shape, inputs.config
+    first = round(2 / 3 * (shape.layers - config.pruned_layers))
+    return _weighted(inputs, [float(first <= index < first + config.pruned_layers) for index in range(shape.layers)])
+
+
 def _weighted(inputs: AllocationInputs, weights: list[float]) -> Allocation:
     return Allocation(plan(inputs.shape, lambda amount: [amount * weight for weight in weights], inputs.config))
 
 
-LAYER_RATIOS = {"importance": importance, "uniform": uniform, "auto": auto}
+LAYER_RATIOS = {f.__name__: f for f in (importance, uniform, middle, ranking, auto)}
 NEEDS_PROBE_IDS = {"auto"}
 
 

@@ -175,7 +175,7 @@ def _with_heads(shape, units, ratios, config, limits, attention, steps=None) -> 
         middle = (low + high) / 2
         low, high = (middle, high) if removed_parameters(shape, planned(middle), config) < target else (low, middle)
     plans = planned(high)
-    _fill_with_channels(shape, plans, target, config, limits.same_channels)
+    fill_with_channels(shape, plans, target, config, limits.same_channels)
     return plans
 
 
@@ -191,7 +191,7 @@ def _way_to_more(config, shape) -> str:
     return "raise --pruned_layers" if _may_take_more_layers(config, shape) else "lower it: a part of each layer must stay"
 
 
-def _fill_with_channels(shape, plans, target, config, together: bool) -> None:
+def fill_with_channels(shape, plans, target, config, together: bool = False) -> None:
     """Moves the kept channels of the pruned layers, in steps, until the removed parameters are nearest to ``target``.
 
     The heads stay; the surplus is shared in proportion to what each layer loses, largest remainder first, or falls to all

@@ -17,7 +17,8 @@ class ChannelStatistics:
     """One feed-forward part. Norms are over tokens, none is centred.
 
     output_covariance: [D, D] of the output Y. down: [D, I]. gate, up: [I, D]. activation_norm: [I], ||A[:, c]|| of
-    down_proj's input. input_norm: [D], of each dimension of the feed-forward input. seed: for what is random.
+    down_proj's input. input_norm: [D], of each dimension of the feed-forward input. activation_variance: [I], of A[:, c] over
+    tokens, for a score in NEEDS_VARIANCE. saliency: [I], where gradients were taken (:mod:`taylor`). seed: for what is random.
     """
 
     output_covariance: torch.Tensor
@@ -26,6 +27,8 @@ class ChannelStatistics:
     up: torch.Tensor
     activation_norm: torch.Tensor
     input_norm: torch.Tensor
+    activation_variance: torch.Tensor | None = None
+    saliency: torch.Tensor | None = None
     seed: int = 0
 
     def input_terms(self) -> torch.Tensor:
@@ -69,13 +72,23 @@ def unweighted(s: ChannelStatistics) -> torch.Tensor:
 
 
 def wanda(s: ChannelStatistics) -> torch.Tensor:
-    """Sum over outputs of |W_down[d, c]| * ||A[:, c]||: Wanda's score of a weight (Sun et al. 2024), summed over a column."""
-    return s.down.abs().sum(0) * s.activation_norm
+    """mean_d |W_down[d, c]| * ||A[:, c]||: Wanda's score of a weight (Sun et al. 2024) over a column, as Wanda-sp has it."""
+    return s.down.abs().mean(0) * s.activation_norm
+
+
+def taylor(s: ChannelStatistics) -> torch.Tensor:
+    """LLM-Pruner's (Ma et al. 2023): sum of |W * dL/dW| over the channel's rows of gate and up and its column of down."""
+    return s.saliency
+
+
+def fluctuation(s: ChannelStatistics) -> torch.Tensor:
+    """FLAP's (An et al. 2024): Var(A[:, c]) ||W_down[:, c]||^2."""
+    return s.activation_variance * s.down.square().sum(0)
 
 
 def magnitude(s: ChannelStatistics) -> torch.Tensor:
-    """||W_down[:, c]|| + ||W_gate[c]|| + ||W_up[c]||: no activations at all."""
-    return s.down.norm(dim=0) + s.gate.norm(dim=1) + s.up.norm(dim=1)
+    """||W_down[:, c]||: no activations at all."""
+    return s.down.norm(dim=0)
 
 
 def random(s: ChannelStatistics) -> torch.Tensor:
@@ -84,7 +97,9 @@ def random(s: ChannelStatistics) -> torch.Tensor:
 
 
 # How channels are scored: statistics -> the importance of each. select_channels makes a choice of it.
-CHANNEL_SCORES = {f.__name__: f for f in (feature_space, unweighted, wanda, magnitude, random)}
+CHANNEL_SCORES = {f.__name__: f for f in (feature_space, unweighted, taylor, fluctuation, wanda, magnitude, random)}
+NEEDS_OUTPUT_COVARIANCE = {"feature_space"}
+NEEDS_VARIANCE = {"fluctuation"}
 
 
 def select_channels(scores: torch.Tensor, removed: int, keep_lowest: float) -> torch.Tensor:

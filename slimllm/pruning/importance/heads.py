@@ -15,13 +15,17 @@ import torch
 @dataclass
 class HeadStatistics:
     """One attention. covariance: [n, n] of the output projection's input. weight: [D, n]. units: into how many equal blocks of
-    columns the input falls. groups: how many equal runs of units there are, each of which loses the same number.
+    columns the input falls. groups: how many equal runs of units there are, each of which loses the same number. input_norm: [n],
+    ||X[:, j]|| over tokens. saliency: [heads], where gradients were taken (:mod:`taylor`). seed: for what is random.
     """
 
     covariance: torch.Tensor
     weight: torch.Tensor
     units: int
     groups: int = 1
+    input_norm: torch.Tensor | None = None
+    saliency: torch.Tensor | None = None
+    seed: int = 0
 
 
 def greedy(s: HeadStatistics, removed: int) -> list[int]:
@@ -34,8 +38,41 @@ def leave_one_out_only(s: HeadStatistics, removed: int) -> list[int]:
     return greedy_search(output_gram(s.covariance, s.weight, s.units), removed, s.groups, swap=False)
 
 
+def _highest(column_scores: torch.Tensor, s: HeadStatistics, removed: int) -> list[int]:
+    """The units to keep where the importance of each is the sum of its columns' (or heads'), and the lowest of each group go."""
+    scores = column_scores.view(s.groups, s.units // s.groups, -1).sum(-1)
+    kept = scores.argsort(dim=1, descending=True, stable=True)[:, : scores.shape[1] - removed]
+    return (kept + torch.arange(s.groups, device=kept.device)[:, None] * scores.shape[1]).flatten().sort().values.tolist()
+
+
+def taylor(s: HeadStatistics, removed: int) -> list[int]:
+    """LLM-Pruner's (Ma et al. 2023): sum of |W * dL/dW| over the rows of queries, keys and values and the columns of the output."""
+    return _highest(s.saliency, s, removed)
+
+
+def fluctuation(s: HeadStatistics, removed: int) -> list[int]:
+    """FLAP's (An et al. 2024): mean over a unit's columns of (Var(X_j) ||W[:, j]||^2)^2."""
+    return _highest((s.covariance.diagonal() * s.weight.square().sum(0)).square(), s, removed)
+
+
+def wanda(s: HeadStatistics, removed: int) -> list[int]:
+    """Wanda-sp's (An et al. 2024): sum over a unit's columns of mean_d |W[d, j]| * ||X[:, j]||."""
+    return _highest(s.weight.abs().mean(0) * s.input_norm, s, removed)
+
+
+def magnitude(s: HeadStatistics, removed: int) -> list[int]:
+    """Sum over a unit's columns of ||W[:, j]||: no activations at all."""
+    return _highest(s.weight.norm(dim=0), s, removed)
+
+
+def random(s: HeadStatistics, removed: int) -> list[int]:
+    """Chance, the floor that any choice must beat."""
+    return _highest(torch.rand(s.units, generator=torch.Generator().manual_seed(s.seed)), s, removed)
+
+
 # How heads are scored and chosen: (statistics, how many units each group loses) -> the units to keep, ascending.
 HEAD_CHOICES = {"greedy": greedy, "leave_one_out": leave_one_out_only}
+HEAD_CHOICES |= {f.__name__: f for f in (taylor, fluctuation, wanda, magnitude, random)}
 
 
 def output_gram(covariance: torch.Tensor, weight: torch.Tensor, units: int) -> torch.Tensor:
