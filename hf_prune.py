@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import sys
@@ -92,7 +93,7 @@ def _prune_into(folder: Path, config, model_config, eval_device, dtype):
     timed, journal = record.Stopwatch(), Journal.of_run(folder)
     log.info("%s", record.command())
     measured = texts.load_texts(config.eval_data)
-    written = config.save_model or measured or config.test_after_train
+    written = config.save_model or measured or config.test_after_train or config.distill != "none"
     checkpoint = folder if config.save_model else journal.folder / "checkpoint"
     with timed("loading"):
         tokenizer = loading.load_tokenizer(config.base_model)
@@ -123,13 +124,19 @@ def _prune_into(folder: Path, config, model_config, eval_device, dtype):
     sink = None
     if written and processes.is_first():
         sink = CheckpointSink(checkpoint, source, config, samples.ids[:2, :64], device_of("device", config.device))
+    teacher = None
+    if config.distill != "none" and journal.get("distillation") is None:
+        with _progress(len(source)) as progress:
+            teacher = api.teach(source, samples, config, progress, timed)
     result = _prune(source, tokenizer, samples, config, timed, sink, journal)
     pruned = []
     if written:
         with timed("saving"):
             if sink:
-                sink.finish()
+                sink.finish(compare=journal.get("distillation") is None)
             processes.wait()
+        if config.distill != "none":
+            result.distillation = _distil(checkpoint, dtype, teacher, config, timed, sink, journal)
         if config.save_model:
             log.info("saved, loaded again and compared: the same logits")
         pruned = evaluate(loading.open_source(str(checkpoint), dtype, "DIR"), "pruned")
@@ -211,16 +218,46 @@ def _prune(source, tokenizer, samples, config, timed, sink, journal):
         )
 
 
+def _distil(checkpoint: Path, dtype, teacher, config, timed, sink, journal):
+    """Distils the model in ``checkpoint`` and writes it there, or takes what a stopped run came to. Returns the Distillation."""
+    from safetensors.torch import load_file, save_file
+
+    from slimllm import api
+    from slimllm.models import loading
+    from slimllm.training.distillation import Distillation, trained_names
+    from slimllm.utils import processes
+    from slimllm.utils.files import atomic_file
+
+    student = loading.load_model(str(checkpoint), dtype, "DIR")
+    names, weights = trained_names(student, config.distill), journal.folder / "distilled.safetensors"
+    known = journal.get("distillation")
+    if known is not None:
+        student.load_state_dict(load_file(weights), strict=False)
+        found = Distillation(**known)
+    else:
+        with _progress(0) as progress:
+            found = api.distil(student, teacher, config, progress, timed)
+        if processes.is_first():
+            with atomic_file(weights) as partial:
+                save_file({name: student.get_parameter(name).data.contiguous() for name in names}, partial)
+            journal.put("distillation", dataclasses.asdict(found))
+    with timed("saving"):
+        if sink:
+            sink.replace(student, names)
+        processes.wait()
+    return found
+
+
 @contextmanager
-def _progress(layers: int):
-    """A bar over the layers, as a function of (what is being done, layers done, layers)."""
+def _progress(total: int):
+    """A bar over the layers, or what else is counted, as a function of (what is being done, how many of it are done, of how many)."""
     from tqdm.auto import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from slimllm.utils import processes
 
     silent = None if processes.is_first() else True  # None: where there is no terminal
-    with logging_redirect_tqdm([log]), tqdm(total=layers, unit="layer", disable=silent, leave=False) as bar:
+    with logging_redirect_tqdm([log]), tqdm(total=total, disable=silent, leave=False) as bar:
 
         def progress(stage, done, total):
             bar.set_description(stage, refresh=False)

@@ -33,6 +33,8 @@ from .pruning.layer import LayerReport
 from .pruning.runner import Progress, no_progress
 from .reporting import card
 from .reporting.record import ModelInfo, Parameters, PruningRecord, Stopwatch
+from .training import distillation
+from .training.distillation import Distillation, Teacher
 from .utils.device import device_of, name_of
 from .utils.files import atomic_dir
 
@@ -40,7 +42,7 @@ from .utils.files import atomic_dir
 _SETTINGS = {
     f.name
     for f in dataclasses.fields(PruneConfig)
-    if f.metadata.get("group") in ("sparsity", "method", "calibration") or f.name in ("device", "tmp_dir")
+    if f.metadata.get("group") in ("sparsity", "method", "distillation", "calibration") or f.name in ("device", "tmp_dir")
 } - {"calibration"}
 
 CalibrationSource = str | Sequence[str] | torch.Tensor | Calibration | None
@@ -52,6 +54,7 @@ class PruneResult:
 
     ``model``: pruned, in the class that ``config.runtime`` asks for; without its weights where these went to a sink. ``layers``: one
     LayerReport each. ``parameters``: counts and the shares removed. ``info``: the dense model. ``seconds``: of each phase.
+    ``distillation``: how that went, where there was one.
     """
 
     model: torch.nn.Module
@@ -62,12 +65,20 @@ class PruneResult:
     info: ModelInfo
     parameters: Parameters
     seconds: dict[str, float] = field(default_factory=dict)
+    distillation: Distillation | None = None
 
     def record(self, evaluation: Sequence[dict] = ()) -> PruningRecord:
         """The run's record, with perplexities where some were measured (EvalText.figure)."""
         layers = [dataclasses.asdict(layer) for layer in self.layers]
         return PruningRecord(
-            self.config.to_dict(), self.info, self.calibration.to_dict(), self.parameters, list(evaluation), self.seconds, layers
+            self.config.to_dict(),
+            self.info,
+            self.calibration.to_dict(),
+            self.parameters,
+            list(evaluation),
+            self.seconds,
+            layers,
+            self.distillation and dataclasses.asdict(self.distillation),
         )
 
 
@@ -84,7 +95,9 @@ def prune(
     journal: Journal | None = None,
     **settings,
 ) -> PruneResult:
-    """Prunes ``model``, in place where it is in memory.
+    """Prunes ``model``, in place where it is in memory; then distils it, where ``config.distill`` says so.
+
+    A ModelSource is only pruned: :func:`distil` takes the model that comes of it.
 
     Args:
         model: a dense causal LM of a supported family, as from_pretrained gives it, or a ModelSource that reads one layer at a time.
@@ -122,6 +135,7 @@ def prune(
     if not isinstance(calibration, Calibration):
         with timed("calibration"):
             calibration = calibrate(source, tokenizer, config, calibration, device_of("eval_device", config.eval_device))
+    teacher = None if source.streams else teach(source, calibration, config, progress, timed)
     with timed("pruning"):
         layers = pipeline.prune(source, calibration.ids, config, device, on_layer, calibration.probe_ids, progress, plans, sink, journal)
     if source.streams:
@@ -130,7 +144,26 @@ def prune(
     else:
         convert_for_runtime(model, config.runtime)
     parameters = Parameters.of(size, model.num_parameters(), shape.decoder_parameters)
-    return PruneResult(model, tokenizer, config, calibration, layers, info, parameters, timed.seconds)
+    distillation = teacher and distil(model, teacher, config, progress, timed)
+    return PruneResult(model, tokenizer, config, calibration, layers, info, parameters, timed.seconds, distillation)
+
+
+def teach(source: ModelSource, calibration: Calibration, config: PruneConfig, progress: Progress, timed: Stopwatch) -> Teacher | None:
+    """What the dense model makes of the samples to distil on, before it is pruned; None where nothing is to be distilled."""
+    if config.distill == "none":
+        return None
+    with timed("distillation"):
+        return Teacher(source, calibration.distill_ids, device_of("device", config.device), progress, config.tmp_dir)
+
+
+def distil(model, teacher: Teacher, config: PruneConfig, progress: Progress, timed: Stopwatch) -> Distillation:
+    """Distils a pruned model in memory, in place, as the settings say; closes the ``teacher``."""
+    with timed("distillation"):
+        found = distillation.distil(
+            model, teacher, config.distill, config.distill_epochs, config.distill_learning_rate, config.seed, progress
+        )
+        teacher.close()
+    return found
 
 
 def plans_of(config: PruneConfig, shape):
@@ -148,33 +181,53 @@ def plans_of(config: PruneConfig, shape):
 def calibrate(model, tokenizer, config: PruneConfig, source: CalibrationSource, device: torch.device) -> Calibration:
     """The samples that ``source`` gives, and those that ``layer_ratio`` auto measures on.
 
-    What the model (or ModelSource) itself has to say, it says on ``device`` in the dtype of evaluation, whole; where it does not fit there,
+    With them come the samples to distil on, where that is to be. What the model (or ModelSource) itself has to say, it says on
+    ``device`` in the dtype of evaluation, whole; where it does not fit there,
     the samples that are measured on are held back from the text of ``source``.
     Raises UserError for a source that cannot be had or is too short, and where a tokenizer is needed and not there.
     """
     with loading.Voice(model, device) as voice:
-        held_back = config.needs_probe_ids and not voice.fits
-        if isinstance(source, torch.Tensor):
-            samples = _of_ids(source, voice.config.vocab_size)
-        elif tokenizer is None:
-            raise UserError("tokenizer: needed to make calibration samples; give one, or token ids [samples, length]")
-        else:
-            spec = config.samples
-            if held_back:
-                spec = dataclasses.replace(spec, num_examples=spec.num_examples + calibrations.PROBE_SAMPLES)
-            if source is None or isinstance(source, str):
-                calibrations.check_source(source)
-                samples = calibrations.load(source, voice, tokenizer, spec)
+        samples = _samples(voice, tokenizer, config, source)
+        if config.distill != "none" and samples.distill_ids is None:
+            spec = config.distill_samples
+            if isinstance(source, torch.Tensor) or samples.source.endswith(".safetensors"):
+                text = samples.ids
             else:
-                samples = calibrations.from_text("\n".join(source), "texts", tokenizer, spec)
-        if not config.needs_probe_ids or samples.probe_ids is not None:
-            return samples
-        if held_back:
-            return samples.holding_back()
-        if tokenizer is None:
-            raise UserError("layer_ratio auto measures on the model's own text: give a tokenizer")
-        samples.probe_ids = calibrations.probe_samples(voice, tokenizer, config.samples)
+                text = (
+                    None if samples.source == "self" else _drawn(samples.source if source is None else source, voice, tokenizer, spec).ids
+                )
+            samples.distill_ids = calibrations.distill_samples(text, voice if voice.fits and tokenizer else None, tokenizer, spec)
         return samples
+
+
+def _samples(voice: loading.Voice, tokenizer, config: PruneConfig, source: CalibrationSource) -> Calibration:
+    """The samples to prune from, and those to measure on."""
+    held_back = config.needs_probe_ids and not voice.fits
+    if isinstance(source, torch.Tensor):
+        samples = _of_ids(source, voice.config.vocab_size)
+    elif tokenizer is None:
+        raise UserError("tokenizer: needed to make calibration samples; give one, or token ids [samples, length]")
+    else:
+        spec = config.samples
+        if held_back:
+            spec = dataclasses.replace(spec, num_examples=spec.num_examples + calibrations.PROBE_SAMPLES)
+        samples = _drawn(source, voice, tokenizer, spec)
+    if not config.needs_probe_ids or samples.probe_ids is not None:
+        return samples
+    if held_back:
+        return samples.holding_back()
+    if tokenizer is None:
+        raise UserError("layer_ratio auto measures on the model's own text: give a tokenizer")
+    samples.probe_ids = calibrations.probe_samples(voice, tokenizer, config.samples)
+    return samples
+
+
+def _drawn(source: str | Sequence[str] | None, voice: loading.Voice, tokenizer, spec: calibrations.SampleSpec) -> Calibration:
+    """Samples of a named source, or of texts."""
+    if source is None or isinstance(source, str):
+        calibrations.check_source(source)
+        return calibrations.load(source, voice, tokenizer, spec)
+    return calibrations.from_text("\n".join(source), "texts", tokenizer, spec)
 
 
 def _of_ids(ids: torch.Tensor, vocab_size: int) -> Calibration:

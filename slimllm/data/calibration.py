@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import os
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from ..errors import UserError, nearest
 from ..models import hub
 from ..models.loading import Voice
+from ..models.shape import shape_of
 from ..utils.files import atomic_file
 from ..utils.memory import return_free_memory
 from .texts import read_text, token_ids
@@ -30,7 +32,8 @@ HUB_SOURCES = {
 }
 TEXT_SUFFIXES = (".txt", ".jsonl")
 MAX_CHARACTERS = 8_000_000  # enough for over ten thousand samples of 128 tokens; more is not read
-SELF_SAMPLE_BATCH = 32
+SELF_SAMPLE_BATCH = 32  # samples that are made at once, at least
+SELF_SAMPLE_CACHE = 512 << 20  # bytes of keys and values that more of them may take
 PROBE_SAMPLES = 4
 OVERLAP_TOKENS = 16  # a run this long in common is no accident
 _OLD_PROBE_IDS = "held_back_ids"  # files written before the first release call them so
@@ -41,7 +44,7 @@ class Calibration:
     """Token ids [samples, length] int64, where they came from, and their hash (SHA-256 of the int64 bytes).
 
     ``probe_ids`` [samples, length]: text that ``--layer_ratio auto`` measures on, as from :func:`probe_samples`; ``probe_source``
-    says whose.
+    says whose. ``distill_ids`` [samples, length]: what ``--distill`` trains on.
     """
 
     ids: torch.Tensor
@@ -49,6 +52,7 @@ class Calibration:
     seed: int | None = None
     probe_ids: torch.Tensor | None = None
     probe_source: str = "self"
+    distill_ids: torch.Tensor | None = None
 
     def holding_back(self) -> Calibration:
         """The same without its last PROBE_SAMPLES samples, which become the ``probe_ids``. Raises UserError where none would be left."""
@@ -62,9 +66,8 @@ class Calibration:
         return hashlib.sha256(self.ids.contiguous().numpy().tobytes()).hexdigest()
 
     def save(self, folder: Path) -> None:
-        tensors = {"calibration_ids": self.ids.contiguous()}
-        if self.probe_ids is not None:
-            tensors["probe_ids"] = self.probe_ids.contiguous()
+        tensors = {"calibration_ids": self.ids, "probe_ids": self.probe_ids, "distill_ids": self.distill_ids}
+        tensors = {name: ids.contiguous() for name, ids in tensors.items() if ids is not None}
         with atomic_file(folder / "calibration.safetensors") as partial:
             save_file(tensors, partial, {"source": self.source})
 
@@ -73,20 +76,29 @@ class Calibration:
         """What :meth:`save` wrote into ``folder``; ``described`` as by :meth:`to_dict`."""
         tensors = load_file(folder / "calibration.safetensors")
         probe = {"probe_source": described["probe_source"]} if "probe_source" in described else {}
-        return cls(tensors["calibration_ids"], described["source"], described["seed"], tensors.get("probe_ids"), **probe)
+        return cls(
+            tensors["calibration_ids"],
+            described["source"],
+            described["seed"],
+            tensors.get("probe_ids"),
+            **probe,
+            distill_ids=tensors.get("distill_ids"),
+        )
 
     def to_dict(self) -> dict:
         found = {"source": self.source, "samples": len(self.ids), "length": self.ids.shape[1], "seed": self.seed, "sha256": self.sha256}
-        return found | ({} if self.probe_ids is None else {"probe_source": self.probe_source})
+        distilled = {} if self.distill_ids is None else {"distill_samples": len(self.distill_ids)}
+        return found | distilled | ({} if self.probe_ids is None else {"probe_source": self.probe_source})
 
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """How many samples of how many tokens are drawn, and the seed of every random choice."""
+    """How many samples of how many tokens are drawn, and the seed of every random choice. ``or_fewer``: a short text gives what it has."""
 
     num_examples: int = 32
     seq_len: int = 128
     seed: int = 42
+    or_fewer: bool = False
 
 
 def load(source: str | None, model, tokenizer, spec: SampleSpec) -> Calibration:
@@ -135,7 +147,8 @@ def check_vocabulary(ids: torch.Tensor, vocab_size: int, where: str) -> None:
 def _from_file(path: str, vocab_size: int) -> Calibration:
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys() if name in ("calibration_ids", "probe_ids", _OLD_PROBE_IDS)}
+            known = ("calibration_ids", "probe_ids", "distill_ids", _OLD_PROBE_IDS)
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name in known}
     except (SafetensorError, OSError) as error:
         raise UserError(f"--calibration {path}: not a calibration file ({error})") from None
     if "calibration_ids" not in tensors:
@@ -144,7 +157,8 @@ def _from_file(path: str, vocab_size: int) -> Calibration:
         if ids.ndim != 2 or ids.dtype != torch.int64 or 0 in ids.shape:
             raise UserError(f"--calibration {path}: {name} is {ids.dtype} {list(ids.shape)}, not int64 [samples, length]")
         check_vocabulary(ids, vocab_size, f"--calibration {path}")
-    return Calibration(tensors["calibration_ids"], path, probe_ids=tensors.get("probe_ids", tensors.get(_OLD_PROBE_IDS)))
+    probe_ids = tensors.get("probe_ids", tensors.get(_OLD_PROBE_IDS))
+    return Calibration(tensors["calibration_ids"], path, probe_ids=probe_ids, distill_ids=tensors.get("distill_ids"))
 
 
 def _from_hub(name: str, tokenizer, spec: SampleSpec) -> Calibration:
@@ -185,12 +199,13 @@ def _sample(text: str, name: str, tokenizer, spec: SampleSpec) -> torch.Tensor:
     """
     ids = token_ids(text, tokenizer, special=False)
     blocks = len(ids) // spec.seq_len
-    if blocks < spec.num_examples:
+    count = min(spec.num_examples, max(blocks, 1)) if spec.or_fewer else spec.num_examples
+    if blocks < count:
         raise UserError(
             f"--calibration {name}: {len(ids)} tokens are too few for {spec.num_examples} samples of {spec.seq_len}; "
             "give more text, or fewer or shorter samples (--num_examples, --seq_len)"
         )
-    chosen = random.Random(spec.seed).sample(range(blocks), spec.num_examples)
+    chosen = random.Random(spec.seed).sample(range(blocks), count)
     return ids[: blocks * spec.seq_len].view(blocks, spec.seq_len)[chosen]
 
 
@@ -212,6 +227,21 @@ def probe_samples(model, tokenizer, spec: SampleSpec) -> torch.Tensor:
     The model's own text, whatever the calibration source: what a layer costs on one kind of text says little about another.
     """
     return sample_from_model(model, tokenizer, SampleSpec(PROBE_SAMPLES, spec.seq_len, spec.seed + 1))
+
+
+def distill_samples(text: torch.Tensor | None, model, tokenizer, spec: SampleSpec) -> torch.Tensor:
+    """Samples [num_examples, length] for ``--distill``: half of them from ``text``, the rest the model's own, in random order.
+
+    ``text`` [samples, length]: calibration text, or None. ``model``: None where it cannot say anything.
+    """
+    parts = []
+    if text is not None:
+        parts.append(text[: spec.num_examples // 2 if model else spec.num_examples])
+    if model is not None:
+        own = spec.num_examples - sum(map(len, parts))
+        parts.append(sample_from_model(model, tokenizer, dataclasses.replace(spec, num_examples=own)))
+    found = torch.cat(parts)
+    return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(spec.seed))]
 
 
 def _never_sampled(tokenizer, generation_config, vocab_size: int) -> list[int]:
@@ -237,6 +267,8 @@ def sample_from_model(model, tokenizer, spec: SampleSpec) -> torch.Tensor:
     device, vocab = model.device, model.config.vocab_size
     special = _never_sampled(tokenizer, model.generation_config, vocab)
     words = torch.tensor(sorted(set(range(vocab)) - set(special)))
+    shape = shape_of(model.config)
+    cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * spec.seq_len * model.dtype.itemsize
     settings = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=spec.seq_len - 1, pad_token_id=0)
     suppress = LogitsProcessorList([SuppressTokensLogitsProcessor(special, device=device)] if special else [])
     own, model.generation_config = model.generation_config, GenerationConfig()  # what `settings` leaves open is taken from it
@@ -247,7 +279,7 @@ def sample_from_model(model, tokenizer, spec: SampleSpec) -> torch.Tensor:
             first = words[torch.randint(len(words), (spec.num_examples, 1))].to(device)
             parts = [
                 model.generate(start, attention_mask=torch.ones_like(start), generation_config=settings, logits_processor=suppress)
-                for start in first.split(SELF_SAMPLE_BATCH)
+                for start in first.split(max(SELF_SAMPLE_BATCH, SELF_SAMPLE_CACHE // cache))
             ]
     finally:
         model.generation_config = own

@@ -214,10 +214,29 @@ class CheckpointSink:
     def streams(self) -> dict[str, ActivationStore]:
         return {"reference": self._states}
 
-    def finish(self) -> None:
-        """Completes the folder, reads the model back from it, and compares. Raises RuntimeError where it is another one."""
+    def finish(self, compare: bool = True) -> None:
+        """Completes the folder, reads the model back from it, and compares. Raises RuntimeError where it is another one.
+
+        ``compare`` is not for what a stopped run has begun to :meth:`replace`.
+        """
         self._files.close()
+        if not compare:
+            return
         _write_reference(self.folder, self._runner, self._states)
+        self._check()
+
+    @torch.no_grad()
+    def replace(self, model, names: list[str]) -> None:
+        """Writes the parameters ``names`` of ``model``, the finished one trained further, in place of what is there; compares again."""
+        files = WeightFiles(self.folder, model)
+        for name in names:
+            files.write(name, model.get_parameter(name))
+        files.close()
+        runner = LayerRunner(model, self._runner.ids, ModelSource.of(model).home, split=False)
+        _write_reference(self.folder, runner, runner.last_states())
+        self._check()
+
+    def _check(self) -> None:
         check(open_source(str(self.folder), self.source.dtype, "DIR"), self.folder)
 
 

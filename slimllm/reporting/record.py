@@ -147,7 +147,7 @@ class PruningRecord(_Record):
     """A pruning run, and where its checkpoint was trained afterwards, that run too. ``pruning.json`` holds it.
 
     ``config``: the PruneConfig. ``evaluation``: one entry per text, as EvalText.figure makes it, with perplexities ``dense``,
-    ``pruned`` and ``tuned``. ``layers``: one LayerReport each.
+    ``pruned`` and ``tuned``. ``layers``: one LayerReport each. ``distillation``: a Distillation, where there was one.
     """
 
     FILE: ClassVar[str] = "pruning.json"
@@ -159,6 +159,7 @@ class PruningRecord(_Record):
     evaluation: list[dict]
     seconds: dict[str, float]
     layers: list[dict]
+    distillation: dict | None = None
     post_training: dict | None = None
     command: str = field(default_factory=command)
     environment: dict = field(default_factory=environment)

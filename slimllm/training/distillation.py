@@ -1,0 +1,244 @@
+"""Distillation of a pruned model from the dense one it came from, on a few hundred samples of text (not from the paper).
+
+The loss is the KL divergence of the dense model's next-token distribution from the pruned one's, in nats per token. The dense
+model runs once, beforehand, and only its last states are kept; its distributions follow from them and from the output head, which
+both models share. So the two are never in memory together, and no logits are kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..models.adapter import LayerAdapter
+from ..models.source import ModelSource
+from ..pruning.runner import LayerRunner, Progress, no_progress
+from ..utils import processes
+from ..utils.device import evaluation_dtype
+from ..utils.memory import return_free_memory
+
+log = logging.getLogger("slimllm")
+
+BATCH_SAMPLES = 8  # per optimizer step
+BATCH_TOKENS = 512  # that one forward pass takes at a time
+HELD_OUT = 16  # samples that are not trained on: whether training helped is measured on them
+LOSS_ROWS = 256  # whose logits are held at a time
+WARMUP = 0.1  # share of the steps in which the learning rate rises; then it falls, as a cosine, to zero
+LINES = 8  # that the log gets while training
+
+
+@dataclass
+class Distillation:
+    """How a distillation went. ``before`` and ``after``: the divergence, in nats per token, on ``held_out`` samples that were not
+    trained on. ``kept``: whether it fell; where it did not, the model is as it was.
+    """
+
+    mode: str
+    samples: int
+    held_out: int
+    epochs: int
+    learning_rate: float
+    steps: int
+    trained: int
+    before: float
+    after: float | None
+    kept: bool
+
+
+class Teacher:
+    """What the dense model makes of token ids [samples, length]: its last states after the final norm, one store item per sample.
+
+    Of several processes each keeps its share of the samples: those whose number is its own modulo the number of processes.
+    """
+
+    @torch.no_grad()
+    def __init__(self, source, ids: torch.Tensor, device="cpu", progress: Progress = no_progress, tmp_dir: str | None = None):
+        source, self.device, self.total = ModelSource.of(source), torch.device(device), len(ids)
+        self.dtype = evaluation_dtype(source.dtype, self.device)
+        runner = LayerRunner(source, ids, self.device, progress, self.dtype, tmp_dir)
+        self.ids, self.states = runner.ids, runner.store()
+        hidden = runner.last_states("the dense model's states")
+        norm, _ = runner.output_modules()
+        for batch in hidden:
+            for states in norm(batch):
+                self.states.append(states)
+        hidden.close()
+
+    def own(self, samples: torch.Tensor) -> torch.Tensor:
+        """Which rows of ``ids`` the given numbers of samples are, as far as this process has them."""
+        count = processes.count() if len(self.ids) < self.total else 1
+        return samples[samples % count == (processes.rank() if count > 1 else 0)] // count
+
+    def close(self) -> None:
+        self.states.close()
+
+
+def distil(
+    student, teacher: Teacher, mode: str, epochs: int = 1, learning_rate: float = 5e-4, seed: int = 42, progress: Progress = no_progress
+) -> Distillation:
+    """Trains ``student``, a pruned model in memory, in place. The last HELD_OUT samples (at most a quarter) are not trained on.
+
+    Args:
+        mode: "all", every weight of the decoder; or "scales", its biases and norms, and a factor for each input column of the output
+            projections, which is folded into their weights at the end. Neither adds parameters.
+    Where the divergence does not fall, the student is left as it was, and the log says so.
+    Raises UserError for fewer than two samples.
+    """
+    if teacher.total < 2:
+        raise UserError("distillation: one sample is too few, since some are held out; raise --distill_examples")
+    held_out = min(HELD_OUT, teacher.total // 4) or 1
+    numbers = torch.arange(teacher.total)
+    train, rest = numbers[:-held_out], numbers[-held_out:]
+    batches = [part for epoch in range(epochs) for part in _shuffled(train, seed + epoch).split(BATCH_SAMPLES)]
+    home = next(student.parameters()).device
+    with _trainable(student.to(teacher.device), mode) as parameters:
+        loss = _Loss(student, teacher)
+        before = loss.mean(rest)
+        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, len(batches)))
+        start = [parameter.detach().clone() for parameter in parameters]
+        for step, batch in enumerate(batches, 1):
+            value = loss.backward(batch)
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            processes.add(*gradients)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            progress("distilling", step, len(batches))
+            if step % max(1, len(batches) // LINES) == 0:
+                log.info("distillation: step %d of %d, divergence %.4f nats per token", step, len(batches), value)
+            if not math.isfinite(value):
+                break
+        after = loss.mean(rest)
+        kept = after < before
+        if not kept:
+            for parameter, values in zip(parameters, start):
+                parameter.data.copy_(values)
+        trained = sum(parameter.numel() for parameter in parameters)
+    student.to(home)
+    return_free_memory()
+    log.info("distillation: divergence on held-out samples %.4f -> %.4f nats per token", before, after)
+    if not kept:
+        log.warning("distillation: the divergence did not fall, so the pruned model stays as it was; lower --distill_learning_rate")
+    after = after if math.isfinite(after) else None  # JSON knows no NaN
+    return Distillation(mode, len(train), held_out, epochs, learning_rate, len(batches), trained, before, after, kept)
+
+
+def _shuffled(numbers: torch.Tensor, seed: int) -> torch.Tensor:
+    return numbers[torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))]
+
+
+def _rate(step: int, steps: int) -> float:
+    """The share of the learning rate at a step: a linear rise over WARMUP of the steps, under a cosine that falls to zero."""
+    return min(1.0, (step + 1) / max(1.0, WARMUP * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def trained_names(model, mode: str) -> list[str]:
+    """The parameters of ``model`` that a distillation changes: norms, biases and output projections, or the whole decoder."""
+    adapter = LayerAdapter(model.config)
+    outputs = {id(block.output.weight) for blocks in adapter.blocks(model) for block in blocks}
+    inside = (adapter.layers_name(), adapter.norm_name())
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if name.startswith(inside) and (mode == "all" or parameter.ndim == 1 or id(parameter) in outputs)
+    ]
+
+
+@contextmanager
+def _trainable(model, mode: str):
+    """The parameters to train, in float32; afterwards all are as they were in dtype, and the scales are folded into the weights."""
+    adapter, hooks, scales = LayerAdapter(model.config), [], []
+    flags = [(parameter, parameter.requires_grad, parameter.dtype) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    chosen = [model.get_parameter(name) for name in trained_names(model, mode)]
+    if mode == "scales":
+        chosen = [parameter for parameter in chosen if parameter.ndim == 1]
+        for block in (block for blocks in adapter.blocks(model) for block in blocks):
+            scale = nn.Parameter(torch.ones(block.output.in_features, device=block.output.weight.device))
+            scales.append((block.output, scale))
+            hooks.append(block.output.register_forward_pre_hook(lambda _, args, scale=scale: (args[0] * scale,)))
+    for parameter in chosen:
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_()
+    try:
+        yield [*chosen, *(scale for _, scale in scales)]
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for linear, scale in scales:
+            linear.weight.data = (linear.weight.data.float() * scale.data).to(linear.weight.dtype)
+        for parameter, wanted, dtype in flags:
+            parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(wanted)
+            parameter.grad = None
+
+
+class _Loss:
+    """KL(teacher || student) in nats, mean over the tokens of some samples, of all processes together."""
+
+    def __init__(self, student, teacher: Teacher):
+        self.student, self.teacher, self.adapter = student, teacher, LayerAdapter(student.config)
+        head = self.adapter.head(student)
+        self.head = head if head.weight.dtype == teacher.dtype else copy.deepcopy(head).to(teacher.dtype)
+        self.passes = max(1, BATCH_TOKENS // teacher.ids.shape[1])  # samples that one forward pass takes
+
+    def backward(self, samples: torch.Tensor) -> float:
+        """The loss, whose gradient is added to the parameters'."""
+        return self._of(samples, True)
+
+    @torch.no_grad()
+    def mean(self, samples: torch.Tensor) -> float:
+        return self._of(samples, False)
+
+    def _of(self, samples: torch.Tensor, with_gradient: bool) -> float:
+        teacher, total = self.teacher, 0.0
+        tokens = len(samples) * teacher.ids.shape[1]
+        for rows in teacher.own(samples).split(self.passes):
+            if not len(rows):
+                continue
+            autocast = torch.autocast(teacher.device.type, teacher.dtype, enabled=teacher.dtype != torch.float32)
+            with autocast:
+                states = self.adapter.last_states(self.student, teacher.ids[rows].to(teacher.device)).flatten(0, 1)
+            wanted = torch.cat([teacher.states[int(row)] for row in rows])
+            loss = _KlFromStates.apply(states.to(teacher.dtype), wanted, lambda part: self.adapter.logits(self.head, part)) / tokens
+            total += float(loss.detach())
+            if with_gradient:
+                loss.backward()
+        return processes.total(total)[0]
+
+
+class _KlFromStates(torch.autograd.Function):
+    """Sum over rows of KL(p || q) in nats, of the logits that follow from states [rows, D]; differentiable in the student's.
+
+    LOSS_ROWS rows at a time, forward and backward at once, so that no more logits than these are ever held.
+    """
+
+    @staticmethod
+    def forward(ctx, student, teacher, logits):
+        gradient, total = torch.empty_like(student), 0.0
+        for rows, wanted, into in zip(student.split(LOSS_ROWS), teacher.split(LOSS_ROWS), gradient.split(LOSS_ROWS)):
+            log_p = logits(wanted).log_softmax(-1)
+            p = log_p.exp()
+            with torch.enable_grad():
+                rows = rows.detach().requires_grad_()
+                found = logits(rows)
+            log_q = found.detach().log_softmax(-1)
+            total += float(torch.dot(p.view(-1), log_p.sub_(log_q).view(-1)))
+            torch.autograd.backward(found, log_q.exp_().sub_(p))  # dKL / dlogits = q - p
+            into.copy_(rows.grad)
+        ctx.save_for_backward(gradient)
+        return student.new_tensor(total, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream, None, None

@@ -1,0 +1,134 @@
+"""Distillation on random two-layer models."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+import hf_prune
+import slimllm
+from slimllm.deploy.checkpoint import CheckpointSink, WeightFiles
+from slimllm.models import loading
+from slimllm.pruning import pipeline
+from slimllm.training import distillation
+from slimllm.training.distillation import Teacher, distil, trained_names
+from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model
+
+
+@pytest.fixture(autouse=True)
+def in_float32(monkeypatch):
+    """Whatever the processor is fast in."""
+    monkeypatch.setattr(distillation, "evaluation_dtype", lambda dtype, device: torch.float32)
+
+
+def divergence(dense, model, ids):
+    """KL(p || q), nats per token."""
+    p, q = (logits(m, ids).log_softmax(-1) for m in (dense, model))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def pruned(case="llama_gqa", **settings):
+    model = make_model(case)
+    pipeline.prune(model, make_ids(), make_config(**settings))
+    return model
+
+
+@pytest.mark.parametrize("case", FAMILY_CASES)
+@pytest.mark.parametrize("mode", ["scales", "all"])
+def test_the_divergence_falls_and_the_parameters_are_those_that_are_named(case, mode):
+    dense, model, ids = make_model(case), pruned(case), make_ids(48)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    start = divergence(dense, model, ids[:36])
+    found = distil(model, Teacher(dense, ids), mode, 4, 3e-3)
+    assert found.kept and found.after < found.before
+    assert divergence(dense, model, ids[:36]) < start
+    assert found.before == pytest.approx(divergence(dense, pruned(case), ids[36:]), rel=0.02)
+    assert found.after == pytest.approx(divergence(dense, model, ids[36:]), rel=0.02)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed <= set(trained_names(model, mode)) and len(changed) > 4
+    assert {name: (p.shape, p.dtype) for name, p in model.named_parameters()} == {n: (p.shape, p.dtype) for n, p in before.items()}
+
+
+def test_scales_are_one_factor_per_input_column_of_the_output_projections():
+    dense, model = make_model(), pruned()
+    before = copy.deepcopy(model)
+    distil(model, Teacher(dense, make_ids(32)), "scales", 2, 1e-2)
+    for layer, old in zip(model.model.layers, before.model.layers):
+        for linear, was in ((layer.self_attn.o_proj, old.self_attn.o_proj), (layer.mlp.down_proj, old.mlp.down_proj)):
+            factor = linear.weight / was.weight
+            torch.testing.assert_close(factor, factor[:1].expand_as(factor), atol=1e-3, rtol=1e-3)
+            assert (factor[0] - 1).abs().max() > 1e-3 and not linear._forward_pre_hooks
+        assert torch.equal(layer.mlp.up_proj.weight, old.mlp.up_proj.weight)
+
+
+def test_the_gradient_in_pieces_is_that_of_the_whole_loss(monkeypatch):
+    monkeypatch.setattr(distillation, "LOSS_ROWS", 7)
+    dense, model, ids = make_model(), pruned(), make_ids(4)
+    monkeypatch.setattr(distillation, "BATCH_TOKENS", 16)  # one sample at a time
+    loss = distillation._Loss(model, Teacher(dense, ids))
+    loss.backward(torch.arange(4))
+    found = model.model.layers[0].mlp.down_proj.weight.grad.clone()
+    model.zero_grad()
+    p = logits(dense, ids).softmax(-1)
+    (-(p * model(ids, use_cache=False).logits.log_softmax(-1)).sum(-1).mean()).backward()
+    torch.testing.assert_close(found, model.model.layers[0].mlp.down_proj.weight.grad)
+
+
+def test_a_loss_that_does_not_fall_leaves_the_model_as_it_was(caplog):
+    dense, model = make_model(), pruned()
+    before = copy.deepcopy(model)
+    found = distil(model, Teacher(dense, make_ids(32)), "all", 1, 10.0)
+    assert not found.kept and "did not fall" in caplog.text
+    for parameter, was in zip(model.parameters(), before.parameters()):
+        assert torch.equal(parameter, was) and parameter.grad is None
+
+
+def test_the_same_seed_gives_the_same_model():
+    weights = []
+    for seed in (1, 1, 2):
+        model = pruned()
+        distil(model, Teacher(make_model(), make_ids(32)), "all", 1, 1e-3, seed)
+        weights.append(model.model.layers[1].mlp.down_proj.weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_from_python_and_from_the_command_line_alike(tiny_folder, text_file, tmp_path, monkeypatch):
+    """The distilled checkpoint holds what was trained, loads again, and its record says how it went."""
+    monkeypatch.chdir(tmp_path)
+    settings = dict(target_sparsity=0.3, distill="all", distill_examples=80, num_examples=8, seq_len=16)
+    settings |= dict(recovery="least_squares", distill_learning_rate=1e-3, distill_epochs=2)
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    flags += ["--base_model", str(tiny_folder), "--calibration", str(text_file), "--eval_data", f"text={text_file}"]
+    assert hf_prune.main(flags) == 0
+    record = json.loads((tmp_path / "prune_log/llama_prune/pruning.json").read_text())
+    assert record["distillation"]["kept"] and record["calibration"]["distill_samples"] == 80
+    saved = loading.load_model(str(tmp_path / "prune_log/llama_prune"), "auto")
+
+    model, tokenizer = loading.load_model(str(tiny_folder), "auto"), loading.load_tokenizer(str(tiny_folder))
+    result = slimllm.prune(model, tokenizer, calibration=str(text_file), **settings)
+    assert result.distillation.kept
+    torch.testing.assert_close(logits(saved, make_ids(2)), logits(result.model, make_ids(2)), rtol=1e-3, atol=1e-3)
+    slimllm.save(result, tmp_path / "saved")
+
+
+def test_a_run_stopped_after_the_training_does_not_train_again(tiny_folder, text_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--base_model", str(tiny_folder), "--calibration", str(text_file), "--eval_data", "none", "--distill", "scales"]
+    flags += ["--distill_examples", "24", "--num_examples", "8", "--seq_len", "16", "--target_sparsity", "0.3"]
+
+    def stop(self, model, names):  # in the middle of writing
+        files = WeightFiles(self.folder, model)
+        files.write(names[0], model.get_parameter(names[0]))
+        files.close()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointSink, "replace", stop)
+        assert hf_prune.main(flags) == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(distillation, "distil", None)
+        assert hf_prune.main([*flags, "--resume"]) == 0
+    assert hf_prune.main([*flags, "--save_ckpt_log_name", "whole"]) == 0
+    one, other = (tmp_path / "prune_log" / name / "model.safetensors" for name in ("llama_prune", "whole"))
+    assert one.read_bytes() == other.read_bytes()
