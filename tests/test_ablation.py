@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from slimllm.__main__ import main as slim
-from slimllm.experiments import ablation
+from slimllm.experiments import ablation, trials
 from slimllm.reporting import tables
 
 
@@ -14,7 +14,7 @@ def flags(tiny_folder, text_file, tmp_path, monkeypatch):
     text_file.write_text(2 * text_file.read_text())  # enough for 128 samples
     monkeypatch.setattr(ablation, "CURVE", (0.1, 0.3))
     data = ["--calibration", str(text_file), "--eval_data", f"fox={text_file}", "--eval_limit", "2", "--output", "out"]
-    monkeypatch.setattr(ablation, "SEQ_LEN", 32)
+    monkeypatch.setattr(trials, "SEQ_LEN", 32)
     return ["--base_model", str(tiny_folder), "--target_sparsity", "0.3", *data]
 
 
@@ -23,19 +23,19 @@ def rows():
 
 
 def test_every_row_keeps_the_same_parameters_and_a_stopped_run_goes_on(flags, monkeypatch, capsys):
-    prune, calls = ablation.pipeline.prune, []
+    prune, calls = trials.api.prune, []
 
     def stops(*args, **kwargs):
-        calls.append(args[2])
+        calls.append(kwargs["config"])
         if len(calls) == 4:
             raise KeyboardInterrupt
         return prune(*args, **kwargs)
 
-    monkeypatch.setattr(ablation.pipeline, "prune", stops)
+    monkeypatch.setattr(trials.api, "prune", stops)
     assert slim(["ablation", *flags]) == 130 and len(rows()) == 3
     assert slim(["ablation", *flags]) == 0
     found = rows()
-    assert len(found) == len(ablation.ROWS) + 4 == len({(r["ingredient"], r["variant"], r["share"]) for r in found})
+    assert len(found) == len(ablation.ROWS) + 4 == len({(r["name"], r["variant"], r["share"]) for r in found})
     assert len(calls) == len(found) + 1  # the one that was stopped ran twice
     channel = 3 * 32 / (2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 64))
     assert all(abs(r["removed"] - r["share"]) <= channel for r in found)
@@ -49,15 +49,15 @@ def test_every_row_keeps_the_same_parameters_and_a_stopped_run_goes_on(flags, mo
 
 
 def test_the_picture_takes_each_recovery_once():
-    names = [(variant, share, change) for ingredient, variant, share, change in ablation.cases((0.2, 0.5)) if ingredient == "recovery"]
+    names = [trial for trial in ablation.cases((0.2, 0.5)) if trial.name == "recovery"]
     assert len(names) == 3 * len(ablation.CURVE)
-    base = [share for ingredient, _, share, _ in ablation.cases((0.2, 0.5)) if ingredient == "the paper's method"]
+    base = [trial.share for trial in ablation.cases((0.2, 0.5)) if trial.name == "the paper's method"]
     assert sorted(base) == sorted(ablation.CURVE)
 
 
 def test_a_missing_figure_is_a_dash():
     figure = {"data": "ptb", "pruned": 3.0, "limited": False, "blocks": 1, "seq_len": 8}
-    found = [{"ingredient": "a", "variant": "", "share": 0.2, "perplexity": [figure]}]
+    found = [{"name": "a", "variant": "", "share": 0.2, "perplexity": [figure]}]
     assert tables.ablation_table(found, (0.2, 0.5))[-1].split("|")[3:5] == [" 3.0       ", " -         "]
 
 

@@ -18,7 +18,8 @@ TIERS = (
     ("pruning",),
     ("evaluation", "deploy", "training"),
     ("reporting",),
-    ("experiments", "api"),
+    ("api",),
+    ("experiments",),
     ("commands",),
     ("__main__",),
 )

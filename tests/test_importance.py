@@ -93,7 +93,7 @@ def channel_statistics(tokens=50, hidden=6, size=9, seed=0):
     x, a = torch.randn(tokens, hidden), torch.randn(tokens, size)
     gate, up, down = torch.randn(size, hidden), torch.randn(size, hidden), torch.randn(hidden, size)
     covariance = torch.cov((a @ down.T).T, correction=0)
-    return ChannelStatistics(covariance, down, gate, up, a.norm(dim=0), x.norm(dim=0), seed), x, a
+    return ChannelStatistics(covariance, down, gate, up, a.norm(dim=0), x.norm(dim=0), seed=seed), x, a
 
 
 def test_channel_scores_are_the_paper_s_formula():
@@ -114,8 +114,8 @@ def test_the_other_channel_scores():
     rest = sum(norm(w[c].numpy() * norm(x, axis=0)) for w in (s.gate, s.up))
     wanted = {
         "unweighted": norm(s.down[:, c]) * norm(a[:, c]) + rest,
-        "wanda": s.down[:, c].abs().sum().item() * norm(a[:, c]),
-        "magnitude": norm(s.down[:, c]) + norm(s.gate[c]) + norm(s.up[c]),
+        "wanda": s.down[:, c].abs().mean().item() * norm(a[:, c]),
+        "magnitude": norm(s.down[:, c]),
     }
     for name, value in wanted.items():
         assert CHANNEL_SCORES[name](s)[c].item() == pytest.approx(value, rel=1e-4)

@@ -90,6 +90,14 @@ COMMANDS = {
         _CONTINUES,
         "use --device cpu or --dtype bfloat16",
     ),
+    "compare": Command(
+        "experiments.compare",
+        "CompareConfig",
+        "--base_model MODEL [flags]",
+        "SlimLLM beside other pruning methods and the quantized dense model, at equal parameters.",
+        _CONTINUES,
+        "use --device cpu or --dtype bfloat16",
+    ),
     "benchmark": Command(
         "experiments.benchmark",
         "BenchmarkConfig",

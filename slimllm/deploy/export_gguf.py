@@ -174,6 +174,17 @@ def _write_tensors(writer, tensors, config, arch: str, quantization) -> None:
         writer.write_tensor_data(factors)
 
 
+def quantized_bytes(model, outtype: str) -> int:
+    """Rounds the weights of ``model``, in place, to what a GGUF file of type ``outtype`` would hold; returns their bytes in it."""
+    total = 0
+    for parameter in model.parameters():
+        kind = _kind(list(parameter.shape), gguf.GGMLQuantizationType[outtype.upper()])
+        held = gguf.quantize(parameter.detach().float().cpu().numpy(), kind)
+        total += held.nbytes
+        parameter.data.copy_(torch.from_numpy(gguf.dequantize(held, kind)))
+    return total
+
+
 def _kind(shape: list[int], quantization) -> gguf.GGMLQuantizationType:
     """The type of a tensor: vectors are float32; a matrix whose rows do not fill the blocks of ``quantization`` is float16."""
     if len(shape) == 1:

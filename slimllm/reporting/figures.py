@@ -74,6 +74,66 @@ def loss_curve(run: TrainingRecord, folder: Path) -> Path:
     return _saved(figure, folder / "loss.png")
 
 
+# name -> (label, colour)
+METHODS = {
+    "slimllm": ("SlimLLM", "#3b6fb6"),
+    "flap": ("FLAP", "#2f8f6b"),
+    "llm_pruner": ("LLM-Pruner", "#a33c3c"),
+    "wanda_sp": ("Wanda-sp", "#7b5ea7"),
+    "magnitude": ("magnitude", "#8a7d4f"),
+    "random": ("random", "#999999"),
+}
+RECIPES = {"recipe best": ("ours: best", "#e08a2e"), "recipe distilled": ("ours: distilled", "#d1495b")}
+WORST = 30  # times the dense model's perplexity: what is worse is not shown
+
+
+def comparison(rows: list[dict], folder: Path) -> Path:
+    """Draws perplexity against size, one line per method, one panel per text. Takes the rows of a comparison.
+
+    Solid: as published; dashed: with least squares. The lower axis has bytes, the upper one the share of the decoder kept.
+    """
+    plt = _pyplot()
+    texts = list(dict.fromkeys(f["data"] for row in rows for f in row["perplexity"]))[:2]
+    figure, axes = plt.subplots(1, len(texts), figsize=(6.4 * len(texts), 5.2), layout="constrained", squeeze=False)
+    dense = next(row for row in rows if row["name"] == "dense")
+    decoder = next((2 * (dense["parameters"] - r["parameters"]) / r["removed"] / 1e6 for r in rows if r["removed"]), None)
+    whole = dense["bytes"] / 1e6
+    for axis, text in zip(axes[0], texts):
+
+        def points(chosen, text=text):
+            found = ((r["bytes"] / 1e6, f["pruned"]) for r in chosen for f in r["perplexity"] if f["data"] == text)
+            return sorted(point for point in found)
+
+        [(_, least)] = points([dense])
+        for name, (label, colour) in METHODS.items():
+            for variant, style, width in (("as published", "o-", 1.6), ("with least squares", "o--", 1.0)):
+                line = points([dense, *(r for r in rows if (r["name"], r["variant"]) == (name, variant))])
+                if len(line) > 1:
+                    alone = variant == "as published"
+                    axis.plot(*zip(*line), style, color=colour, linewidth=width, markersize=3.5, label=label if alone else None)
+        for variant, (label, colour) in RECIPES.items():
+            line = points([dense, *(r for r in rows if r["variant"] == variant)])
+            if len(line) > 1:
+                axis.plot(*zip(*line), "s-", color=colour, linewidth=2.4, markersize=5, label=label)
+        axis.plot(*zip(*points([dense])), "*", color="black", markersize=12, label="dense")
+        others = [r for r in rows if not r["share"] and r is not dense]
+        for r in others:
+            for x, y in points([r]):
+                axis.plot(x, y, "D", color="black", markersize=5)
+                axis.annotate(r["name"], (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8)
+        axis.set(xlabel="MB of weights (16-bit where not said otherwise)", ylabel="perplexity", yscale="log")
+        axis.set_title(f"{TEXT_HEADINGS.get(text, text)}; dashed: least squares in place of the method's own recovery", fontsize=9)
+        axis.set_ylim(0.85 * least, WORST * least)
+        axis.grid(alpha=0.3)
+        if decoder:
+            kept = axis.secondary_xaxis(
+                "top", functions=(lambda x: 100 * (1 - (whole - x) / decoder), lambda k: whole - (1 - k / 100) * decoder)
+            )
+            kept.set_xlabel("decoder parameters kept, %")
+    axes[0][0].legend(fontsize=8)
+    return _saved(figure, folder / "compare.png")
+
+
 def recovery_curves(rows: list[dict], folder: Path) -> Path:
     """Draws perplexity against the share of the decoder removed, one line per recovery, one panel per text. Takes ablation rows."""
     plt = _pyplot()

@@ -198,10 +198,29 @@ def write_paper_table(results: list[dict], folder: Path) -> None:
     write_text(folder / "table.json", record.dumps({"format": record.FORMAT, "rows": rows}))
 
 
+def comparison_table(rows: list[dict]) -> list[str]:
+    """Markdown: a row per model, by the share removed; perplexities, the average over the zero-shot tasks, size, seconds."""
+    texts = list(dict.fromkeys(f["data"] for row in rows for f in row["perplexity"]))
+    header = ["Decoder removed", "Method", "", *(TEXT_HEADINGS.get(text, text) for text in texts), "Zero-shot", "Parameters", "MB", "s"]
+    cells, tasks = [header], []
+    for r in sorted(rows, key=lambda row: round(row["removed"], 2)):
+        found = {f["data"]: f"{f['pruned']:.1f}{'*' if f['limited'] else ''}" for f in r["perplexity"]}
+        tasks += r["tasks"].values()
+        scores = [100 * task["metrics"][task["reported"]] for task in r["tasks"].values()]
+        average = _average(scores, any(task["limited"] for task in r["tasks"].values()))
+        size = [f"{r['parameters'] / 1e6:.1f} M", f"{r['bytes'] / 1e6:.0f}", f"{r['seconds']:.0f}"]
+        cells.append(
+            [f"{r['removed']:.1%}".replace("%", " %"), r["name"], r["variant"], *(found.get(t, "-") for t in texts), average, *size]
+        )
+    questions = sorted({task["questions"] for task in tasks if task["limited"]})
+    limited = [f"* limited: zero-shot on the first {questions[-1]} questions of each task only"] if questions else []
+    return [*aligned(cells), *_limits([f for r in rows for f in r["perplexity"]]), *limited]
+
+
 def ablation_table(rows: list[dict], shares) -> list[str]:
     """Markdown: a row for each variant, a column for each share removed and text, perplexities inside. Takes ablation rows."""
     texts = list(dict.fromkeys(f["data"] for row in rows for f in row["perplexity"]))
-    found = {(r["ingredient"], r["variant"], r["share"]): {f["data"]: f for f in r["perplexity"]} for r in rows}
+    found = {(r["name"], r["variant"], r["share"]): {f["data"]: f for f in r["perplexity"]} for r in rows}
     names = [key[:2] for key in found if key[2] in shares]
     header = ["Ingredient", "Variant", *(f"{share:.0%}: {TEXT_HEADINGS.get(t, t)}".replace("%", " %") for share in shares for t in texts)]
     cells = [header]

@@ -1,0 +1,173 @@
+"""Many prunings of one model, measured alike: what the ablation and the comparison of methods have in common.
+
+The model is read once; every trial prunes a fresh copy. One JSON file holds the rows, so a stopped run goes on.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import api
+from ..cli import check_choices, check_range, flag
+from ..data import calibration
+from ..data.texts import blocks_of, load_texts
+from ..errors import UserError
+from ..evaluation import zero_shot
+from ..evaluation.perplexity import perplexity
+from ..models import loading
+from ..models.adapter import LayerAdapter
+from ..models.shape import shape_of
+from ..pruning.config import PruneConfig
+from ..reporting import record
+from ..utils.device import DTYPES, device_of, name_of, pruning_dtype
+
+log = logging.getLogger("slimllm")
+
+SEQ_LEN = 128  # tokens per sample and per block of text
+
+
+@dataclass
+class TrialsConfig:
+    """Settings that all trials share. Raises UserError where a value makes no sense."""
+
+    base_model: str | None = flag("model", "local folder, hub name or .gguf file (required)")
+    dtype: str = flag("model", "dtype of weights and compute: float32 on a CPU, the checkpoint's own on a GPU", "auto", choices=DTYPES)
+    device: str = flag("model", "where layers and perplexity are computed; auto takes a GPU if there is one", "auto")
+    target_sparsity: tuple[float, ...] = flag("sparsity", "shares of the decoder's parameters to remove, 0 to 1", (0.2, 0.5))
+    calibration: str | None = flag(
+        "calibration", "as for hf_prune.py: a name, file or folder [bookcorpus; self where the hub is out of reach]"
+    )
+    seed: int = flag("calibration", "seed of the calibration samples", 42)
+    eval_data: tuple[str, ...] | None = flag(
+        "evaluation",
+        "any of wikitext2, ptb, python_manual, NAME=FILE, FILE [wikitext2 ptb; python_manual where the hub is out of reach]",
+    )
+    eval_limit: int | None = flag("evaluation", "only the first N blocks of 128 tokens; the figures are marked as limited [all]")
+    output: str | None = flag("output", "folder for what comes of it [eval_log/PROGRAM_NAME of the model]")
+    overwrite: bool = flag("output", "start anew", False)
+
+    PROGRAM = "trials"
+
+    def __post_init__(self):
+        if not self.base_model:
+            raise UserError("--base_model is required: a local folder, hub name or .gguf file")
+        check_choices(self)
+        check_range(self, "eval_limit", 1)
+        for share in self.target_sparsity:
+            if not 0 < share < 1:
+                raise UserError(f"--target_sparsity {share}: must be above 0 and below 1")
+        if self.output is None:
+            self.output = f"eval_log/{self.PROGRAM}_{Path(self.base_model).name}"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One pruning: what it shows (``name``, ``variant``), the share removed, and the settings that make it."""
+
+    name: str
+    variant: str
+    share: float
+    settings: dict
+
+    @property
+    def key(self) -> tuple[str, str, float]:
+        return self.name, self.variant, self.share
+
+
+class Bench:
+    """The dense model, the texts, and the calibration samples of every kind that was asked for so far."""
+
+    def __init__(self, config: TrialsConfig, dtype, device):
+        self.config, self.device = config, device
+        calibration.check_source(config.calibration)
+        self.tokenizer = loading.load_tokenizer(config.base_model)
+        self.texts = load_texts(config.eval_data)
+        self.blocks = [blocks_of(text, self.tokenizer, SEQ_LEN, config.eval_limit) for text in self.texts]
+        self.model = loading.load_model(config.base_model, dtype)
+        self.adapter, self.shape = LayerAdapter(self.model.config), shape_of(self.model.config)
+        self._samples: dict[tuple, calibration.Calibration] = {}
+
+    def samples(self, settings: PruneConfig) -> calibration.Calibration:
+        """The calibration that these settings ask for; the same tokens wherever two trials ask for the same."""
+        key = (settings.num_examples, settings.needs_probe_ids, settings.distill != "none" and settings.distill_examples)
+        if key not in self._samples:
+            self._samples[key] = api.calibrate(self.model, self.tokenizer, settings, self.config.calibration, self.device)
+        return self._samples[key]
+
+    def figures(self, model) -> list[dict]:
+        """Perplexities, one entry per text."""
+        with loading.placed_for_evaluation(model, self.device):
+            values = [perplexity(model, ids, text.name) for text, ids in zip(self.texts, self.blocks)]
+        return [text.figure(ids, self.config.eval_limit, pruned=v) for text, ids, v in zip(self.texts, self.blocks, values)]
+
+    def scores(self, model, data_dir: str | None, tasks: tuple[str, ...], limit: int | None) -> dict:
+        """Zero-shot results, by task."""
+        found = {}
+        with loading.placed_for_evaluation(model, self.device):
+            for name in tasks:
+                result, reported = zero_shot.score(model, self.tokenizer, name, data_dir, limit), zero_shot.TASKS[name].reported
+                found[name] = {**result, "reported": reported, "limited": limit is not None}
+        return found
+
+    def prune(self, trial: Trial):
+        """(the pruned model, its entry of the results without the measurements)."""
+        shared = {"base_model": self.config.base_model, "calibration": self.config.calibration, "seed": self.config.seed}
+        shared |= {"seq_len": SEQ_LEN, "device": self.config.device, "target_sparsity": trial.share}
+        settings = PruneConfig(**{**shared, **trial.settings})
+        settings.resolve(self.shape)
+        samples, model = self.samples(settings), copy.deepcopy(self.model)
+        started = time.perf_counter()
+        result = api.prune(model, self.tokenizer, calibration=samples, config=settings)
+        seconds = time.perf_counter() - started
+        left = sum(parameter.numel() for parameter in self.adapter.layers(result.model).parameters())
+        return result.model, {
+            "name": trial.name,
+            "variant": trial.variant,
+            "share": trial.share,
+            "settings": trial.settings,
+            "seconds": round(seconds, 1),
+            "removed": 1 - left / self.shape.decoder_parameters,
+            "parameters": result.parameters.pruned,
+            "calibration": samples.to_dict(),
+        }
+
+
+def measure(
+    config: TrialsConfig,
+    trials: list[Trial],
+    also: Callable[[Bench, object, dict], None] = lambda bench, model, row: None,
+    unpruned: Callable[[Bench, Trial], tuple] | None = None,
+    identity: dict | None = None,
+) -> dict:
+    """All ``trials`` that the results file does not hold yet; it is written anew after each. Returns the results.
+
+    ``also(bench, model, row)`` may measure more of each model; ``identity``: what its outcome depends on. ``unpruned(bench, trial)``
+    gives model and entry where the share is 0.
+    """
+    device = device_of("device", config.device)
+    model_config = loading.load_config(config.base_model)
+    dtype = pruning_dtype(config.dtype, device, loading.own_dtype(config.base_model, model_config))
+    fingerprint = {"model": Path(config.base_model).name, "dtype": name_of(dtype), "calibration": config.calibration}
+    fingerprint |= {"seed": config.seed, "eval_data": config.eval_data, "eval_limit": config.eval_limit, **(identity or {})}
+    file = Path(config.output) / "results.json"
+    results = record.continued(file, fingerprint, config.overwrite)
+    rows = results.setdefault("rows", [])
+    done = {(row["name"], row["variant"], row["share"]) for row in rows}
+    missing = [trial for trial in trials if trial.key not in done]
+    log.info("%s: %d prunings to do, %d at hand", file, len(missing), len(done))
+    bench = Bench(config, dtype, device) if missing else None
+    for trial in missing:
+        model, row = bench.prune(trial) if trial.share else unpruned(bench, trial)
+        row["perplexity"] = bench.figures(model)
+        also(bench, model, row)
+        rows.append(row)
+        shown = ", ".join(f"{figure['data']} {figure['pruned']:.1f}" for figure in row["perplexity"])
+        log.info("%.0f %%, %s %s: %s (%.0f s)", 100 * trial.share, trial.name, trial.variant, shown, row["seconds"])
+        del model
+        record.save_results(results, file)
+    return results

@@ -1,0 +1,70 @@
+import json
+
+import pytest
+from PIL import Image
+
+from slimllm.__main__ import main as slim
+from slimllm.deploy.export_gguf import quantized_bytes
+from slimllm.experiments import compare, trials
+from tests.conftest import make_model, prune_to
+
+
+@pytest.fixture
+def flags(tiny_folder, text_file, tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trials, "SEQ_LEN", 32)
+    text_file.write_text(4 * text_file.read_text())
+    rows = [{"question": "a b c", "choices": {"text": ["d", "e f"], "label": ["A", "B"]}, "answerKey": "A", "id": str(i)} for i in range(4)]
+    (tmp_path / "arc_easy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prune_to(tmp_path / "other", tiny_tokenizer)
+    data = ["--calibration", str(text_file), "--eval_data", f"fox={text_file}", "--eval_limit", "2", "--output", "out"]
+    data += ["--data_dir", str(tmp_path), "--limit", "3", "--also", f"other={tmp_path / 'other'}"]
+    return ["--base_model", str(tiny_folder), "--target_sparsity", "0.3", *data]
+
+
+def test_every_method_at_equal_parameters_and_a_stopped_run_goes_on(flags, monkeypatch, capsys):
+    prune, calls = trials.api.prune, []
+
+    def stops(*args, **kwargs):
+        calls.append(kwargs["config"])
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return prune(*args, **kwargs)
+
+    monkeypatch.setattr(trials.api, "prune", stops)
+    assert slim(["compare", *flags]) == 130
+    assert slim(["compare", *flags]) == 0
+    rows = json.loads(open("out/results.json").read())["rows"]
+    pruned = [row for row in rows if row["share"]]
+    assert len(pruned) == 2 * len(compare.METHODS) + len(compare.RECIPES) == len(calls) - 1
+    channel = 3 * 32 / (2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 64))
+    assert all(abs(row["removed"] - 0.3) <= channel for row in pruned)
+    assert {config.recovery for config in calls} == {"none", "bias", "linear", "least_squares"}
+    by_name = {row["name"]: row for row in rows if not row["share"]}
+    assert list(by_name) == ["dense", "dense, q8_0", "dense, q4_0", "other"]
+    assert by_name["dense"]["bytes"] > by_name["dense, q8_0"]["bytes"] > by_name["dense, q4_0"]["bytes"]
+    assert 0 < by_name["other"]["removed"] < 1
+    table = open("out/table.md").read()
+    assert "with least squares" in table and "first 3 questions" in table and table.count("\n|") == len(rows) + 1
+    assert Image.open("out/compare.png").size[0] > 300
+    assert slim(["compare", *flags, "--limit", "2"]) == 2
+    assert "another limit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind, bits", [("q8_0", 8.5), ("q4_0", 4.5)])
+def test_quantized_weights_are_near_and_take_the_bytes_of_their_type(kind, bits):
+    model, dense = make_model(hidden_size=64, intermediate_size=96), make_model(hidden_size=64, intermediate_size=96)
+    matrices = sum(p.numel() for p in dense.parameters() if p.ndim == 2)
+    vectors = sum(p.numel() for p in dense.parameters() if p.ndim == 1)
+    assert quantized_bytes(model, kind) == matrices * bits / 8 + 4 * vectors
+    for parameter, was in zip(model.parameters(), dense.parameters()):
+        assert 0 < (parameter - was).norm() / was.norm() < (0.01 if kind == "q8_0" else 0.12) or parameter.ndim == 1
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [(["--methods", "flop"], "did you mean 'flap'?"), (["--also", "x=nowhere"], "NAME=FOLDER"), (["--tasks", "piqa"], "none of the tasks")],
+)
+def test_mistakes(flags, wrong, said, capsys):
+    assert slim(["compare", *flags, *wrong]) == 2
+    assert said in capsys.readouterr().err
