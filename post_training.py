@@ -77,7 +77,11 @@ def _train(config, output: Path, lines):
     else:
         log.setLevel(logging.ERROR)
     log.info("%s", command())
-    trainer = training.trainer_for(model, train, held_out, config, arguments)
+    teacher = None
+    if config.teacher is not None:
+        with timed("teacher"):
+            teacher = training.teacher_of(config, tokenizer, model.config, [*train["input_ids"], *held_out["input_ids"]], device)
+    trainer = training.trainer_for(model, train, held_out, config, arguments, teacher)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info("%s: %.2f M of %.1f M parameters are trained", config.prune_model, trained / 1e6, model.num_parameters() / 1e6)
     log.info("%s: %d rows, %d held out; %s on %s", config.data_path, len(train), len(held_out), name_of(dtype), arguments.device)

@@ -18,9 +18,10 @@ import post_training
 from slimllm.deploy import checkpoint
 from slimllm.errors import UserError
 from slimllm.models import loading
-from slimllm.training import config, data, trainer
+from slimllm.training import config, data, distillation, trainer
 from slimllm.training.config import TrainConfig
 from slimllm.training.data import IGNORED
+from slimllm.utils import device as devices
 from tests.conftest import ROOT, make_ids, make_model, prune_to
 
 ROWS = [{"instruction": f"say {i}", "input": "now" if i % 3 else "", "output": f"the number {i} it is, {i}."} for i in range(24)]
@@ -390,3 +391,36 @@ def test_a_dense_model_can_be_trained_too(tiny_folder, tmp_path, here):
     assert here(*quick(tiny_folder, tmp_path / "t.jsonl", "--merge", "--num_epochs", 1))[0] == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged").config.model_type == "llama"
     assert loading.load_model(str(tmp_path / "out" / "merged"), "auto").dtype == torch.float32
+
+
+@pytest.mark.parametrize("weight, average", [(1.0, True), (0.0, False)])
+def test_a_teacher_s_divergence_joins_the_loss(pruned_folder, rows_file, tmp_path, here, tiny_folder, weight, average, monkeypatch):
+    """The first loss is the divergence over the learned tokens, plus the weighted ordinary loss; it falls."""
+    monkeypatch.setattr(distillation, "evaluation_dtype", lambda dtype, device: torch.float32)
+    monkeypatch.setattr(devices, "training_dtype", lambda device, dtype: torch.float32)
+    flags = quick(pruned_folder, rows_file, "--lora_dropout", 0, "--batch_size", 24, "--micro_batch_size", 12 if average else 24)
+    status, out, err = here(*flags, "--teacher", tiny_folder, "--instruction_weight", weight, "--num_epochs", 8)
+    assert status == 0, err
+    found = losses(tmp_path / "out")
+    assert found[-1] < found[0]
+    tokenizer = loading.load_tokenizer(str(tiny_folder))
+    student, dense = (loading.load_model(str(folder), torch.float32) for folder in (pruned_folder, tiny_folder))
+    divergence = ordinary = count = 0.0
+    for row in ROWS:
+        row = data.tokenize(row, tokenizer, settings(cutoff_len=280))
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
+        with torch.no_grad():
+            q, p = (model(ids).logits[0, :-1].log_softmax(-1)[labels != IGNORED] for model in (student, dense))
+        divergence += float((p.exp() * (p - q)).sum())
+        ordinary -= float(q.gather(1, labels[labels != IGNORED][:, None]).sum())
+        count += len(q)
+    assert found[0] == pytest.approx((divergence + weight * ordinary) / count, rel=1e-3)
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(pruned_folder, rows_file, tmp_path, here, tiny_folder, tiny_tokenizer):
+    tiny_tokenizer.add_tokens(["new"])
+    tiny_tokenizer.save_pretrained(tiny_folder)
+    status, _, err = here(*quick(pruned_folder, rows_file, "--teacher", tiny_folder))
+    assert status == 2 and "its vocabulary is not that of" in err
+    status, _, err = here(*quick(pruned_folder, rows_file, "--instruction_weight", 0))
+    assert status == 2 and "name one" in err

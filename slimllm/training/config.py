@@ -34,6 +34,14 @@ class TrainConfig:
     prune_model: str | None = flag("model", "checkpoint to train: a folder that hf_prune.py wrote (a dense model works too) (required)")
     device: str = flag("model", "where to train; auto takes a GPU if there is one", "auto")
 
+    teacher: str | None = flag(
+        "teacher",
+        "dense model to learn from: the divergence of its next-token distribution from the trained one's joins the loss; "
+        "it has the same vocabulary, and is the one that was pruned or a larger one",
+    )
+    instruction_weight: float = flag("teacher", "with --teacher: weight of the ordinary loss beside its own; 0: its own alone", 1.0)
+    tmp_dir: str | None = flag("teacher", "folder for the teacher's states that do not fit in memory [TMPDIR, or the system's]")
+
     data_path: str = flag("data", "hub name, or a .json or .jsonl file of instruction / input / output or of text", "yahma/alpaca-cleaned")
     cache_dataset: bool = flag("data", "keep the tokenized data in ~/.cache/slimllm and use it again", False)
     val_set_size: int | None = flag("data", "rows held out, for the validation loss [2000, at most a tenth of the rows]")
@@ -75,6 +83,9 @@ class TrainConfig:
             check_range(self, name, 1)
         check_range(self, "cutoff_len", 2)
         check_range(self, "val_set_size", 0)
+        check_range(self, "instruction_weight", 0)
+        if self.teacher is None and self.instruction_weight != 1.0:
+            raise UserError(f"--instruction_weight {self.instruction_weight:g}: weighs the loss against that of a --teacher; name one")
         check_range(self, "num_epochs", 0, left_open=True)
         check_range(self, "learning_rate", 0, left_open=True)
         check_range(self, "lora_dropout", 0, 1, right_open=True)

@@ -108,13 +108,14 @@ def load_data(config: TrainConfig, tokenizer):
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Rows padded to the longest: input_ids, labels (IGNORED there) and attention_mask [rows, length]."""
+    """Rows padded to the longest: input_ids, labels (IGNORED there) and attention_mask [rows, length]; their numbers, if they have some."""
     length = max(len(row["input_ids"]) for row in rows)
 
     def padded(lists, value):
         return torch.tensor([items + [value] * (length - len(items)) for items in lists])
 
-    return {
+    numbers = {"row": torch.tensor([row["row"] for row in rows])} if "row" in rows[0] else {}
+    return numbers | {
         "input_ids": padded([row["input_ids"] for row in rows], 0),
         "labels": padded([row["labels"] for row in rows], IGNORED),
         "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),

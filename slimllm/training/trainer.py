@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -15,9 +16,11 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..errors import UserError, nearest
+from ..models import loading
 from ..models.families import family_of
 from .config import TrainConfig
-from .data import collate
+from .data import IGNORED, collate
+from .distillation import RowTeacher
 
 log = logging.getLogger("slimllm")
 
@@ -57,8 +60,53 @@ def _is_json(path: Path) -> bool:
         return False
 
 
-def trainer_for(model, train, held_out, config: TrainConfig, arguments: TrainingArguments) -> Trainer:
-    """A Trainer with LoRA on ``model``; rows as from :func:`load_data`, ``arguments`` as from :func:`training_arguments`."""
+def teacher_of(config: TrainConfig, tokenizer, model_config, rows: list[list[int]], device: torch.device) -> RowTeacher:
+    """The ``--teacher`` of these rows. Raises UserError for one whose tokens are not those of the model that is trained."""
+    source = loading.open_source(config.teacher, "auto", "--teacher")
+    same = loading.load_tokenizer(config.teacher, "--teacher").get_vocab() == tokenizer.get_vocab()
+    if not same or source.config.vocab_size != model_config.vocab_size:
+        raise UserError(
+            f"--teacher {config.teacher}: its vocabulary is not that of {config.prune_model}; name the model it was pruned from"
+        )
+    log.info("%s: computing what it predicts on %d rows", config.teacher, len(rows))
+    return RowTeacher(source, rows, device, tmp_dir=config.tmp_dir)
+
+
+class TaughtTrainer(Trainer):
+    """A Trainer whose loss is the divergence of a teacher's next-token distribution, plus ``weight`` times the ordinary one.
+
+    Rows have a number, ``row``, by which the ``teacher`` (RowTeacher) knows them. Both are taken over the tokens that are learned.
+    """
+
+    def __init__(self, teacher: RowTeacher, weight: float, **kwargs):
+        super().__init__(**kwargs)
+        self.teacher, self.weight = teacher, weight
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        rows = inputs.pop("row")
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        learned = inputs["labels"][:, 1:] != IGNORED
+        divergence = loss.new_zeros(())
+        for row, mask, logits in zip(rows.tolist(), learned, outputs.logits[:, :-1]):
+            log_p = self.teacher.log_probabilities(row)[:-1].to(logits.device)
+            mask = mask[: len(log_p)]
+            log_p, log_q = log_p[mask], logits[: len(mask)][mask].float().log_softmax(-1)
+            divergence = divergence + (log_p.exp() * (log_p - log_q)).sum()
+        if num_items_in_batch is None:
+            divergence = divergence / learned.sum()
+        else:
+            divergence = divergence / num_items_in_batch
+            if self.args.average_tokens_across_devices:
+                divergence = divergence * self.accelerator.num_processes
+        loss = divergence + self.weight * loss
+        return (loss, outputs) if return_outputs else loss
+
+
+def trainer_for(model, train, held_out, config: TrainConfig, arguments: TrainingArguments, teacher: RowTeacher | None = None) -> Trainer:
+    """A Trainer with LoRA on ``model``; rows as from :func:`load_data`, ``arguments`` as from :func:`training_arguments`.
+
+    With a ``teacher``, of the training rows and then of those held out, its divergence is part of the loss.
+    """
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(config.seed)
@@ -72,7 +120,12 @@ def trainer_for(model, train, held_out, config: TrainConfig, arguments: Training
     )
     with _without_peft_warnings():
         adapted = get_peft_model(model, lora)
-    trainer = Trainer(
+    make = Trainer
+    if teacher is not None:
+        make = functools.partial(TaughtTrainer, teacher, config.instruction_weight)
+        train = train.add_column("row", range(len(train)))
+        held_out = held_out.add_column("row", range(len(train), len(train) + len(held_out)))
+    trainer = make(
         model=adapted,
         args=arguments,
         train_dataset=train,

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# SlimLLM beside other pruning methods, its own recipes and the quantized dense model: bash script/compare.sh [MODEL] [flags]
+#
+# Without MODEL it takes the embedded SmolLM2-135M-Instruct. The flags are those of `python -m slimllm compare --help`.
+# A stopped run goes on with the same command. TUNE=FILE.json also trains the best recipe's models with LoRA on these instructions:
+#   TUNE=alpaca.json CALIBRATION=books/ bash script/compare.sh
+#   CALIBRATION=...   what --calibration is for all of it       TRAIN="..."   flags of post_training.py
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+install packages -r requirement.txt
+choose_model "$@"
+set -- "${flags[@]}"
+python=.venv/bin/python
+read -ra train <<< "${TRAIN:-}"
+calibration=()
+if [ -n "${CALIBRATION:-}" ]; then calibration=(--calibration "$CALIBRATION"); fi
+also=()
+if [ -n "${TUNE:-}" ]; then
+    for share in 20 50; do
+        run="compare_best_$share"
+        [ -f "prune_log/$run/pruning.json" ] || "$python" hf_prune.py --base_model "$model" --recipe best --target_sparsity "0.$share" \
+            --eval_data none --save_ckpt_log_name "$run" "${calibration[@]}"
+        [ -f "tune_log/$run/merged/pruning.json" ] || "$python" post_training.py --prune_model "prune_log/$run" --data_path "$TUNE" \
+            --merge --extra_val_dataset none --overwrite "${train[@]}"
+        also+=("best $share % and LoRA=tune_log/$run/merged")
+    done
+fi
+[ ${#also[@]} -eq 0 ] || also=(--also "${also[@]}")
+exec "$python" -m slimllm compare --base_model "$model" "${calibration[@]}" "${also[@]}" "$@"
