@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Prunes a model at the paper's two settings and prints one table.
 #
-#   bash script/llama_prune.sh                  the embedded SmolLM2-135M-Instruct, 20 % and 50 % of its decoder
+#   bash script/llama_prune.sh                  the embedded SmolLM2-135M-Instruct, 20 % and 50 % of its decoder: the paper's method,
+#                                               and beside it --recipe best
 #   bash script/llama_prune.sh MODEL [flags]    a local folder, .gguf file or hub name, ratios 0.25 and 0.55 as in the paper
 #
 # Flags go to hf_prune.py; one that says how much to remove (--pruning_ratio, --target_sparsity) makes it a single run.
@@ -10,6 +11,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 name="${NAME:-llama_prune}"
 install packages -r requirement.txt
 
+recipes=(given) # what the flags say
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
     model="$1"
     shift
@@ -18,6 +20,7 @@ else
     install_embedded_model
     model="$(embedded_model)"
     first=(--target_sparsity 0.2) second=(--target_sparsity 0.5) extra=(--eval_limit 256)
+    if [ $# -eq 0 ]; then recipes=(paper best); fi
 fi
 
 prune() { .venv/bin/python hf_prune.py --base_model "$model" --overwrite "$@"; }
@@ -34,13 +37,18 @@ case " $* " in
     exit 2
     ;;
 esac
-case " $* " in
-*" --calibration"*) same=() ;;
-*) same=(--calibration "prune_log/${name}_20/calibration.safetensors") ;; # both runs see the same tokens
-esac
-prune "${extra[@]}" "${first[@]}" --save_ckpt_log_name "${name}_20" "$@"
-prune "${extra[@]}" "${second[@]}" "${same[@]}" --save_ckpt_log_name "${name}_50" "$@"
+runs=()
+for recipe in "${recipes[@]}"; do
+    if [ "$recipe" = given ]; then run="$name" how=(); else run="${name}_$recipe" how=(--recipe "$recipe"); fi
+    case " $* " in
+    *" --calibration"*) same=() ;;
+    *) same=(--calibration "prune_log/${run}_20/calibration.safetensors") ;; # both runs see the same tokens
+    esac
+    prune "${extra[@]}" "${how[@]}" "${first[@]}" --save_ckpt_log_name "${run}_20" "$@"
+    prune "${extra[@]}" "${how[@]}" "${second[@]}" "${same[@]}" --save_ckpt_log_name "${run}_50" "$@"
+    runs+=("prune_log/${run}_20" "prune_log/${run}_50")
+done
 echo
-.venv/bin/python -m slimllm report "prune_log/${name}_20" "prune_log/${name}_50"
+.venv/bin/python -m slimllm report "${runs[@]}"
 echo
-echo "checkpoints, records, logs and figures: $PWD/prune_log/${name}_20 and $PWD/prune_log/${name}_50"
+echo "checkpoints, records, logs and figures: ${runs[*]/#/$PWD/}"

@@ -45,6 +45,8 @@ _SETTINGS = {
     if f.metadata.get("group") in ("sparsity", "method", "distillation", "calibration") or f.name in ("device", "tmp_dir")
 } - {"calibration"}
 
+DISTILL_SELF_SHARE = 0.5  # of the samples that a model is distilled on; the rest are calibration text
+
 CalibrationSource = str | Sequence[str] | torch.Tensor | Calibration | None
 
 
@@ -189,14 +191,14 @@ def calibrate(model, tokenizer, config: PruneConfig, source: CalibrationSource, 
     with loading.Voice(model, device) as voice:
         samples = _samples(voice, tokenizer, config, source)
         if config.distill != "none" and samples.distill_ids is None:
-            spec = config.distill_samples
+            spec, named = config.distill_samples, samples.source if source is None else source  # what it was in the end
             if isinstance(source, torch.Tensor) or samples.source.endswith(".safetensors"):
                 text = samples.ids
             else:
-                text = (
-                    None if samples.source == "self" else _drawn(samples.source if source is None else source, voice, tokenizer, spec).ids
-                )
-            samples.distill_ids = calibrations.distill_samples(text, voice if voice.fits and tokenizer else None, tokenizer, spec)
+                text = samples.ids[:0] if named == "self" else _drawn(named, voice, tokenizer, spec).ids
+            if voice.fits and tokenizer is not None:
+                text, _ = calibrations.with_own(text, DISTILL_SELF_SHARE, voice, tokenizer, spec)
+            samples.distill_ids = text
         return samples
 
 
@@ -209,9 +211,12 @@ def _samples(voice: loading.Voice, tokenizer, config: PruneConfig, source: Calib
         raise UserError("tokenizer: needed to make calibration samples; give one, or token ids [samples, length]")
     else:
         spec = config.samples
-        if held_back:
-            spec = dataclasses.replace(spec, num_examples=spec.num_examples + calibrations.PROBE_SAMPLES)
-        samples = _drawn(source, voice, tokenizer, spec)
+        own = round(config.self_share * spec.num_examples) if voice.fits and source != "self" else 0
+        drawn = spec.num_examples - own + (calibrations.PROBE_SAMPLES if held_back else 0)
+        samples = _drawn(source, voice, tokenizer, dataclasses.replace(spec, num_examples=max(drawn, 1)))
+        if own and not samples.source.endswith(".safetensors"):
+            text = samples.ids[:drawn] if samples.source != "self" else samples.ids[:0]
+            samples.ids, samples.own = calibrations.with_own(text, config.self_share, voice, tokenizer, spec)
     if not config.needs_probe_ids or samples.probe_ids is not None:
         return samples
     if held_back:

@@ -23,15 +23,15 @@ def rows():
 
 
 def test_every_row_keeps_the_same_parameters_and_a_stopped_run_goes_on(flags, monkeypatch, capsys):
-    prune, calls = trials.api.prune, []
+    prune, calls = trials.pipeline.prune, []
 
     def stops(*args, **kwargs):
-        calls.append(kwargs["config"])
+        calls.append(args[2])
         if len(calls) == 4:
             raise KeyboardInterrupt
         return prune(*args, **kwargs)
 
-    monkeypatch.setattr(trials.api, "prune", stops)
+    monkeypatch.setattr(trials.pipeline, "prune", stops)
     assert slim(["ablation", *flags]) == 130 and len(rows()) == 3
     assert slim(["ablation", *flags]) == 0
     found = rows()

@@ -428,7 +428,7 @@ def test_help_names_every_flag_with_its_default(capsys):
         "--dtype --round_to --dry_run --recipe --eval_limit --overwrite"
     ).split():
         assert flag in text
-    assert "[42]" in text and "[128]" in text and "[32]" in text
+    assert "[42]" in text and "[128]" in text and "[32; best" in text
 
 
 def test_the_script_runs_from_any_folder(tiny_folder, text_file, tmp_path):

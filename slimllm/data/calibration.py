@@ -44,7 +44,8 @@ class Calibration:
     """Token ids [samples, length] int64, where they came from, and their hash (SHA-256 of the int64 bytes).
 
     ``probe_ids`` [samples, length]: text that ``--layer_ratio auto`` measures on, as from :func:`probe_samples`; ``probe_source``
-    says whose. ``distill_ids`` [samples, length]: what ``--distill`` trains on.
+    says whose. ``distill_ids`` [samples, length]: what ``--distill`` trains on. ``own``: how many of the ``ids`` the model itself wrote,
+    whatever the source.
     """
 
     ids: torch.Tensor
@@ -53,6 +54,7 @@ class Calibration:
     probe_ids: torch.Tensor | None = None
     probe_source: str = "self"
     distill_ids: torch.Tensor | None = None
+    own: int = 0
 
     def holding_back(self) -> Calibration:
         """The same without its last PROBE_SAMPLES samples, which become the ``probe_ids``. Raises UserError where none would be left."""
@@ -83,10 +85,12 @@ class Calibration:
             tensors.get("probe_ids"),
             **probe,
             distill_ids=tensors.get("distill_ids"),
+            own=described["own"],
         )
 
     def to_dict(self) -> dict:
-        found = {"source": self.source, "samples": len(self.ids), "length": self.ids.shape[1], "seed": self.seed, "sha256": self.sha256}
+        found = {"source": self.source, "samples": len(self.ids), "length": self.ids.shape[1], "seed": self.seed, "own": self.own}
+        found["sha256"] = self.sha256
         distilled = {} if self.distill_ids is None else {"distill_samples": len(self.distill_ids)}
         return found | distilled | ({} if self.probe_ids is None else {"probe_source": self.probe_source})
 
@@ -114,7 +118,7 @@ def load(source: str | None, model, tokenizer, spec: SampleSpec) -> Calibration:
             log.info("calibration: %s; using samples of the model itself instead (--calibration self)", error)
             source = "self"
     if source == "self":
-        return Calibration(sample_from_model(model, tokenizer, spec), "self", spec.seed)
+        return Calibration(sample_from_model(model, tokenizer, spec), "self", spec.seed, own=spec.num_examples)
     if source.endswith(".safetensors"):
         return _from_file(source, model.config.vocab_size)
     if source in HUB_SOURCES:
@@ -229,19 +233,15 @@ def probe_samples(model, tokenizer, spec: SampleSpec) -> torch.Tensor:
     return sample_from_model(model, tokenizer, SampleSpec(PROBE_SAMPLES, spec.seq_len, spec.seed + 1))
 
 
-def distill_samples(text: torch.Tensor | None, model, tokenizer, spec: SampleSpec) -> torch.Tensor:
-    """Samples [num_examples, length] for ``--distill``: half of them from ``text``, the rest the model's own, in random order.
+def with_own(text: torch.Tensor, share: float, model, tokenizer, spec: SampleSpec) -> tuple[torch.Tensor, int]:
+    """(samples [num_examples, length] in random order, how many the model wrote): ``share`` of them, the rest taken from ``text``.
 
-    ``text`` [samples, length]: calibration text, or None. ``model``: None where it cannot say anything.
+    Where ``text`` [samples, length] has too few, the model writes more.
     """
-    parts = []
-    if text is not None:
-        parts.append(text[: spec.num_examples // 2 if model else spec.num_examples])
-    if model is not None:
-        own = spec.num_examples - sum(map(len, parts))
-        parts.append(sample_from_model(model, tokenizer, dataclasses.replace(spec, num_examples=own)))
-    found = torch.cat(parts)
-    return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(spec.seed))]
+    text = text[: spec.num_examples - round(share * spec.num_examples)]
+    own = spec.num_examples - len(text)
+    found = torch.cat([text, sample_from_model(model, tokenizer, dataclasses.replace(spec, num_examples=own))]) if own else text
+    return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(spec.seed))], own
 
 
 def _never_sampled(tokenizer, generation_config, vocab_size: int) -> list[int]:

@@ -73,7 +73,7 @@ def cases(config: CompareConfig) -> list[Trial]:
         for method in config.methods
     ]
     return found + [
-        Trial("slimllm", f"recipe {recipe}", share, {"recipe": recipe}) for recipe in config.recipes for share in config.target_sparsity
+        Trial("slimllm", f"recipe {recipe}", share, {"recipe": recipe}) for share in config.target_sparsity for recipe in config.recipes
     ]
 
 

@@ -22,8 +22,12 @@ from ..evaluation.perplexity import perplexity
 from ..models import loading
 from ..models.adapter import LayerAdapter
 from ..models.shape import shape_of
+from ..models.source import ModelSource
+from ..pruning import pipeline
 from ..pruning.config import PruneConfig
+from ..pruning.runner import no_progress
 from ..reporting import record
+from ..reporting.record import Stopwatch
 from ..utils.device import DTYPES, device_of, name_of, pruning_dtype
 
 log = logging.getLogger("slimllm")
@@ -91,10 +95,12 @@ class Bench:
         self.model = loading.load_model(config.base_model, dtype)
         self.adapter, self.shape = LayerAdapter(self.model.config), shape_of(self.model.config)
         self._samples: dict[tuple, calibration.Calibration] = {}
+        self._last: tuple = (None, None, 0.0)  # settings of the last pruning, what it gave, and its seconds
 
     def samples(self, settings: PruneConfig) -> calibration.Calibration:
         """The calibration that these settings ask for; the same tokens wherever two trials ask for the same."""
-        key = (settings.num_examples, settings.needs_probe_ids, settings.distill != "none" and settings.distill_examples)
+        distilled = settings.distill != "none" and settings.distill_examples
+        key = (settings.num_examples, settings.self_share, settings.needs_probe_ids, distilled)
         if key not in self._samples:
             self._samples[key] = api.calibrate(self.model, self.tokenizer, settings, self.config.calibration, self.device)
         return self._samples[key]
@@ -115,24 +121,37 @@ class Bench:
         return found
 
     def prune(self, trial: Trial):
-        """(the pruned model, its entry of the results without the measurements)."""
+        """(the pruned model, its entry of the results without the measurements).
+
+        One that is distilled is not pruned again where the trial before it was the same without.
+        """
         shared = {"base_model": self.config.base_model, "calibration": self.config.calibration, "seed": self.config.seed}
         shared |= {"seq_len": SEQ_LEN, "device": self.config.device, "target_sparsity": trial.share}
         settings = PruneConfig(**{**shared, **trial.settings})
         settings.resolve(self.shape)
-        samples, model = self.samples(settings), copy.deepcopy(self.model)
+        samples, device = self.samples(settings), device_of("device", settings.device)
+        start = {**settings.to_dict(), "recipe": None, "distill": "none", "distill_learning_rate": None}
         started = time.perf_counter()
-        result = api.prune(model, self.tokenizer, calibration=samples, config=settings)
+        teacher = api.teach(ModelSource.of(self.model), samples, settings, no_progress, Stopwatch())
+        before, model, seconds = self._last
+        if before == start:
+            started -= seconds
+        else:
+            model = copy.deepcopy(self.model)
+            pipeline.prune(model, samples.ids, settings, device, probe_ids=samples.probe_ids)
+        self._last = (start, copy.deepcopy(model), time.perf_counter() - started) if teacher is None else (None, None, 0.0)
+        if teacher:
+            api.distil(model, teacher, settings, no_progress, Stopwatch())
         seconds = time.perf_counter() - started
-        left = sum(parameter.numel() for parameter in self.adapter.layers(result.model).parameters())
-        return result.model, {
+        left = sum(parameter.numel() for parameter in self.adapter.layers(model).parameters())
+        return model, {
             "name": trial.name,
             "variant": trial.variant,
             "share": trial.share,
             "settings": trial.settings,
             "seconds": round(seconds, 1),
             "removed": 1 - left / self.shape.decoder_parameters,
-            "parameters": result.parameters.pruned,
+            "parameters": model.num_parameters(),
             "calibration": samples.to_dict(),
         }
 

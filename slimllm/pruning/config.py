@@ -19,6 +19,9 @@ from .importance.channels import CHANNEL_SCORES
 from .importance.heads import HEAD_CHOICES
 from .recovery import RECOVERIES
 
+PUBLISHED_EXAMPLES = 32  # calibration samples of the paper
+BEST_EXAMPLES, CHANNELS_PER_EXAMPLE = (128, 512), 12  # those of the best recipe: fewest and most, and what sets them in between
+RIDGE_TOKENS = 4096  # calibration tokens up to which the ridge is the median input variance; with more of them it falls
 SCALES_RATE, ALL_RATE, MOST_ALL_RATE = 3e-3, 0.3, 1e-3  # peak learning rates of distillation; the second over the hidden size
 HEAD_UNITS = ("group", "query")
 DISTILLATIONS = ("none", "scales", "all")
@@ -51,7 +54,7 @@ METHODS = {
     "random": Method("random", "random", "uniform", "none", all_layers=True),
 }
 # What a recipe sets, instead of the method, where the user says nothing. "paper": nothing; the others are what measured best.
-_BEST = {"recovery": "least_squares", "layer_ratio": "auto"}
+_BEST = {"recovery": "least_squares", "layer_ratio": "auto", "self_share": 0.5}
 RECIPES = {"paper": {}, "best": _BEST, "distilled": {**_BEST, "distill": "all"}}
 # The published code spares the lowest-scoring 1 % of the channels. least_squares, not published, does better without.
 PUBLISHED_KEEP_LOWEST = 0.01
@@ -112,7 +115,9 @@ class PruneConfig:
     recovery: str | None = flag(
         "method", "what the kept output weights become [the method's: linear; best: least_squares]", choices=RECOVERIES
     )
-    ridge: float = flag("method", "least_squares: ridge as a multiple of the median input variance", 1.0)
+    ridge: float | None = flag(
+        "method", "least_squares: ridge as a multiple of the median input variance [4096 / calibration tokens, at most 1]"
+    )
     keep_lowest: float | None = flag(
         "method",
         "share of a layer's channels, the lowest-scoring, that stays all the same as in the published code [0.01; with least_squares 0]",
@@ -145,7 +150,12 @@ class PruneConfig:
         "bookcorpus, c4, wikitext2 (hub), self (sampled from the model), a .txt or .jsonl file, a folder of them, "
         "or a calibration.safetensors [bookcorpus; self where the hub is out of reach]",
     )
-    num_examples: int = flag("calibration", "samples", 32)
+    num_examples: int | None = flag(
+        "calibration", "samples [32; best: a twelfth of the feed-forward channels, at least 128 and at most 512]"
+    )
+    self_share: float | None = flag(
+        "calibration", "share of the samples that the model itself writes, 0 to 1, the rest being --calibration's [0; best: 0.5]"
+    )
     seq_len: int = flag("calibration", "tokens per sample", 128)
     seed: int = flag("calibration", "seed of every random choice", 42)
 
@@ -177,8 +187,13 @@ class PruneConfig:
         for name in ("recovery", "head_choice", "channel_score"):
             if getattr(self, name) is None:
                 setattr(self, name, self._default(name))
+        recipe = RECIPES[self.recipe]
         if self.distill is None:
-            self.distill = RECIPES[self.recipe].get("distill", "none")
+            self.distill = recipe.get("distill", "none")
+        if self.self_share is None:
+            self.self_share = recipe.get("self_share", 0.0)
+        if self.num_examples is None and self.recipe == "paper":
+            self.num_examples = PUBLISHED_EXAMPLES
         if self.keep_lowest is None:
             published = self.method == "slimllm" and self.recovery != "least_squares"
             self.keep_lowest = PUBLISHED_KEEP_LOWEST if published else 0.0
@@ -188,6 +203,7 @@ class PruneConfig:
             self.pruning_ratio = 0.25
         check_range(self, "pruning_ratio", 0, 1, right_open=True)
         check_range(self, "target_sparsity", 0, 1, right_open=True)
+        check_range(self, "self_share", 0, 1)
         check_range(self, "keep_lowest", 0, 1, right_open=True)
         check_range(self, "top_p", 0, 1)
         check_range(self, "alpha", 0)
@@ -233,6 +249,10 @@ class PruneConfig:
         method = METHODS[self.method]
         return method.dense_stream and self.recovery == method.recovery
 
+    def ridge_for(self, tokens: int) -> float:
+        """The ridge of a fit from so many tokens."""
+        return min(1.0, RIDGE_TOKENS / tokens) if self.ridge is None else self.ridge
+
     @property
     def samples(self) -> SampleSpec:
         """How the calibration samples are drawn."""
@@ -252,6 +272,9 @@ class PruneConfig:
         """Sets what depends on the model: pruned_layers and alpha where the user gave none (the paper's, scaled to its depth),
         and layer_ratio: the recipe's, or uniform where the runtime wants all layers alike.
         """
+        if self.num_examples is None:
+            fewest, most = BEST_EXAMPLES
+            self.num_examples = min(max(round(shape.channels / CHANNELS_PER_EXAMPLE), fewest), most)
         if self.distill_learning_rate is None:
             self.distill_learning_rate = SCALES_RATE if self.distill == "scales" else min(ALL_RATE / shape.hidden, MOST_ALL_RATE)
         if self.plan is not None:

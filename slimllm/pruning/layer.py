@@ -79,7 +79,7 @@ def prune_layer(
     """
     adapter = runner.adapter
     report = report or whole_layer(index, 0.0, plan, shape)
-    how = {"recovery": config.recovery, "ridge": config.ridge, "replace": not config.dense_stream}
+    how = {"recovery": config.recovery, "ridge": config.ridge_for(runner.tokens), "replace": not config.dense_stream}
     new_bias = limits_of(config.runtime, shape).new_bias
 
     with Sublayer(hidden, adapter.attention(layer), runner.arguments[index], runner.memory) as sub:

@@ -32,15 +32,16 @@ class LayerRunner:
     """Runs the layers of a source one by one on the token ids [samples, length], on ``device``.
 
     Where a run has several processes each takes its share of the samples, unless they are not to be ``split``.
-    ``dtype``: what it computes in, the source's own by default. ``arguments``: what each layer is called with besides the states (mask,
-    position embeddings and the like, for one sample; they broadcast); there after :meth:`embed` or :meth:`prepare`.
+    ``tokens``: how many all of them have. ``dtype``: what it computes in, the source's own by default. ``arguments``: what each layer is
+    called with besides the states (mask, position embeddings and the like, for one sample; they broadcast); there after :meth:`embed`
+    or :meth:`prepare`.
     """
 
     def __init__(
         self, source, ids: torch.Tensor, device="cpu", progress: Progress = no_progress, dtype=None, tmp_dir: str | None = None, split=True
     ):
         self.source, self.device, self.progress = ModelSource.of(source), torch.device(device), progress
-        self.ids = processes.share(ids) if split else ids
+        self.ids, self.tokens = processes.share(ids) if split else ids, ids.numel()
         self.adapter, self.dtype = self.source.adapter, dtype or self.source.dtype
         self.batch = max(1, TOKENS_PER_BATCH // ids.shape[1])
         layer = self.adapter.layers(self.source.model)[0]
