@@ -108,7 +108,8 @@ def _prune_into(folder: Path, config, model_config, eval_device, dtype):
     with timed("calibration"):
         calibrate = functools.partial(api.calibrate, source, tokenizer, config, config.calibration, eval_device)
         samples = processes.from_first(lambda: _calibrated(folder, journal, calibrate))
-    log.info("calibration: %d samples of %d tokens, %s, sha256 %s", *samples.ids.shape, samples.source, samples.sha256[:12])
+    own = f" and {samples.own} of the model's own" if samples.own and samples.source != "self" else ""
+    log.info("calibration: %d samples of %d tokens, %s%s, sha256 %s", *samples.ids.shape, samples.source, own, samples.sha256[:12])
 
     def evaluate(source, stage: str) -> list[float]:
         values = journal.get(stage)

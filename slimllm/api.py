@@ -213,7 +213,7 @@ def _samples(voice: loading.Voice, tokenizer, config: PruneConfig, source: Calib
         spec = config.samples
         own = round(config.self_share * spec.num_examples) if voice.fits and source != "self" else 0
         drawn = spec.num_examples - own + (calibrations.PROBE_SAMPLES if held_back else 0)
-        samples = _drawn(source, voice, tokenizer, dataclasses.replace(spec, num_examples=max(drawn, 1)))
+        samples = _drawn(source, voice, tokenizer, dataclasses.replace(spec, num_examples=max(drawn, 1), or_fewer=own > 0))
         if own and not samples.source.endswith(".safetensors"):
             text = samples.ids[:drawn] if samples.source != "self" else samples.ids[:0]
             samples.ids, samples.own = calibrations.with_own(text, config.self_share, voice, tokenizer, spec)

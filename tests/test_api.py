@@ -52,6 +52,17 @@ def test_calibration_may_be_texts_or_token_ids(tiny_tokenizer):
     assert torch.equal(logits(from_text.model, make_ids()), logits(from_ids.model, make_ids()))
 
 
+def test_half_of_the_best_recipe_s_samples_are_the_model_s_own(tiny_tokenizer):
+    found = [
+        slimllm.prune(make_model(), tiny_tokenizer, calibration=TEXT.splitlines(), recovery="least_squares", self_share=share, **SMALL)
+        for share in (0.0, 0.5, 1.0)
+    ]
+    text, half, own = (set(map(tuple, result.calibration.ids.tolist())) for result in found)
+    assert [result.calibration.own for result in found] == [0, 4, 8]
+    assert len(text & half) == 4 and not text & own and found[1].calibration.ids.shape == (8, 16)
+    assert found[1].record().calibration["own"] == 4
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [

@@ -145,6 +145,7 @@ def test_small_hub_data_is_downloaded_and_large_data_streamed(name, streams, tin
     """What is downloaded lies in the cache for a node without a network."""
     asked = []
     monkeypatch.setattr(hub, "reachable", lambda: True)
+
     def load_dataset(path, **kwargs):
         asked.append(kwargs)
         return iter({"text": line} for line in TEXT.splitlines())

@@ -53,3 +53,40 @@ def test_save_model_can_be_said_both_ways():
 def test_flags_are_not_abbreviated():
     with pytest.raises(UserError, match="unknown argument --pruned; did you mean '--pruned_layers'"):
         config("--pruned", "3")
+
+
+@pytest.mark.parametrize("channels, samples", [(1536, 128), (4864, 405), (11008, 512)])
+def test_best_calibrates_on_more_samples_of_a_wider_model(channels, samples):
+    for flags, wanted in ((["--recipe", "best"], samples), (["--recipe", "best", "--num_examples", "7"], 7), ([], 32)):
+        c = config(*flags)
+        c.resolve(make_shape(intermediate_size=channels))
+        assert c.num_examples == wanted
+
+
+def test_the_ridge_falls_with_the_tokens_unless_it_is_given():
+    assert [config().ridge_for(tokens) for tokens in (100, 4096, 16384)] == [1.0, 1.0, 0.25]
+    assert config("--ridge", "0.5").ridge_for(16384) == 0.5
+
+
+def test_methods_set_what_the_user_left_open():
+    c = config("--method", "flap")
+    c.resolve(make_shape())
+    assert (c.head_choice, c.channel_score, c.layer_ratio, c.recovery) == ("fluctuation", "fluctuation", "ranking", "bias")
+    assert (c.keep_lowest, c.pruned_layers, c.dense_stream) == (0.0, 2, True)
+    c = config("--method", "flap", "--recovery", "least_squares", "--layer_ratio", "uniform")
+    c.resolve(make_shape())
+    assert (c.recovery, c.layer_ratio, c.dense_stream) == ("least_squares", "uniform", False)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--method", "flap", "--recipe", "best"], "--method flap and --recipe best: the recipe is SlimLLM's"),
+        (["--no_greedy", "--head_choice", "wanda"], "--no_greedy and --head_choice wanda contradict"),
+        (["--distill_examples", "1"], "--distill_examples 1"),
+        (["--self_share", "1.5"], "--self_share 1.5"),
+    ],
+)
+def test_mistakes_of_method_and_samples(flags, said):
+    with pytest.raises(UserError, match=said):
+        config(*flags)

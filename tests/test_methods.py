@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from slimllm.errors import UserError
 from slimllm.pruning import pipeline
+from slimllm.pruning.allocation.layer_ratios import without_scores
 from slimllm.pruning.config import METHODS, PruneConfig
 from slimllm.pruning.importance.taylor import saliencies
 from slimllm.pruning.runner import LayerRunner
 from tests.conftest import FAMILY_CASES, logits, make_ids, make_model, make_shape
 
 CASES = ("llama_mha", "llama_gqa", "qwen2")
-LENGTH = 16
 
 
 def settings(method, case="llama_gqa", **more):
@@ -103,8 +104,6 @@ def test_llm_pruner_leaves_the_first_and_last_layers_whole():
     for ratio, first, last in ((0.25, 4, 2), (0.55, 1, 1)):
         config = PruneConfig(base_model="test", method="llm_pruner", pruning_ratio=ratio)
         config.resolve(shape)
-        from slimllm.pruning.allocation.layer_ratios import without_scores
-
         ratios = [plan.ratio for plan in without_scores(shape, config)]
         assert ratios == [0] * first + [ratio] * (32 - first - last) + [0] * last
 
@@ -189,6 +188,11 @@ def _channels_of(dense, pruned, index, ids):
     mlp = dense.model.layers[index].mlp
     with torch.no_grad():
         return (mlp.act_fn(mlp.gate_proj(seen["x"])) * mlp.up_proj(seen["x"])).flatten(0, 1)
+
+
+def test_one_ranking_is_not_for_a_runtime_that_wants_layers_alike():
+    with pytest.raises(UserError, match="--layer_ratio ranking and --runtime vllm"):
+        without_scores(make_shape(), settings("flap", runtime="vllm", target_sparsity=0.3))
 
 
 def test_random_is_another_choice_with_another_seed():

@@ -159,12 +159,12 @@ def _pruning_of(folder: Path) -> dict | None:
     if not (folder / record.PruningRecord.FILE).is_file():
         return None
     found = record.PruningRecord.read(folder)
-    settings = ("recipe", "recovery", "layer_ratio")
+    settings = ("method", "recipe", "recovery", "layer_ratio", "distill")
     return {
         "of": found.model.name,
         "removed": found.parameters.decoder_removed,
         **({"tuned": True} if found.post_training else {}),
-        **{key: found.config[key] for key in settings},
+        **{key: found.config[key] for key in settings if key in found.config},
     }
 
 

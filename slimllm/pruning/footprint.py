@@ -27,6 +27,7 @@ GGUF_PROGRAM = 80_000_000  # what is left of a parsed .gguf file
 
 
 TYPICAL_TEXTS = 450_000  # tokens of WikiText-2 and PTB together
+DISTILLED_TOKENS, DISTILLED_ROWS = 512, 256  # of one forward pass of distillation, and of logits at a time
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def footprint(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig, si
         batch = 4 * TOKENS_PER_BATCH * shape.channels * sizes.evaluation
         evaluation = states + max(layer * (sizes.evaluation + sizes.stored) + batch, head * sizes.evaluation + logits)
     speech = round(1.15 * (shape.decoder_parameters + shape.other_parameters) * sizes.evaluation) if sizes.speaks else 0
-    peak = max(inner, embedding + logits, evaluation, speech)
+    peak = max(inner, embedding + logits, evaluation, speech, _distillation(shape, plans, config, sizes))
     program = PROGRAM + (GGUF_PROGRAM if sizes.gguf else 0)
     kept = shape.decoder_parameters + shape.other_parameters - removed_parameters(shape, plans, config)
     temporary = max(0, _activations(shape, sizes) - _room(_layer_bytes(shape, sizes)))
@@ -131,6 +132,18 @@ def _layer_peak(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig, 
     recovering = 4 * hidden * channels * (1 + cast) + fitting
     step = covariance + 4 * hidden**2 + max(running, choosing, recovering)
     return layer + layer // sizes.compute * sizes.stored + min(_room(layer), _activations(shape, sizes)) + step
+
+
+def _distillation(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig, sizes: Sizes) -> int:
+    """The pruned model whole, what is trained with its gradients and moments, what one forward pass keeps for the backward one."""
+    if config.distill == "none":
+        return 0
+    decoder = shape.decoder_parameters - removed_parameters(shape, plans, config)
+    trained = decoder if config.distill == "all" else shape.layers * (4 * shape.hidden + shape.channels)
+    weights = (decoder + shape.other_parameters) * sizes.compute + 4 * trained * (4 + (sizes.compute != 4))
+    kept = sum(10 * shape.hidden + 5 * p.channels + 4 * p.heads * shape.head_dim for p in plans) * DISTILLED_TOKENS * 3
+    head = shape.vocab * shape.hidden * sizes.evaluation
+    return weights + kept + head + 5 * DISTILLED_ROWS * shape.vocab * 4
 
 
 def check_room(takes: Footprint, tmp_dir: str | None, device: torch.device) -> None:

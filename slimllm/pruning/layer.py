@@ -101,8 +101,9 @@ def prune_layer(
                 norms=True,
                 variance=score in NEEDS_VARIANCE,
             )
-            gate_and_up = adapter.gate_and_up(layer)
-            channels = processes.from_first(lambda: _choose_channels(sub, gate_and_up, plan, shape, config, index, saliency), runner.device)
+            channels = processes.from_first(
+                lambda: _choose_channels(sub, adapter.gate_and_up(layer), plan, shape, config, index, saliency), runner.device
+            )
             recovered, report.mlp_error = sub.recover(channels, new_bias=new_bias, **how)
             surgery.slice_channels(adapter, layer, channels, recovered)
             report.channels = channels.tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .record import PruningRecord, TrainingRecord
-from .tables import TEXT_HEADINGS
+from .tables import METHOD_NAMES, TEXT_HEADINGS
 
 
 def _pyplot():
@@ -74,15 +74,7 @@ def loss_curve(run: TrainingRecord, folder: Path) -> Path:
     return _saved(figure, folder / "loss.png")
 
 
-# name -> (label, colour)
-METHODS = {
-    "slimllm": ("SlimLLM", "#3b6fb6"),
-    "flap": ("FLAP", "#2f8f6b"),
-    "llm_pruner": ("LLM-Pruner", "#a33c3c"),
-    "wanda_sp": ("Wanda-sp", "#7b5ea7"),
-    "magnitude": ("magnitude", "#8a7d4f"),
-    "random": ("random", "#999999"),
-}
+METHOD_COLOURS = ("#3b6fb6", "#2f8f6b", "#a33c3c", "#7b5ea7", "#8a7d4f", "#999999")
 RECIPES = {"recipe best": ("ours: best", "#e08a2e"), "recipe distilled": ("ours: distilled", "#d1495b")}
 WORST = 30  # times the dense model's perplexity: what is worse is not shown
 
@@ -105,7 +97,7 @@ def comparison(rows: list[dict], folder: Path) -> Path:
             return sorted(point for point in found)
 
         [(_, least)] = points([dense])
-        for name, (label, colour) in METHODS.items():
+        for (name, label), colour in zip(METHOD_NAMES.items(), METHOD_COLOURS):
             for variant, style, width in (("as published", "o-", 1.6), ("with least squares", "o--", 1.0)):
                 line = points([dense, *(r for r in rows if (r["name"], r["variant"]) == (name, variant))])
                 if len(line) > 1:

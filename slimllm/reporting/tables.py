@@ -125,6 +125,14 @@ PAPER_ROWS = (
     ("50 % w/o tune", "SlimLLM (paper)", 37.89, 67.68, 63.33, 65.40, 49.94, 58.80, 45.83, 30.38, 37.00),
     ("50 % w/ tune", "SlimLLM (paper)", 26.71, 42.19, 62.78, 68.99, 54.73, 61.01, 54.55, 33.28, 36.80),
 )
+METHOD_NAMES = {
+    "slimllm": "SlimLLM",
+    "flap": "FLAP",
+    "llm_pruner": "LLM-Pruner",
+    "wanda_sp": "Wanda-sp",
+    "magnitude": "magnitude",
+    "random": "random",
+}
 TEXT_HEADINGS = {"wikitext2": "WikiText2", "ptb": "PTB", "python_manual": "Python manual"}
 
 
@@ -148,7 +156,8 @@ def paper_cells(results: list[dict]) -> list[list[str]]:
         else:
             tuned, removed = r["fingerprint"]["adapter"] is not None or pruning.get("tuned", False), pruning["removed"]
             ratio = f"{removed:.0%}".replace("%", " %") + (" w/ tune" if tuned else " w/o tune")
-            method = f"SlimLLM, {pruning['recipe']}: {pruning['recovery']}, {pruning['layer_ratio'] or 'plan'}"
+            named = METHOD_NAMES[pruning.get("method", "slimllm")]
+            method = f"{named}, {pruning['recipe']}: {pruning['recovery']}, {pruning['layer_ratio'] or 'plan'}"
             order = (removed, tuned)
         found = {f["data"]: f"{f['perplexity']:.2f}{'*' if f['limited'] else ''}" for f in r["perplexity"]}
         scores = {name: 100 * task["metrics"][task["reported"]] for name, task in r["tasks"].items()}

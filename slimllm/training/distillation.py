@@ -19,6 +19,7 @@ from torch import nn
 from ..errors import UserError
 from ..models.adapter import LayerAdapter
 from ..models.source import ModelSource
+from ..pruning.footprint import DISTILLED_ROWS, DISTILLED_TOKENS
 from ..pruning.runner import MIN_ACTIVATION_BYTES, LayerRunner, Progress, no_progress
 from ..pruning.statistics import ActivationMemory, ActivationStore
 from ..utils import processes
@@ -28,9 +29,9 @@ from ..utils.memory import return_free_memory
 log = logging.getLogger("slimllm")
 
 BATCH_SAMPLES = 8  # per optimizer step
-BATCH_TOKENS = 512  # that one forward pass takes at a time
+BATCH_TOKENS = DISTILLED_TOKENS  # that one forward pass takes at a time
 HELD_OUT = 16  # samples that are not trained on: whether training helped is measured on them
-LOSS_ROWS = 256  # whose logits are held at a time
+LOSS_ROWS = DISTILLED_ROWS  # whose logits are held at a time
 WARMUP = 0.1  # share of the steps in which the learning rate rises; then it falls, as a cosine, to zero
 LINES = 8  # that the log gets while training
 
