@@ -22,7 +22,11 @@ LINES = [
     for line in block.replace("\\\n", " ").splitlines()
     if line.strip() and not line.startswith("#")
 ]
-SCRIPTS = {"script/evaluate.sh": ("evaluate", []), "script/ablation.sh": ("ablation", ["--base_model"])}
+SCRIPTS = {
+    "script/evaluate.sh": ("evaluate", []),
+    "script/ablation.sh": ("ablation", ["--base_model"]),
+    "script/compare.sh": ("compare", ["--base_model"]),
+}
 
 
 def check_flags(parser, words):

@@ -13,6 +13,7 @@ from slimllm.__main__ import main as slim
 from slimllm.data import calibration, texts
 from slimllm.evaluation.perplexity import perplexity
 from slimllm.models import loading
+from slimllm.training.distillation import Teacher, distil
 from tests.conftest import ROOT
 
 
@@ -158,3 +159,16 @@ def test_post_training_lowers_the_perplexity_of_held_out_text(run, tmp_path):
     (figure,) = record["evaluation"]
     assert figure["after"] < 0.95 * figure["before"]
     assert record["validation"]["after"] < 0.95 * record["validation"]["before"]
+
+
+def test_distillation_brings_the_pruned_model_nearer_to_the_dense_one(run, smollm2):
+    """Forty short samples of the Python manual; the figures are of text that comes later in it."""
+    folder, _, _ = run
+    (text,) = texts.load_texts(("python_manual",))
+    blocks = texts.blocks_of(text, loading.load_tokenizer(str(smollm2)), 64, limit=70)
+    student = loading.load_model(str(folder), torch.float32)
+    before = perplexity(student, blocks[50:])
+    teacher = Teacher(loading.open_source(str(smollm2), torch.float32), blocks[:40])
+    found = distil(student, teacher, "all", learning_rate=3e-4)
+    assert found.kept and found.after < 0.95 * found.before
+    assert perplexity(student, blocks[50:]) < 0.97 * before

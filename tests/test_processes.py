@@ -38,10 +38,11 @@ def two_processes(*arguments):
     return [*TORCHRUN, str(PORT), str(ROOT / "hf_prune.py"), *arguments]
 
 
-@pytest.mark.parametrize("recipe", ["paper", "best"])
+@pytest.mark.parametrize("recipe", ["paper", "distilled"])
 def test_two_processes_decide_as_one(folder, text_file, recipe):
-    assert hf_prune.main(flags(text_file, "one", "--recipe", recipe)) == 0
-    done = subprocess.run(two_processes(*flags(text_file, "two", "--recipe", recipe)), capture_output=True, text=True)
+    how = ["--recipe", recipe, "--distill_examples", 40, "--distill_learning_rate", 1e-4]
+    assert hf_prune.main(flags(text_file, "one", *how)) == 0
+    done = subprocess.run(two_processes(*flags(text_file, "two", *how)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("layer   3") == 1 and done.stdout.count("everything lies in prune_log/two/") == 1
     one, two = (json.loads((folder / "prune_log" / name / "pruning.json").read_text()) for name in ("one", "two"))
@@ -49,6 +50,10 @@ def test_two_processes_decide_as_one(folder, text_file, recipe):
         assert a["heads"] == b["heads"] and a["channels"] == b["channels"]
         assert b["cosine"] == pytest.approx(a["cosine"], abs=1e-5)
         assert (a["mlp_error"] or []) == pytest.approx(b["mlp_error"] or [], rel=1e-3)
+    if recipe == "distilled":
+        assert one["distillation"]["kept"] and two["distillation"]["kept"]
+        for key in ("before", "after"):
+            assert two["distillation"][key] == pytest.approx(one["distillation"][key], rel=1e-2)
     for key in ("dense", "pruned"):
         assert two["evaluation"][0][key] == pytest.approx(one["evaluation"][0][key], rel=1e-3)
     weights = [load_file(folder / "prune_log" / name / "model.safetensors") for name in ("one", "two")]

@@ -1,13 +1,12 @@
 """``--layer_ratio auto``: the sparsity spread by what pruning each layer alone costs the whole model.
 
-Probes measure that cost; candidates are plans of one size, spread by it, with heads that lose as much as channels or less, or spread
-by layer importance or evenly; the candidate that moves the model's next-token distribution least is taken.
+Probes measure that cost, and layer importance has its say; candidates are plans of one size that differ in how much the heads lose; the
+candidate that moves the model's next-token distribution least is taken.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 import math
 from collections.abc import Callable
@@ -19,13 +18,13 @@ from ...errors import UserError
 from ...models.shape import Limits, ModelShape
 from ...utils import processes
 from ...utils.device import evaluation_dtype
-from ..importance.layers import importance_weights, uniform_weights
+from ..importance.layers import importance_weights
 from ..layer import prune_layer
 from ..runner import mean_cosines
 from ..statistics import ActivationStore
 from .head_units import HeadUnits
 from .inputs import Allocation, AllocationInputs
-from .plan import LayerPlan, from_ratios, plan, removed_parameters
+from .plan import LayerPlan, from_ratios, plan
 
 if TYPE_CHECKING:
     from ..config import PruneConfig
@@ -38,16 +37,17 @@ MOST_TRIED = 12  # layers, evenly spread, in which candidates are compared; the 
 PROBE_RATIO = 0.5  # how much of each layer is taken away to see what it costs
 SPREAD = 4.0  # how evenly the sparsity is spread over the layers
 MAX_RATIO = 0.9  # of one layer
-ATTENTION_SHARES = (1.0, 0.5)  # the share of the heads that goes, to that of the channels, of the candidates spread by cost
+ATTENTION_SHARES = (1.0, 0.5)  # the share of the heads that goes, to that of the channels, of each candidate
 
 
 def auto(inputs: AllocationInputs) -> Allocation:
     """Probes, candidates, choice. Without a model all layers are taken to cost the same, and the first candidate is the answer."""
     shape, config = inputs.shape, inputs.config
     if inputs.source is None:
-        return Allocation(next(iter(candidates(shape, [0.0] * shape.layers, config).values())))
+        alike = [0.0] * shape.layers
+        return Allocation(next(iter(candidates(shape, alike, alike, config).values())))
     sensitivity = layer_sensitivities(inputs)
-    found = candidates(shape, sensitivity, config, inputs.scores())
+    found = candidates(shape, sensitivity, inputs.scores(), config)
     return Allocation(_best(found, inputs), sensitivity)
 
 
@@ -170,54 +170,39 @@ def spread(sensitivity: list[float], total: float) -> list[float]:
     return ratios(high).tolist()
 
 
-def candidates(
-    shape: ModelShape, sensitivity: list[float], config: PruneConfig, scores: list[float] | None = None
-) -> dict[str, list[LayerPlan]]:
-    """The plans to choose between, all of the same size, by what tells them apart.
+def candidates(shape: ModelShape, sensitivity: list[float], scores: list[float], config: PruneConfig) -> dict[float, list[LayerPlan]]:
+    """The plans to choose between, all of the same size: {attention share: plans}.
 
-    ``scores`` [L]: the layer cosines; without them, only what is spread by ``sensitivity``. Where two plans are the same, or one cannot
-    meet the sparsity, there are fewer.
+    A layer's ratio is the mean of what its cost (``sensitivity`` [L]) and its importance (``scores`` [L], the layer cosines) say: by
+    cost alone, what is measured on one kind of text decides too much of what is lost on another. Where two shares give the same plan,
+    or one cannot meet the sparsity, there are fewer.
     """
-    wanted = {
-        f"by cost, heads losing {share:g} x what channels lose": (
-            lambda amount: spread(sensitivity, amount * config.pruned_layers),
-            share,
-        )
-        for share in ATTENTION_SHARES
-    }
-    if scores is not None:
-        weights = {
-            "by layer importance": importance_weights(scores, config.pruned_layers, config.alpha),
-            "the same from each layer": uniform_weights(scores, config.pruned_layers),
-        }
-        wanted |= {name: (lambda amount, of=of: [amount * weight for weight in of], None) for name, of in weights.items()}
+    weights = importance_weights(scores, config.pruned_layers, config.alpha)
+
+    def ratios(amount):
+        by_cost = spread(sensitivity, amount * config.pruned_layers)
+        return [(cost + min(amount * weight, MAX_RATIO)) / 2 for cost, weight in zip(by_cost, weights)]
+
     found, failed = {}, None
-    for name, (ratios, share) in wanted.items():
+    for share in ATTENTION_SHARES:
         try:
             plans = plan(shape, ratios, config, share)
         except UserError as error:
             failed = error
             continue
-        if config.target_sparsity is None and share is not None:  # from here on, plans of the size of the first
-            removed = removed_parameters(shape, plans, config) / shape.decoder_parameters
-            config = dataclasses.replace(config, pruning_ratio=None, target_sparsity=removed)
-        if _widths(plans) not in map(_widths, found.values()):
-            found[name] = plans
+        if plans not in found.values():
+            found[share] = plans
     if not found:
         raise failed
     return found
 
 
-def _widths(plans: list[LayerPlan]) -> list[tuple[int, int, int]]:
-    return [(p.heads, p.kv_heads, p.channels) for p in plans]
-
-
-def _best(found: dict[str, list[LayerPlan]], inputs: AllocationInputs) -> list[LayerPlan]:
+def _best(found: dict[float, list[LayerPlan]], inputs: AllocationInputs) -> list[LayerPlan]:
     """The candidate that moves the model's distribution least."""
     if len(found) == 1:
         return next(iter(found.values()))
     costs = plan_divergences(inputs, list(found.values()))
     best = costs.index(min(costs))
-    for i, (name, cost) in enumerate(zip(found, costs)):
-        log.info("plan %s: divergence %.4f nats per token%s", name, cost, ", taken" * (i == best))
+    for i, (share, cost) in enumerate(zip(found, costs)):
+        log.info("plan where heads lose %g x what channels lose: divergence %.4f nats per token%s", share, cost, ", taken" * (i == best))
     return list(found.values())[best]
