@@ -78,7 +78,7 @@ def cases(config: CompareConfig) -> list[Trial]:
 
 
 def run(config: CompareConfig) -> None:
-    """Measures, then writes and prints table and picture."""
+    """Measures, then writes and prints table and picture of all that the results hold, by other methods and shares too."""
     others = ["dense", *(f"dense, {kind}" for kind in QUANTIZATIONS), *(entry.partition("=")[0] for entry in config.also)]
     trials = [Trial(name, "", 0.0, {}) for name in others] + cases(config)
     folders = dict(entry.split("=", 1) for entry in config.also)
@@ -90,9 +90,7 @@ def run(config: CompareConfig) -> None:
         row.setdefault("bytes", BYTES * row["parameters"])
         row["tasks"] = bench.scores(model, config.data_dir, config.tasks, config.limit)
 
-    results = measure(config, trials, score, unpruned, {"tasks": config.tasks, "limit": config.limit})
-    wanted = {trial.key for trial in trials}
-    rows = [row for row in results["rows"] if (row["name"], row["variant"], row["share"]) in wanted]
+    rows = measure(config, trials, score, unpruned, {"tasks": config.tasks, "limit": config.limit})["rows"]
     folder = Path(config.output)
     lines = comparison_table(rows)
     write_text(folder / "table.md", "\n".join(lines) + "\n")
