@@ -37,7 +37,6 @@ ROWS = (
     ("recovery and samples", "least_squares, 128", {"recovery": "least_squares", "num_examples": 128}),
     ("recovery and samples", "least_squares, 32, half own", {"recovery": "least_squares", "self_share": 0.5}),
     ("recovery and samples", "least_squares, 128, half own", {"recovery": "least_squares", "num_examples": 128, "self_share": 0.5}),
-    ("recovery and samples", "least_squares, 512, half own", {"recovery": "least_squares", "num_examples": 512, "self_share": 0.5}),
     ("the best recipe", "", {"recipe": "best"}),
 )
 CURVE = (0.2, 0.35, 0.5)  # shares removed at which every recovery is measured for the picture

@@ -22,7 +22,6 @@ from .recovery import RECOVERIES
 PUBLISHED_EXAMPLES = 32  # calibration samples of the paper
 BEST_EXAMPLES, CHANNELS_PER_EXAMPLE = (128, 512), 12  # those of the best recipe: fewest and most, and what sets them in between
 RIDGE_TOKENS = 4096  # calibration tokens up to which the ridge is the median input variance; with more of them it falls
-SCALES_RATE, ALL_RATE, MOST_ALL_RATE = 3e-3, 0.3, 1e-3  # peak learning rates of distillation; the second over the hidden size
 HEAD_UNITS = ("group", "query")
 DISTILLATIONS = ("none", "scales", "all")
 GGUF_BLOCK = 32  # rows of quantized tensors come in blocks of this
@@ -142,7 +141,9 @@ class PruneConfig:
     )
     distill_examples: int = flag("distillation", "samples to train on, half of them calibration text and half the model's own", 512)
     distill_epochs: int = flag("distillation", "passes over them", 1)
-    distill_learning_rate: float | None = flag("distillation", "peak learning rate [all: 0.3 / hidden size; scales: 0.003]")
+    distill_learning_rate: float | None = flag(
+        "distillation", "peak learning rate [all: 0.3 / hidden size x root of the divergence before; scales: 0.003]"
+    )
     slimllm: bool = flag("method", "accepted for old command lines; the method is always SlimLLM", False)
 
     calibration: str | None = flag(
@@ -275,8 +276,6 @@ class PruneConfig:
         if self.num_examples is None:
             fewest, most = BEST_EXAMPLES
             self.num_examples = min(max(round(shape.channels / CHANNELS_PER_EXAMPLE), fewest), most)
-        if self.distill_learning_rate is None:
-            self.distill_learning_rate = SCALES_RATE if self.distill == "scales" else min(ALL_RATE / shape.hidden, MOST_ALL_RATE)
         if self.plan is not None:
             return
         amount = self.pruning_ratio if self.target_sparsity is None else self.target_sparsity

@@ -32,6 +32,7 @@ BATCH_SAMPLES = 8  # per optimizer step
 BATCH_TOKENS = DISTILLED_TOKENS  # that one forward pass takes at a time
 HELD_OUT = 16  # samples that are not trained on: whether training helped is measured on them
 LOSS_ROWS = DISTILLED_ROWS  # whose logits are held at a time
+SCALES_RATE, ALL_RATE, MOST_ALL_RATE = 3e-3, 0.3, 1e-3
 WARMUP = 0.1  # share of the steps in which the learning rate rises; then it falls, as a cosine, to zero
 LINES = 8  # that the log gets while training
 
@@ -83,13 +84,20 @@ class Teacher:
 
 
 def distil(
-    student, teacher: Teacher, mode: str, epochs: int = 1, learning_rate: float = 5e-4, seed: int = 42, progress: Progress = no_progress
+    student,
+    teacher: Teacher,
+    mode: str,
+    epochs: int = 1,
+    learning_rate: float | None = None,
+    seed: int = 42,
+    progress: Progress = no_progress,
 ) -> Distillation:
     """Trains ``student``, a pruned model in memory, in place. The last HELD_OUT samples (at most a quarter) are not trained on.
 
     Args:
         mode: "all", every weight of the decoder; or "scales", its biases and norms, and a factor for each input column of the output
             projections, which is folded into their weights at the end. Neither adds parameters.
+        learning_rate: at its peak; by default what measured best (:func:`_default_rate`).
     Where the divergence does not fall, the student is left as it was, and the log says so.
     Raises UserError for fewer than two samples.
     """
@@ -103,6 +111,7 @@ def distil(
     with _trainable(student.to(teacher.device), mode) as parameters:
         loss = _Loss(student, teacher)
         before = loss.mean(rest)
+        learning_rate = learning_rate or _default_rate(mode, student.config.hidden_size, before)
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, len(batches)))
         start = [parameter.detach().clone() for parameter in parameters]
@@ -132,6 +141,11 @@ def distil(
         log.warning("distillation: the divergence did not fall, so the pruned model stays as it was; lower --distill_learning_rate")
     after = after if math.isfinite(after) else None  # JSON knows no NaN
     return Distillation(mode, len(train), held_out, epochs, learning_rate, len(batches), trained, before, after, kept)
+
+
+def _default_rate(mode: str, hidden: int, divergence: float) -> float:
+    """Less for a wider model, as Adam's steps add up over a row, and less where the model is near its aim already."""
+    return SCALES_RATE if mode == "scales" else min(ALL_RATE / hidden * math.sqrt(divergence), MOST_ALL_RATE)
 
 
 def _shuffled(numbers: torch.Tensor, seed: int) -> torch.Tensor:
