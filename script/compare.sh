@@ -2,7 +2,7 @@
 # SlimLLM beside other pruning methods, its own recipes and the quantized dense model: bash script/compare.sh [MODEL] [flags]
 #
 # Without MODEL it takes the embedded SmolLM2-135M-Instruct. The flags are those of `python -m slimllm compare --help`.
-# A stopped run goes on with the same command. TUNE=FILE.json also trains the best recipe's models with LoRA on these instructions:
+# A stopped run goes on with the same command. TUNE=FILE.json also trains the distilled models with LoRA on these instructions:
 #   TUNE=alpaca.json CALIBRATION=books/ bash script/compare.sh
 #   CALIBRATION=...   what --calibration is for all of it       TRAIN="..."   flags of post_training.py
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -16,12 +16,16 @@ if [ -n "${CALIBRATION:-}" ]; then calibration=(--calibration "$CALIBRATION"); f
 also=()
 if [ -n "${TUNE:-}" ]; then
     for share in 20 50; do
-        run="compare_best_$share"
-        [ -f "prune_log/$run/pruning.json" ] || "$python" hf_prune.py --base_model "$model" --recipe best --target_sparsity "0.$share" \
-            --eval_data none --save_ckpt_log_name "$run" "${calibration[@]}"
-        [ -f "tune_log/$run/merged/pruning.json" ] || "$python" post_training.py --prune_model "prune_log/$run" --data_path "$TUNE" \
-            --merge --extra_val_dataset none --overwrite "${train[@]}"
-        also+=("best $share % and LoRA=tune_log/$run/merged")
+        run="compare_distilled_$share"
+        if [ ! -f "prune_log/$run/pruning.json" ]; then
+            "$python" hf_prune.py --base_model "$model" --recipe distilled --target_sparsity "0.$share" --eval_data none \
+                --save_ckpt_log_name "$run" "${calibration[@]}"
+        fi
+        if [ ! -f "tune_log/$run/merged/pruning.json" ]; then
+            "$python" post_training.py --prune_model "prune_log/$run" --data_path "$TUNE" --merge --extra_val_dataset none \
+                --overwrite "${train[@]}"
+        fi
+        also+=("distilled and LoRA, $share %=tune_log/$run/merged")
     done
 fi
 [ ${#also[@]} -eq 0 ] || also=(--also "${also[@]}")
