@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 from PIL import Image
@@ -48,6 +49,9 @@ def test_every_method_at_equal_parameters_and_a_stopped_run_goes_on(flags, monke
     assert 0 < by_name["other"]["removed"] < 1
     table = open("out/table.md").read()
     assert "with least squares" in table and "first 3 questions" in table and table.count("\n|") == len(rows) + 1
+    best = next(row for row in pruned if row["variant"] == "recipe best")
+    lost = math.log(best["perplexity"][0]["pruned"] / by_name["dense"]["perplexity"][0]["pruned"])
+    assert f"| {lost:.3f} " in next(line for line in table.splitlines() if "recipe best" in line)
     assert Image.open("out/compare.png").size[0] > 300
     assert slim(["compare", *flags, "--limit", "2"]) == 2
     assert "another limit" in capsys.readouterr().err

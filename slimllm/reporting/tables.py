@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -208,19 +209,25 @@ def write_paper_table(results: list[dict], folder: Path) -> None:
 
 
 def comparison_table(rows: list[dict]) -> list[str]:
-    """Markdown: a row per model, by the share removed; perplexities, the average over the zero-shot tasks, size, seconds."""
+    """Markdown: a row per model, by the share removed; perplexities, the average over the zero-shot tasks, size, seconds.
+
+    The nats lost are the mean over the texts of ln(perplexity / the dense model's).
+    """
     texts = list(dict.fromkeys(f["data"] for row in rows for f in row["perplexity"]))
-    header = ["Decoder removed", "Method", "", *(TEXT_HEADINGS.get(text, text) for text in texts), "Zero-shot", "Parameters", "MB", "s"]
+    headings = [TEXT_HEADINGS.get(text, text) for text in texts]
+    header = ["Decoder removed", "Method", "", *headings, "Nats lost", "Zero-shot", "Parameters", "MB", "s"]
+    dense = {f["data"]: f["pruned"] for row in rows if row["name"] == "dense" for f in row["perplexity"]}
     cells, tasks = [header], []
     for r in sorted(rows, key=lambda row: round(row["removed"], 2)):
         found = {f["data"]: f"{f['pruned']:.1f}{'*' if f['limited'] else ''}" for f in r["perplexity"]}
         tasks += r["tasks"].values()
         scores = [100 * task["metrics"][task["reported"]] for task in r["tasks"].values()]
+        lost = [math.log(f["pruned"] / dense[f["data"]]) for f in r["perplexity"]]
         average = _average(scores, any(task["limited"] for task in r["tasks"].values()))
         size = [f"{r['parameters'] / 1e6:.1f} M", f"{r['bytes'] / 1e6:.0f}", f"{r['seconds']:.0f}"]
-        cells.append(
-            [f"{r['removed']:.1%}".replace("%", " %"), r["name"], r["variant"], *(found.get(t, "-") for t in texts), average, *size]
-        )
+        perplexities = [found.get(text, "-") for text in texts]
+        name, nats = METHOD_NAMES.get(r["name"], r["name"]), f"{sum(lost) / len(lost):.3f}" if lost else "-"
+        cells.append([f"{r['removed']:.1%}".replace("%", " %"), name, r["variant"], *perplexities, nats, average, *size])
     questions = sorted({task["questions"] for task in tasks if task["limited"]})
     limited = [f"* limited: zero-shot on the first {questions[-1]} questions of each task only"] if questions else []
     return [*aligned(cells), *_limits([f for r in rows for f in r["perplexity"]]), *limited]
