@@ -162,13 +162,10 @@ def test_post_training_lowers_the_perplexity_of_held_out_text(run, tmp_path):
 
 
 def test_distillation_brings_the_pruned_model_nearer_to_the_dense_one(run, smollm2):
-    """Forty short samples of the Python manual; the figures are of text that comes later in it."""
+    """Short samples of the Python manual; the divergence is of those that come last and are not trained on."""
     folder, _, _ = run
     (text,) = texts.load_texts(("python_manual",))
-    blocks = texts.blocks_of(text, loading.load_tokenizer(str(smollm2)), 64, limit=70)
+    blocks = texts.blocks_of(text, loading.load_tokenizer(str(smollm2)), 48, limit=32)
     student = loading.load_model(str(folder), torch.float32)
-    before = perplexity(student, blocks[50:])
-    teacher = Teacher(loading.open_source(str(smollm2), torch.float32), blocks[:40])
-    found = distil(student, teacher, "all", learning_rate=3e-4)
-    assert found.kept and found.after < 0.95 * found.before
-    assert perplexity(student, blocks[50:]) < 0.97 * before
+    found = distil(student, Teacher(loading.open_source(str(smollm2), torch.float32), blocks), "all")
+    assert found.kept and found.held_out == 8 and found.after < 0.95 * found.before
