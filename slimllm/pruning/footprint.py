@@ -141,7 +141,9 @@ def _distillation(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig
     decoder = shape.decoder_parameters - removed_parameters(shape, plans, config)
     trained = decoder if config.distill == "all" else shape.layers * (4 * shape.hidden + shape.channels)
     weights = (decoder + shape.other_parameters) * sizes.compute + 4 * trained * (4 + (sizes.compute != 4))
-    kept = sum(10 * shape.hidden + 5 * p.channels + 4 * p.heads * shape.head_dim for p in plans) * DISTILLED_TOKENS * 3
+    if sizes.evaluation != sizes.compute:
+        weights += decoder * sizes.evaluation
+    kept = sum(10 * shape.hidden + 5 * p.channels + 4 * p.heads * shape.head_dim for p in plans) * DISTILLED_TOKENS * 6
     head = shape.vocab * shape.hidden * sizes.evaluation
     return weights + kept + head + 5 * DISTILLED_ROWS * shape.vocab * 4
 
