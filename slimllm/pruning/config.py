@@ -88,12 +88,14 @@ class PruneConfig:
         "how many layers are pruned; with auto, which may take them all, it only scales --pruning_ratio "
         "[26 of 32, or 30 of 32 from ratio 0.4 on, scaled to the depth]",
     )
-    alpha: float | None = flag("sparsity", "with importance: how strongly it spreads the ratios (Eq. 11) [10, or 7 from ratio 0.4 on]")
+    alpha: float | None = flag(
+        "sparsity", "with importance and auto: how strongly importance spreads the ratios (Eq. 11) [10, or 7 from ratio 0.4 on]"
+    )
     layer_ratio: str | None = flag(
         "sparsity",
         "importance: by Eq. 11; uniform: the same from the least important layers; middle: the same from all but the first and last; "
-        "ranking: one ranking of all heads and channels; auto: by what pruning each layer alone costs, and as much from the heads as "
-        "from the channels or half of it, whichever costs less [the method's: importance; best: auto]",
+        "ranking: one ranking of all heads and channels; auto: by importance and by what pruning each layer alone costs, and as much from "
+        "the heads as from the channels or half of it, whichever costs less [the method's: importance; best: auto]",
         choices=LAYER_RATIOS,
     )
     plan: str | None = flag(
@@ -144,7 +146,7 @@ class PruneConfig:
     distill_learning_rate: float | None = flag(
         "distillation", "peak learning rate [all: 0.3 / hidden size x root of the divergence before; scales: 0.003]"
     )
-    slimllm: bool = flag("method", "accepted for old command lines; the method is always SlimLLM", False)
+    slimllm: bool = flag("method", "accepted for old command lines: the method is SlimLLM unless --method says otherwise", False)
 
     calibration: str | None = flag(
         "calibration",
@@ -231,6 +233,8 @@ class PruneConfig:
             raise UserError("--pruning_ratio and --target_sparsity both say how much to remove: give one of them")
         if self.no_greedy and self.head_choice not in (None, "leave_one_out"):
             raise UserError(f"--no_greedy and --head_choice {self.head_choice} contradict each other: give one of them")
+        if self.slimllm and self.method != "slimllm":
+            raise UserError(f"--slimllm and --method {self.method} contradict each other: give one of them")
         if self.method != "slimllm" and self.recipe != "paper":
             raise UserError(
                 f"--method {self.method} and --recipe {self.recipe}: the recipe is SlimLLM's; give one of them, or single flags of "
