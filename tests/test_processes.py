@@ -38,7 +38,7 @@ def two_processes(*arguments):
     return [*TORCHRUN, str(PORT), str(ROOT / "hf_prune.py"), *arguments]
 
 
-@pytest.mark.parametrize("recipe", ["paper", "distilled"])
+@pytest.mark.parametrize("recipe", ["paper", "best", "distilled"])
 def test_two_processes_decide_as_one(folder, text_file, recipe):
     how = ["--recipe", recipe, "--distill_examples", 40, "--distill_learning_rate", 1e-4]
     assert hf_prune.main(flags(text_file, "one", *how)) == 0
@@ -54,8 +54,8 @@ def test_two_processes_decide_as_one(folder, text_file, recipe):
         assert one["distillation"]["kept"] and two["distillation"]["kept"]
         for key in ("before", "after"):
             assert two["distillation"][key] == pytest.approx(one["distillation"][key], rel=1e-2)
-    for key in ("dense", "pruned"):
-        assert two["evaluation"][0][key] == pytest.approx(one["evaluation"][0][key], rel=1e-3)
+    for key in ("dense", "pruned"):  # training in bfloat16 adds up roundings that a decision does not
+        assert two["evaluation"][0][key] == pytest.approx(one["evaluation"][0][key], rel=1e-2 if recipe == "distilled" else 1e-3)
     weights = [load_file(folder / "prune_log" / name / "model.safetensors") for name in ("one", "two")]
     for name in weights[0]:
         torch.testing.assert_close(weights[1][name], weights[0][name], rtol=1e-2, atol=1e-3)

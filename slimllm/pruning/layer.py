@@ -21,7 +21,7 @@ from .importance.channels import (
     ChannelStatistics,
     select_channels,
 )
-from .importance.heads import HEAD_CHOICES, HeadStatistics
+from .importance.heads import HEAD_CHOICES, NEEDS_NORM, HeadStatistics
 from .importance.taylor import Saliency
 from .recovery import NEEDS_INPUT_COVARIANCE
 from .runner import LayerRunner, Sublayer
@@ -84,7 +84,7 @@ def prune_layer(
 
     with Sublayer(hidden, adapter.attention(layer), runner.arguments[index], runner.memory) as sub:
         if plan.heads < shape.heads:
-            sub.run(input_covariance=True, norms=True)
+            sub.run(input_covariance=True, norms=config.head_choice in NEEDS_NORM)
             heads, kv_heads = processes.from_first(lambda: _choose_heads(sub, plan, shape, config, index, saliency), runner.device)
             recovered, report.attention_error = sub.recover(columns(heads, shape.head_dim), new_bias=new_bias, **how)
             surgery.slice_heads(adapter, layer, heads, kv_heads, recovered)
