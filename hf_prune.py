@@ -126,7 +126,7 @@ def _prune_into(folder: Path, config, model_config, eval_device, dtype):
     if written and processes.is_first():
         sink = CheckpointSink(checkpoint, source, config, samples.ids[:2, :64], device_of("device", config.device))
     teacher = None
-    if config.distill != "none" and journal.get("distillation") is None:
+    if journal.get("distillation") is None:
         with _progress(len(source)) as progress:
             teacher = api.teach(source, samples, config, progress, timed)
     result = _prune(source, tokenizer, samples, config, timed, sink, journal)

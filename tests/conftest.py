@@ -129,6 +129,20 @@ def prune_to(folder, tokenizer, **sizes):
     return folder
 
 
+def stop_at_fourth_pruning(monkeypatch):
+    """Interrupts the fourth pruning, once. Returns the list that gets the settings of each."""
+    prune, calls = pipeline.prune, []
+
+    def stops(*args, **kwargs):
+        calls.append(args[2])
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return prune(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "prune", stops)
+    return calls
+
+
 @pytest.fixture
 def tiny_tokenizer():
     return tiny_tokenizer_of()

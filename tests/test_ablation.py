@@ -6,6 +6,7 @@ from PIL import Image
 from slimllm.__main__ import main as slim
 from slimllm.experiments import ablation, trials
 from slimllm.reporting import tables
+from tests.conftest import stop_at_fourth_pruning
 
 
 @pytest.fixture
@@ -23,15 +24,7 @@ def rows():
 
 
 def test_every_row_keeps_the_same_parameters_and_a_stopped_run_goes_on(flags, monkeypatch, capsys):
-    prune, calls = trials.pipeline.prune, []
-
-    def stops(*args, **kwargs):
-        calls.append(args[2])
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return prune(*args, **kwargs)
-
-    monkeypatch.setattr(trials.pipeline, "prune", stops)
+    calls = stop_at_fourth_pruning(monkeypatch)
     assert slim(["ablation", *flags]) == 130 and len(rows()) == 3
     assert slim(["ablation", *flags]) == 0
     found = rows()

@@ -7,7 +7,7 @@ from PIL import Image
 from slimllm.__main__ import main as slim
 from slimllm.deploy.export_gguf import quantized_bytes
 from slimllm.experiments import compare, trials
-from tests.conftest import make_model, prune_to
+from tests.conftest import make_model, prune_to, stop_at_fourth_pruning
 
 
 @pytest.fixture
@@ -24,22 +24,12 @@ def flags(tiny_folder, text_file, tmp_path, tiny_tokenizer, monkeypatch):
 
 
 def test_every_method_at_equal_parameters_and_a_stopped_run_goes_on(flags, monkeypatch, capsys):
-    prune, calls = trials.pipeline.prune, []
-
-    def stops(*args, **kwargs):
-        calls.append(args[2])
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return prune(*args, **kwargs)
-
-    monkeypatch.setattr(trials.pipeline, "prune", stops)
+    calls = stop_at_fourth_pruning(monkeypatch)
     assert slim(["compare", *flags]) == 130
     assert slim(["compare", *flags]) == 0
     rows = json.loads(open("out/results.json").read())["rows"]
     pruned = [row for row in rows if row["share"]]
-    assert (
-        len(pruned) == 2 * len(compare.METHODS) + len(compare.RECIPES) == len(calls)
-    )  # one was stopped, and the last is distilled from best
+    assert len(pruned) == 2 * len(compare.METHODS) + len(compare.RECIPES) == len(calls)  # one ran twice; distilled starts from best
     channel = 3 * 32 / (2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 64))
     assert all(abs(row["removed"] - 0.3) <= channel for row in pruned)
     assert {config.recovery for config in calls} == {"none", "bias", "linear", "least_squares"}

@@ -103,8 +103,7 @@ def _unpruned(bench: Bench, trial: Trial, folders: dict[str, str]):
     entry = {"name": trial.name, "variant": "", "share": 0.0, "settings": {}, "seconds": 0.0, "removed": 0.0}
     if trial.name in folders:
         model = loading.load_model(folders[trial.name], bench.model.dtype, "--also")
-        left = sum(parameter.numel() for parameter in bench.adapter.layers(model).parameters())
-        return model, entry | {"parameters": model.num_parameters(), "removed": 1 - left / bench.shape.decoder_parameters}
+        return model, entry | {"parameters": model.num_parameters(), "removed": bench.removed(model)}
     model, kind = copy.deepcopy(bench.model), trial.name.partition(", ")[2]
     entry["parameters"] = model.num_parameters()
     return model, entry | ({"bytes": quantized_bytes(model, kind)} if kind else {})

@@ -105,6 +105,10 @@ class Bench:
             self._samples[key] = api.calibrate(self.model, self.tokenizer, settings, self.config.calibration, self.device)
         return self._samples[key]
 
+    def removed(self, model) -> float:
+        """The share of the dense decoder's parameters that ``model`` lacks."""
+        return 1 - sum(parameter.numel() for parameter in self.adapter.layers(model).parameters()) / self.shape.decoder_parameters
+
     def figures(self, model) -> list[dict]:
         """Perplexities, one entry per text."""
         with loading.placed_for_evaluation(model, self.device):
@@ -143,14 +147,13 @@ class Bench:
         if teacher:
             api.distil(model, teacher, settings, no_progress, Stopwatch())
         seconds = time.perf_counter() - started
-        left = sum(parameter.numel() for parameter in self.adapter.layers(model).parameters())
         return model, {
             "name": trial.name,
             "variant": trial.variant,
             "share": trial.share,
             "settings": trial.settings,
             "seconds": round(seconds, 1),
-            "removed": 1 - left / self.shape.decoder_parameters,
+            "removed": self.removed(model),
             "parameters": model.num_parameters(),
             "calibration": samples.to_dict(),
         }

@@ -68,7 +68,7 @@ class Teacher:
         runner = LayerRunner(source, ids, self.device, progress, self.dtype, tmp_dir)
         self.ids, self.states = runner.ids, runner.store()
         hidden = runner.last_states("the dense model's states")
-        norm, _ = runner.output_modules()
+        norm = source.final_norm(self.device, self.dtype)
         for batch in hidden:
             for states in norm(batch):
                 self.states.append(states)

@@ -42,16 +42,14 @@ class Saliency:
 def saliencies(runner: LayerRunner) -> list[Saliency]:
     """One Saliency per layer of the dense model, from the runner's token ids."""
     with torch.no_grad():
-        inputs, hidden = [], runner.embed()
+        inputs, upstream = [], runner.embed()
         for index, layer in runner.visit("gradients, forward"):
-            inputs.append(hidden.copy())
-            runner.advance(hidden, layer, index)
-        upstream = hidden
-        _, head = runner.output_modules()
+            inputs.append(upstream.copy())
+            runner.advance(upstream, layer, index)
     [tokens] = processes.total(runner.ids[:, 1:].numel())
-    norm, _ = runner.output_modules()
+    norm, head = runner.output_modules()
     for i, ids in enumerate(runner.ids.split(runner.batch)):
-        upstream[i] = _loss_gradient(runner, norm, head, hidden[i], ids, tokens)
+        upstream[i] = _loss_gradient(runner, norm, head, upstream[i], ids, tokens)
     found, total = [], len(runner.source)
     for index in reversed(range(total)):
         for _, layer in runner.visit(start=index, stop=index + 1):
