@@ -7,12 +7,13 @@ Importing the package teaches transformers' auto classes to load pruned checkpoi
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .errors import UserError
-from .modeling import SLIM_MODELS
+from .modeling import slim_models
+from .models.families import FAMILIES
 
 __version__ = "0.1.0"
 __all__ = ["PruneConfig", "PruneResult", "UserError", "prune", "save"]
 
-for _model, _causal_lm in SLIM_MODELS.values():
+for _model, _causal_lm in map(slim_models, FAMILIES):
     AutoConfig.register(_causal_lm.config_class.model_type, _causal_lm.config_class, exist_ok=True)
     AutoModel.register(_causal_lm.config_class, _model, exist_ok=True)
     AutoModelForCausalLM.register(_causal_lm.config_class, _causal_lm, exist_ok=True)

@@ -1,26 +1,20 @@
-"""Llama-family models whose layers differ in width. This file is copied beside every checkpoint, so it stands alone.
+"""Decoder-only models whose layers differ in width. This file is copied beside every checkpoint, so it stands alone.
+
+Each family's classes are made from its stock ones in transformers when they are first asked for: ``SlimLlamaForCausalLM`` is
+LlamaForCausalLM, built layer by layer from the same layer class, each with its own widths.
 
 config.json holds, besides the dense model's own settings, one entry per layer in each of PER_LAYER_SETTINGS: the numbers of query
 heads, KV heads and feed-forward channels, and whether the output projections have a bias. It says the widths once more for vLLM:
 in ``per_layer_config``, which its transformers backend reads, or in ``block_configs``, which its DeciLM reads.
 """
 
+import functools
+
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaModel,
-    MistralConfig,
-    MistralForCausalLM,
-    MistralModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Model,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 PER_LAYER_SETTINGS = (
     "num_attention_heads_per_layer",
@@ -92,71 +86,25 @@ class SlimModelMixin:
             _set_bias(layers[index].mlp.down_proj, config.down_proj_bias_per_layer[index])
 
 
-class SlimLlamaConfig(SlimConfigMixin, LlamaConfig):
-    model_type = "slim_llama"
+@functools.cache
+def __getattr__(name):
+    """The class ``name``, made from the stock one that is called the same without "Slim"."""
+    stock = getattr(transformers, name.removeprefix("Slim"), None) if name.startswith("Slim") else None
+    if not isinstance(stock, type) or not issubclass(stock, (transformers.PreTrainedConfig, transformers.PreTrainedModel)):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if issubclass(stock, transformers.PreTrainedConfig):
+        return type(name, (SlimConfigMixin, stock), {"__module__": __name__, "model_type": f"slim_{stock.model_type}"})
+    config = __getattr__(f"Slim{stock.config_class.__name__}")
+    made = type(name, (SlimModelMixin, stock), {"__module__": __name__, "config_class": config})
+    if name.endswith("ForCausalLM"):  # so that save_pretrained writes this file and the auto_map again
+        config.register_for_auto_class()
+        made.register_for_auto_class("AutoModelForCausalLM")
+    else:
+        made.register_for_auto_class("AutoModel")
+    return made
 
 
-class SlimLlamaModel(SlimModelMixin, LlamaModel):
-    config: SlimLlamaConfig
-    config_class = SlimLlamaConfig
-
-
-class SlimLlamaForCausalLM(SlimModelMixin, LlamaForCausalLM):
-    config: SlimLlamaConfig
-    config_class = SlimLlamaConfig
-
-
-class SlimMistralConfig(SlimConfigMixin, MistralConfig):
-    model_type = "slim_mistral"
-
-
-class SlimMistralModel(SlimModelMixin, MistralModel):
-    config: SlimMistralConfig
-    config_class = SlimMistralConfig
-
-
-class SlimMistralForCausalLM(SlimModelMixin, MistralForCausalLM):
-    config: SlimMistralConfig
-    config_class = SlimMistralConfig
-
-
-class SlimQwen2Config(SlimConfigMixin, Qwen2Config):
-    model_type = "slim_qwen2"
-
-
-class SlimQwen2Model(SlimModelMixin, Qwen2Model):
-    config: SlimQwen2Config
-    config_class = SlimQwen2Config
-
-
-class SlimQwen2ForCausalLM(SlimModelMixin, Qwen2ForCausalLM):
-    config: SlimQwen2Config
-    config_class = SlimQwen2Config
-
-
-class SlimQwen3Config(SlimConfigMixin, Qwen3Config):
-    model_type = "slim_qwen3"
-
-
-class SlimQwen3Model(SlimModelMixin, Qwen3Model):
-    config: SlimQwen3Config
-    config_class = SlimQwen3Config
-
-
-class SlimQwen3ForCausalLM(SlimModelMixin, Qwen3ForCausalLM):
-    config: SlimQwen3Config
-    config_class = SlimQwen3Config
-
-
-# family -> (its model without a head, its causal LM)
-SLIM_MODELS = {
-    "llama": (SlimLlamaModel, SlimLlamaForCausalLM),
-    "mistral": (SlimMistralModel, SlimMistralForCausalLM),
-    "qwen2": (SlimQwen2Model, SlimQwen2ForCausalLM),
-    "qwen3": (SlimQwen3Model, SlimQwen3ForCausalLM),
-}
-
-for _model, _causal_lm in SLIM_MODELS.values():  # so that save_pretrained writes this file and the auto_map again
-    _causal_lm.config_class.register_for_auto_class()
-    _model.register_for_auto_class("AutoModel")
-    _causal_lm.register_for_auto_class("AutoModelForCausalLM")
+def slim_models(model_type):
+    """(model without a head, causal LM) with widths per layer, of the family that transformers calls ``model_type``."""
+    config = CONFIG_MAPPING[model_type]
+    return tuple(__getattr__(f"Slim{mapping[config].__name__}") for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING))

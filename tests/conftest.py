@@ -14,17 +14,7 @@ import pytest
 import torch
 from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from slimllm.deploy import checkpoint, runtimes
@@ -44,46 +34,90 @@ SIZES = dict(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8, max_position_embeddings=64
 )
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+GEMMA = dict(query_pre_attn_scalar=16, sliding_window=6, layer_types=["sliding_attention", "full_attention"])
+GRANITE = dict(embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.4, logits_scaling=4.0, mlp_bias=True)
+
+# A model of each family in each of its forms: (model_type, what its config says besides SIZES)
 FAMILY_CASES = {
-    "llama_mha": (LlamaForCausalLM, LlamaConfig, dict(num_key_value_heads=4)),
-    "llama_gqa": (LlamaForCausalLM, LlamaConfig, dict(num_key_value_heads=2)),
-    "llama_mqa": (LlamaForCausalLM, LlamaConfig, dict(num_key_value_heads=1)),
-    "llama_tied": (LlamaForCausalLM, LlamaConfig, dict(num_key_value_heads=2, tie_word_embeddings=True)),
-    "llama_biases": (LlamaForCausalLM, LlamaConfig, dict(num_key_value_heads=2, attention_bias=True, mlp_bias=True)),
-    "llama3_rope": (
-        LlamaForCausalLM,
-        LlamaConfig,
+    "llama_mha": ("llama", dict(num_key_value_heads=4)),
+    "llama_gqa": ("llama", dict(num_key_value_heads=2)),
+    "llama_mqa": ("llama", dict(num_key_value_heads=1)),
+    "llama_tied": ("llama", dict(num_key_value_heads=2, tie_word_embeddings=True)),
+    "llama_biases": ("llama", dict(num_key_value_heads=2, attention_bias=True, mlp_bias=True)),
+    "llama3_rope": ("llama", dict(num_key_value_heads=2, rope_parameters=LLAMA3)),
+    "llama_wide_heads": ("llama", dict(num_key_value_heads=2, head_dim=16)),
+    "mistral": ("mistral", dict(num_key_value_heads=2)),
+    "mistral_window": ("mistral", dict(num_key_value_heads=2, sliding_window=6)),
+    "qwen2": ("qwen2", dict(num_key_value_heads=2)),
+    "qwen2_window": ("qwen2", dict(num_key_value_heads=2, use_sliding_window=True, sliding_window=6, max_window_layers=1)),
+    "qwen3": ("qwen3", dict(num_key_value_heads=2)),
+    "qwen3_tied": ("qwen3", dict(num_key_value_heads=2, tie_word_embeddings=True)),
+    "qwen3_biases": ("qwen3", dict(num_key_value_heads=2, attention_bias=True)),
+    "gemma2": ("gemma2", dict(num_key_value_heads=2, final_logit_softcapping=5.0, attn_logit_softcapping=4.0, **GEMMA)),
+    "gemma3": ("gemma3_text", dict(num_key_value_heads=2, **GEMMA)),
+    "gemma3_mha": ("gemma3_text", dict(num_key_value_heads=4, **GEMMA)),
+    "smollm3": ("smollm3", dict(num_key_value_heads=2, no_rope_layer_interval=4, tie_word_embeddings=True)),
+    "smollm3_biases": ("smollm3", dict(num_key_value_heads=4, attention_bias=True, mlp_bias=True)),
+    "ministral3": ("ministral3", dict(num_key_value_heads=2, rope_parameters=YARN)),
+    "granite": ("granite", dict(num_key_value_heads=2, tie_word_embeddings=True, **GRANITE)),
+    "granite_mha": ("granite", dict(num_key_value_heads=4, attention_bias=True, **GRANITE)),
+    "phi3": ("phi3", dict(num_key_value_heads=2)),
+    "phi3_long": (
+        "phi3",
         dict(
-            num_key_value_heads=2,
-            rope_parameters={
-                "rope_type": "llama3",
-                "rope_theta": 500000.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 32,
-            },
+            num_key_value_heads=4,
+            rope_parameters={"rope_type": "longrope"},
+            original_max_position_embeddings=512,
+            max_position_embeddings=1024,
         ),
     ),
-    "llama_wide_heads": (LlamaForCausalLM, LlamaConfig, dict(num_key_value_heads=2, head_dim=16)),
-    "mistral": (MistralForCausalLM, MistralConfig, dict(num_key_value_heads=2)),
-    "mistral_window": (MistralForCausalLM, MistralConfig, dict(num_key_value_heads=2, sliding_window=6)),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config, dict(num_key_value_heads=2)),
-    "qwen2_window": (
-        Qwen2ForCausalLM,
-        Qwen2Config,
-        dict(num_key_value_heads=2, use_sliding_window=True, sliding_window=6, max_window_layers=1),
-    ),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, dict(num_key_value_heads=2)),
-    "qwen3_biases": (Qwen3ForCausalLM, Qwen3Config, dict(num_key_value_heads=2, attention_bias=True)),
+    "glm": ("glm", dict(num_key_value_heads=2)),
+    "glm4": ("glm4", dict(num_key_value_heads=2)),
+    "olmo2": ("olmo2", dict(num_key_value_heads=4)),
+    "olmo3": ("olmo3", dict(num_key_value_heads=2, sliding_window=6, layer_types=GEMMA["layer_types"])),
+    "exaone4": ("exaone4", dict(num_key_value_heads=2, sliding_window=None, layer_types=["full_attention"] * 2)),
+    "exaone4_window": ("exaone4", dict(num_key_value_heads=4, sliding_window=6, layer_types=GEMMA["layer_types"])),
 }
+CORE_CASES = ("llama_mha", "llama_gqa", "qwen3", "gemma3", "phi3", "olmo2")  # one of each kind of layer, for what all have in common
+
+
+def family_config(case, **sizes):
+    """The config of a random model; layer types go on by turns in a deeper one."""
+    model_type, extra = FAMILY_CASES[case]
+    settings = {**SIZES, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **extra, **sizes}
+    if "layer_types" in settings:
+        layers = settings["num_hidden_layers"]
+        settings["layer_types"] = (settings["layer_types"] * layers)[:layers]
+    if settings.get("rope_parameters", {}).get("rope_type") == "longrope":  # a factor for each pair of dimensions
+        settings["head_dim"] = settings["hidden_size"] // settings["num_attention_heads"]
+        short = [1 + 0.1 * i for i in range(settings["head_dim"] // 2)]
+        settings["rope_parameters"] = {"rope_type": "longrope", "short_factor": short, "long_factor": [4 * factor for factor in short]}
+    return AutoConfig.for_model(model_type, **settings)
 
 
 def make_model(case="llama_gqa", seed=0, **sizes):
     """A random model with weights large enough that attention and norms matter."""
-    model_class, config_class, extra = FAMILY_CASES[case]
     torch.manual_seed(seed)
-    model = model_class(config_class(**{**SIZES, **extra, **sizes})).eval()
+    model = AutoModelForCausalLM.from_config(family_config(case, **sizes)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -99,8 +133,7 @@ def make_ids(samples=6, length=16, vocab=97, seed=1):
 
 def make_shape(case="llama_gqa", **sizes):
     """The ModelShape of a random model."""
-    config = FAMILY_CASES[case][1](**{**SIZES, **FAMILY_CASES[case][2], **sizes})
-    return shapes.shape_of(config)
+    return shapes.shape_of(family_config(case, **sizes))
 
 
 def make_config(layers=2, shape=None, **settings):

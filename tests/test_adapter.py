@@ -1,54 +1,21 @@
-"""The layer adapter: every family of the table, and rows for layers that no family of the table has yet."""
+"""The layer adapter, over every family of the table."""
 
 import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, Phi3Config
 
-from slimllm.models import families
 from slimllm.models.adapter import LayerAdapter, with_multi_head_attention
-from slimllm.models.families import FAMILIES, Family
+from slimllm.models.families import FAMILIES
 from slimllm.models.shape import shape_of
 from slimllm.pruning import pipeline
-from tests.conftest import FAMILY_CASES, SIZES, logits, make_config, make_ids, make_model
-
-# Layers of other kinds: fused projections, norms after the blocks, soft caps, multipliers of the residual and the logits.
-OTHER_ROWS = {
-    "phi3": (
-        Family("phi3", head_inputs=("qkv_proj",), channel_inputs=("gate_up_proj",), qkv_bias=False, o_bias=False),
-        Phi3Config(**SIZES, num_key_value_heads=2, pad_token_id=0),
-    ),
-    "gemma2": (
-        Family(
-            "gemma2",
-            attention_post_norm="post_attention_layernorm",
-            mlp_norm="pre_feedforward_layernorm",
-            mlp_post_norm="post_feedforward_layernorm",
-            logits_softcap="final_logit_softcapping",
-        ),
-        Gemma2Config(**SIZES, num_key_value_heads=2, final_logit_softcapping=5.0, query_pre_attn_scalar=8, sliding_window=6),
-    ),
-    "granite": (
-        Family("granite", residual_multiplier="residual_multiplier", logits_divisor="logits_scaling", mlp_bias="mlp_bias"),
-        GraniteConfig(**SIZES, num_key_value_heads=2, residual_multiplier=0.3, logits_scaling=4.0, embedding_multiplier=3.0),
-    ),
-}
+from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model
 
 
-@pytest.fixture(params=[*FAMILY_CASES, *OTHER_ROWS])
-def model(request, monkeypatch):
-    """A random model of each family of the table, in all its forms, and of the rows above."""
-    if request.param in FAMILY_CASES:
-        return make_model(request.param)
-    family, config = OTHER_ROWS[request.param]
-    monkeypatch.setitem(families.FAMILIES, family.model_type, family)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.uniform_(0.5, 1.5) if "norm" in name else parameter.normal_(0, 0.3)
-    return model
+@pytest.fixture(params=FAMILY_CASES)
+def model(request):
+    """A random model of each family of the table, in all its forms."""
+    return make_model(request.param)
 
 
 def test_the_cases_cover_the_table():
@@ -64,7 +31,7 @@ def test_the_shape_counts_what_the_model_has(model):
 def test_ratio_zero_leaves_the_logits_unchanged(model):
     ids = make_ids()
     before = logits(model, ids)
-    reports = pipeline.prune(model, ids, make_config(pruning_ratio=0.0))
+    reports = pipeline.prune(model, ids, make_config(shape=shape_of(model.config), pruning_ratio=0.0))
     assert torch.equal(logits(model, ids), before)
     assert all(len(r.channels) == 48 and r.mlp_error is None for r in reports)
 
@@ -85,7 +52,9 @@ def masked(dense, reports):
 @pytest.mark.parametrize("head_unit", ["group", "query"])
 def test_slicing_equals_masking(model, head_unit):
     dense, ids = copy.deepcopy(model), make_ids()
-    reports = pipeline.prune(model, ids, make_config(recovery="none", head_unit=head_unit, layer_ratio="uniform"))
+    reports = pipeline.prune(
+        model, ids, make_config(shape=shape_of(model.config), recovery="none", head_unit=head_unit, layer_ratio="uniform")
+    )
     torch.testing.assert_close(logits(model, ids), logits(masked(dense, reports), ids), rtol=1e-4, atol=1e-4)
     adapter = LayerAdapter(model.config)
     found = adapter.all_widths(model)

@@ -13,13 +13,13 @@ from slimllm.errors import UserError
 from slimllm.pruning import pipeline
 from slimllm.pruning.recovery import RECOVERIES
 from slimllm.utils import files
-from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model
+from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model, make_shape
 
 
 def pruned(case="llama_gqa", **settings):
     model = make_model(case)
     settings = {"recovery": "least_squares", "layer_ratio": "uniform", **settings}
-    pipeline.prune(model, make_ids(), make_config(**settings))
+    pipeline.prune(model, make_ids(), make_config(shape=make_shape(case), **settings))
     return runtimes.as_slim_model(model)
 
 

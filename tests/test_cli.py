@@ -187,7 +187,7 @@ def test_activations_that_do_not_fit_on_the_disk_are_said_before_the_first_pass(
         (["--save_ckpt_log_name", "x" * 300], "the name is too long"),
         (["--tmp_dir", "nowhere"], "--tmp_dir nowhere: no such folder"),
         (["--plan", "nowhere.json"], "--plan nowhere.json: No such file"),
-        (["--plan", "x", "--pruning_ratio", "0.2"], "--plan and --pruning_ratio both say how much to remove"),
+        (["--plan", "x", "--pruning_ratio", "0.2"], "--plan and --pruning_ratio both say what to remove"),
         (["--no_greedy", "--head_choice", "greedy"], "contradict each other"),
     ],
 )
@@ -224,8 +224,8 @@ def break_model(folder, how):
     elif how == "mismatched":
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
-    elif how == "llama4":
-        (folder / "config.json").write_text('{"model_type": "llama4_text"}')
+    elif how in ("llama4_text", "cohere2", "deepseek_v3", "mixtral", "lfm2", "gemma3n_text", "persimmon"):
+        (folder / "config.json").write_text(json.dumps({"model_type": how}))
     elif how in ("bitsandbytes", "awq", "gptq", "compressed-tensors"):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": how, "bits": 4}}))
@@ -239,7 +239,7 @@ def break_model(folder, how):
 @pytest.mark.parametrize(
     "how, message",
     [
-        ("family", "supported are llama, mistral, qwen2, qwen3"),
+        ("family", "model_type gpt2: its feed-forward part has no gate"),
         ("unknown", "lama"),
         ("json", "cannot read the config"),
         ("config", "the folder has no config.json"),
@@ -248,7 +248,14 @@ def break_model(folder, how):
         ("weights", "cannot read the weights"),
         ("missing", "1 weights are missing, the first model.layers.1.mlp.up_proj.weight"),
         ("mismatched", "is [32, 48] in the weights and [32, 40] by config.json"),
-        ("llama4", "model_type llama4_text: supported are llama, mistral, qwen2, qwen3"),
+        ("persimmon", "supported are llama, mistral, qwen2, qwen3, gemma2,"),
+        ("persimmon", "docs/add-a-family.md says how to add one"),
+        ("llama4_text", "model_type llama4_text: a mixture of experts, which needs whole experts pruned"),
+        ("mixtral", "a mixture of experts"),
+        ("cohere2", "side by side"),
+        ("deepseek_v3", "its attention is latent"),
+        ("lfm2", "linear attention or convolutions"),
+        ("gemma3n_text", "share keys and values"),
         *((name, f"its weights are quantized ({name})") for name in ("bitsandbytes", "awq", "gptq", "compressed-tensors")),
         ("slim", "pruned already"),
     ],

@@ -13,7 +13,7 @@ from slimllm.models import loading
 from slimllm.pruning import pipeline
 from slimllm.training import distillation
 from slimllm.training.distillation import Teacher, distil, trained_names
-from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model
+from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model, make_shape
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def divergence(dense, model, ids):
 
 def pruned(case="llama_gqa", **settings):
     model = make_model(case)
-    pipeline.prune(model, make_ids(), make_config(**settings))
+    pipeline.prune(model, make_ids(), make_config(shape=make_shape(case), **settings))
     return model
 
 

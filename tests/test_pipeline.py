@@ -14,7 +14,7 @@ from slimllm.pruning.allocation.plan import LayerPlan
 from slimllm.pruning.config import HEAD_UNITS
 from slimllm.pruning.recovery import RECOVERIES
 from slimllm.pruning.statistics import ActivationMemory
-from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model
+from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model, make_shape
 
 
 @pytest.mark.parametrize("recovery", RECOVERIES)
@@ -22,7 +22,9 @@ from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_mod
 @pytest.mark.parametrize("case", FAMILY_CASES)
 def test_every_recovery_lowers_the_error_of_each_part(case, head_unit, recovery):
     model, ids = make_model(case), make_ids(samples=12)
-    for report in pipeline.prune(model, ids, make_config(recovery=recovery, head_unit=head_unit, layer_ratio="uniform")):
+    for report in pipeline.prune(
+        model, ids, make_config(shape=make_shape(case), recovery=recovery, head_unit=head_unit, layer_ratio="uniform")
+    ):
         for error in (report.attention_error, report.mlp_error):
             assert error is None or error[1] <= error[0] * (1 + 1e-4)
     assert logits(model, ids).isfinite().all()
@@ -120,7 +122,7 @@ def test_layers_run_as_in_the_whole_model(case):
     """Masks (sliding windows too) and positions are the model's own: cosines and the first attention's error say so."""
     dense, ids = make_model(case), make_ids(samples=12)
     model = copy.deepcopy(dense)
-    reports = pipeline.prune(model, ids, make_config(layer_ratio="uniform"))
+    reports = pipeline.prune(model, ids, make_config(shape=make_shape(case), layer_ratio="uniform"))
     states = [outputs_of(dense, ids, module) for module in (dense.model.embed_tokens, *dense.model.layers)]
     cosine = [torch.cosine_similarity(a, b, dim=-1).mean().item() for a, b in zip(states, states[1:])]
     assert [r.cosine for r in reports] == pytest.approx(cosine, abs=1e-5)
@@ -147,15 +149,15 @@ def divergence_of_pruned(dense, plans, seen, held, config):
 def test_sensitivity_is_the_divergence_that_pruning_one_layer_alone_makes(case, recovery, monkeypatch):
     monkeypatch.setattr(auto, "evaluation_dtype", lambda dtype, device: dtype)
     dense, ids = make_model(case, num_hidden_layers=3), make_ids(samples=12)
-    config = make_config(layers=3, layer_ratio="auto", recovery=recovery)
+    shape = shape_of(dense.config)
+    config = make_config(layers=3, shape=shape, layer_ratio="auto", recovery=recovery)
     before = {name: value.clone() for name, value in dense.state_dict().items()}
     seen, held = ids[:9], ids[9:]
     found = auto.layer_sensitivities(inputs(dense, seen, held, config))
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
-    shape = shape_of(dense.config)
     probe = auto.probe(shape, auto.PROBE_RATIO, config)
     whole = LayerPlan(0.0, shape.heads, shape.kv_heads, shape.channels)
-    config = make_config(layers=3, recovery=recovery)
+    config = make_config(layers=3, shape=shape, recovery=recovery)
     for index in range(3):
         plans = [probe[i] if i == index else whole for i in range(3)]
         assert found[index] == pytest.approx(divergence_of_pruned(dense, plans, seen, held, config), rel=1e-3)
@@ -175,10 +177,10 @@ def test_auto_ratios_follow_the_sensitivities(monkeypatch):
 def test_a_plan_s_divergence_is_that_of_the_pruned_model(case, monkeypatch):
     monkeypatch.setattr(auto, "evaluation_dtype", lambda dtype, device: dtype)
     dense, ids = make_model(case, num_hidden_layers=3), make_ids(samples=12)
-    config = make_config(layers=3, recovery="least_squares")
+    shape = shape_of(dense.config)
+    config = make_config(layers=3, shape=shape, recovery="least_squares")
     before = {name: value.clone() for name, value in dense.state_dict().items()}
     seen, held = ids[:9], ids[9:]
-    shape = shape_of(dense.config)
     candidates = [auto.probe(shape, ratio, config) for ratio in (0.0, 0.25, 0.5)]
     found = auto.plan_divergences(inputs(dense, seen, held, config), candidates)
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())

@@ -17,7 +17,7 @@ from slimllm.evaluation.perplexity import perplexities, perplexity
 from slimllm.models import loading, weights
 from slimllm.models.source import ModelSource
 from slimllm.pruning import pipeline
-from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model, make_shape
+from tests.conftest import FAMILY_CASES, family_config, logits, make_config, make_ids, make_model, make_shape
 
 
 def saved(folder, case="llama_gqa", **sizes):
@@ -53,7 +53,7 @@ def test_shards_and_pickled_files_are_read_too(tmp_path):
         assert same_weights(loading.load_model(str(tmp_path / folder), "auto"), model)
 
 
-@pytest.mark.parametrize("case", ["llama_mha", "llama_gqa", "llama_tied", "qwen2"])
+@pytest.mark.parametrize("case", ["llama_mha", "llama_gqa", "llama_tied", "qwen2", "gemma2", "gemma3_mha"])
 def test_a_gguf_file_is_what_transformers_makes_of_it(case, tmp_path, tiny_tokenizer):
     checkpoint.save(make_model(case), tiny_tokenizer, tmp_path / "model", make_ids(2), "dense")
     monkey = pytest.MonkeyPatch()
@@ -174,3 +174,16 @@ def test_a_model_in_memory_is_its_own_source():
     source = ModelSource.of(model)
     assert ModelSource.of(source) is source and source.whole() is model
     assert [layer for _, layer in source.visit()] == list(model.model.layers)
+
+
+def test_of_a_model_of_text_and_images_the_text_model_is_read(tmp_path):
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    config = Gemma3Config(text_config=family_config("gemma3").to_dict(), vision_config=vision, mm_tokens_per_image=1)
+    whole = Gemma3ForConditionalGeneration(config).eval()
+    whole.save_pretrained(tmp_path)
+    assert loading.load_config(str(tmp_path)).dtype == torch.float32
+    text = loading.load_model(str(tmp_path), "auto")
+    assert type(text).__name__ == "Gemma3ForCausalLM"
+    assert torch.equal(logits(text, make_ids()), logits(whole, make_ids()))

@@ -13,8 +13,9 @@ from lm_eval.models.huggingface import HFLM
 
 from slimllm.errors import UserError
 from slimllm.evaluation import zero_shot
+from slimllm.models.shape import window_of
 from slimllm.utils import processes
-from tests.conftest import FAMILY_CASES, make_ids, make_model
+from tests.conftest import FAMILY_CASES, family_config, make_ids, make_model
 
 CHOICES = {"text": ["red", "a blue one", "green, and more", "no"], "label": ["A", "B", "C", "D"]}
 ROWS = {
@@ -102,7 +103,7 @@ def test_scores_are_stock_scores(name, model, tiny_tokenizer, data_dir, monkeypa
     assert sorted({a for a, _ in seen.values()}) == pytest.approx(sorted(set(wanted)), rel=1e-4)
 
 
-@pytest.mark.parametrize("case", [case for case in FAMILY_CASES if "window" not in case])
+@pytest.mark.parametrize("case", [case for case in FAMILY_CASES if window_of(family_config(case)) is None])
 def test_shared_contexts_change_no_number(case):
     model = make_model(case)
     ids = make_ids(3, 9)

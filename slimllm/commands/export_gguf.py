@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..cli import check_choice, check_choices, flag
-from ..deploy.export_gguf import OUTTYPES, PER_LAYER, export
+from ..deploy.export_gguf import OUTTYPES, export
 from ..errors import UserError
 from ..reporting import card
 
@@ -24,9 +24,9 @@ class ExportConfig:
     )
     arch: str = flag(
         "file",
-        "architecture in the file; auto: the family's own where all layers have one width, else deci",
+        "architecture in the file; auto: the family's own where all layers have one width, else one with widths per layer",
         "auto",
-        choices=("auto", "llama", PER_LAYER),
+        choices=("auto", "llama", "deci"),
     )
     output: str | None = flag("file", "the file [DIR/NAME-OUTTYPE.gguf]")
     overwrite: bool = flag("file", "replace an existing file", False)

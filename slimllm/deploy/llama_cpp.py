@@ -7,6 +7,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import torch
+
 from ..errors import UserError
 
 FORCED = 1e5  # a bias that makes a token certain; what the server reports is the probability without it
@@ -16,7 +18,7 @@ class LlamaCpp:
     """A GGUF file loaded by an unmodified llama.cpp and asked over HTTP.
 
     Args:
-        path: the .gguf file. context: tokens that fit. threads: of the computation; None: llama.cpp's choice.
+        path: the .gguf file. context: tokens that fit. threads: of the computation; None: as many as PyTorch has.
         exact: keep the KV cache in float32 and attention plain, as transformers does, for comparisons.
     Raises:
         UserError: the file is missing or llama.cpp does not load it; xllamacpp is not installed.
@@ -36,8 +38,7 @@ class LlamaCpp:
         if exact:
             settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
             settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        if threads:
-            settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads or torch.get_num_threads()
         try:
             self._server = xllamacpp.Server(settings)
         except RuntimeError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import UserError
-from ..modeling import PER_LAYER_SETTINGS, SLIM_MODELS
+from ..modeling import PER_LAYER_SETTINGS, slim_models
 from ..models.adapter import LayerAdapter
 from ..models.families import family_of
 from ..models.shape import irregular, limits_of, shape_of
@@ -30,7 +30,7 @@ def as_slim_model(model):
 
     A model that is not sliced becomes one whose layers happen to be equal.
     """
-    (base, slim), adapter = SLIM_MODELS[family_of(model.config).model_type], LayerAdapter(model.config)
+    (base, slim), adapter = slim_models(family_of(model.config).model_type), LayerAdapter(model.config)
     biases = [tuple(block.output.bias is not None for block in blocks) for blocks in adapter.blocks(model)]
     per_layer = zip(*(width + bias for width, bias in zip(adapter.all_widths(model), biases)))
     config = model.config  # one object, shared by all modules
@@ -58,7 +58,7 @@ def as_stock_model(model):
     heads, kv_heads, channels = widths[0]
     if family.heads_divide_hidden and config.hidden_size % heads:
         raise UserError(f"{heads} heads do not divide the hidden size {config.hidden_size}, which {family.model_type} asks for: {way}")
-    _, slim = SLIM_MODELS[family.model_type]
+    _, slim = slim_models(family.model_type)
     if isinstance(model, slim):
         config.per_layer_config = None
         for name in (*PER_LAYER_SETTINGS, "auto_map", "per_layer_config", "allow_global_per_layer_attribute_access"):

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from ..errors import UserError, first_line
 from ..models import hub
 from ..models.adapter import LayerAdapter
+from ..models.shape import window_of
 from ..pruning.runner import LOGIT_ROWS
 from ..utils import processes
 
@@ -145,7 +146,7 @@ def harness_model(model, tokenizer):
 
     class SharedContext(HFLM):
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
-            longest = min(self.max_length, getattr(self.config, "sliding_window", None) or self.max_length)
+            longest = min(self.max_length, window_of(self.config) or self.max_length)
             pairs = [(tuple(context), tuple(continuation)) for _, context, continuation in requests]
             if self.config._attn_implementation != "sdpa" or any(len(c) + len(a) > longest for c, a in pairs):
                 return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)  # one request, one row

@@ -71,14 +71,16 @@ def _read(what: str, base_model: str, option_name: str, read):
 
 
 def load_config(base_model: str, option_name: str = "--base_model", pruned: bool = False):
-    """The model's transformers config; ``option_name`` is what errors name it by.
+    """The model's transformers config, of a model of text and images that of its text model; ``option_name`` is what errors name it by.
 
     Raises UserError for a missing, unsupported or quantized model, and for one that is pruned already unless ``pruned`` allows it.
     """
     source, kwargs = _source(base_model, option_name)
     config = _read("config", base_model, option_name, lambda: AutoConfig.from_pretrained(source, **kwargs))
-    (family_of if pruned else dense_family_of)(config)
     quantization = getattr(config, "quantization_config", None)
+    if text := getattr(config, "text_config", None):
+        text.dtype, config = text.dtype or config.dtype, text
+    (family_of if pruned else dense_family_of)(config)
     if quantization is not None and not kwargs:
         settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
         raise UserError(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .families import Family, family_of, is_pruned
 
+HEADS_FILL_HIDDEN = ("qwen2", "phi3", "chatglm", "olmo2", "exaone4")  # architectures of llama.cpp that take no fewer heads
 RUNTIMES = ("any", "transformers", "vllm", "gguf")
 
 
@@ -24,10 +25,13 @@ class ModelShape:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
-    qk_norm: bool
-    window: bool  # attention of some layer looks back only so far
+    qk_norm: str | None  # as Family has it
     stock_bias: bool  # the family's own class can have biases in its output projections
     heads_divide_hidden: bool
+    heads_bound: bool  # its config class takes the length of the rope's factors from the number of heads, so takes no other
+    gguf: str  # the llama.cpp architecture that holds it where its layers have one width
+    gguf_free: str | None  # the one in which they may differ
+    vllm_free: bool  # vLLM computes it where they do
     norms_per_layer: int = 2
 
     def layer_parameters(self, heads: int, kv_heads: int, channels: int, o_bias: bool | None = None, down_bias: bool | None = None) -> int:
@@ -37,7 +41,8 @@ class ModelShape:
         wide, narrow = heads * self.head_dim, kv_heads * self.head_dim
         attention = self.hidden * (2 * wide + 2 * narrow) + self.qkv_bias * (wide + 2 * narrow) + o_bias * self.hidden
         mlp = channels * self.channel_parameters + down_bias * self.hidden
-        return attention + mlp + self.norms_per_layer * self.hidden + self.qk_norm * 2 * self.head_dim
+        norms = {None: 0, "head": 2 * self.head_dim, "all": wide + narrow}[self.qk_norm]
+        return attention + mlp + self.norms_per_layer * self.hidden + norms
 
     @property
     def channel_parameters(self) -> int:
@@ -75,9 +80,12 @@ def shape_of(config, family: Family | None = None) -> ModelShape:
         o_bias=has(family.o_bias),
         mlp_bias=has(family.mlp_bias),
         qk_norm=family.qk_norm,
-        window=window_of(config) is not None,
         stock_bias=isinstance(family.o_bias, str) and isinstance(family.mlp_bias, str),
         heads_divide_hidden=family.heads_divide_hidden,
+        heads_bound=rope_of(config).get("rope_type") == "longrope",
+        gguf=family.gguf,
+        gguf_free=free_architecture_of(config, family),
+        vllm_free=family.decilm and window_of(config) is None,
         norms_per_layer=family.norms_per_layer,
     )
 
@@ -88,7 +96,24 @@ def head_dim_of(config) -> int:
 
 def window_of(config) -> int | None:
     """Tokens that attention looks back, where some layer's is limited."""
-    return config.sliding_window if getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None) else None
+    types = getattr(config, "layer_types", None)
+    if (types and "sliding_attention" not in types) or not getattr(config, "use_sliding_window", True):
+        return None
+    return getattr(config, "sliding_window", None) or None
+
+
+def rope_of(config, layer_type: str = "full_attention") -> dict:
+    """The settings of its rotary embeddings; of layers of ``layer_type``, where kinds of layers have settings of their own."""
+    rope = config.rope_parameters
+    return rope.get(layer_type) or next((own for own in rope.values() if isinstance(own, dict)), rope)
+
+
+def free_architecture_of(config, family: Family | None = None) -> str | None:
+    """The llama.cpp architecture in which layers of such a model may differ in width; None where it has none."""
+    family, rope = family or family_of(config), rope_of(config)
+    if family.gguf_free == "openelm" and not (config.tie_word_embeddings and rope.get("rope_type", "default") == "default"):
+        return None  # its graph shares the embeddings with the head, and knows no factors of the rotary frequencies
+    return family.gguf_free if rope.get("partial_rotary_factor", 1.0) == 1.0 else None
 
 
 def widths_of(config) -> list[tuple[int, int, int]]:
@@ -116,7 +141,7 @@ class Limits:
 
     ``same_heads``, ``same_channels``: one number in all layers. ``new_bias``: a recovery may add biases. ``all_biases``:
     where it does, the config's flags give every projection of every layer a bias, of zeros where there is none.
-    ``divisor``: the number of heads must divide it (0: any number).
+    ``divisor``: the number of heads must divide it (0: any number). ``whole_heads``: no head can go.
     """
 
     same_heads: bool = False
@@ -124,16 +149,21 @@ class Limits:
     new_bias: bool = True
     all_biases: bool = False
     divisor: int = 0
+    whole_heads: bool = False
 
 
 def limits_of(runtime: str, shape: ModelShape) -> Limits:
     """What ``--runtime`` asks of a model of this shape.
 
-    ``vllm`` and ``gguf`` know layers of different widths for Llama's own layer only (DeciLM): not with query and key norms, and
-    vLLM not with a sliding window. Other models must be regular there, as for ``transformers``.
+    ``vllm`` and ``gguf`` know layers of different widths for some families only; others must be regular there, as for
+    ``transformers``. What is a llama to ``gguf`` may have biases, which other architectures of llama.cpp have no place for.
     """
-    regular = runtime == "transformers" or (shape.qk_norm and runtime != "any") or (shape.window and runtime == "vllm")
-    if runtime == "any" or (runtime == "gguf" and not regular):
-        return Limits()
-    divisor = shape.hidden if regular and shape.heads_divide_hidden else 0
-    return Limits(True, regular, new_bias=shape.stock_bias, all_biases=shape.stock_bias, divisor=divisor)
+    together = shape.qk_norm == "all"  # a norm over all heads is another one without some of them
+    free = {"any": True, "gguf": shape.gguf_free is not None, "vllm": shape.vllm_free, "transformers": False}[runtime]
+    divisor = shape.hidden if not free and shape.heads_divide_hidden else 0
+    bound = shape.gguf in HEADS_FILL_HIDDEN if runtime == "gguf" else shape.heads_bound
+    whole_heads = together or (not free and bound)
+    if runtime in ("any", "gguf"):
+        new_bias = runtime == "any" or shape.gguf_free == "deci"
+        return Limits(not free, not free, new_bias=new_bias, divisor=divisor, whole_heads=whole_heads)
+    return Limits(True, not free, new_bias=shape.stock_bias, all_biases=shape.stock_bias, divisor=divisor, whole_heads=whole_heads)

@@ -24,9 +24,18 @@ from .adapter import LayerAdapter
 from .shape import widths_of
 
 INDEX = "model.safetensors.index.json"
+TEXT_MODEL = "language_model."  # in the names of the text model's tensors, in a model of text and images
 PIECE = 16 << 20  # numbers of a tensor that are read at once
 ROWS = 4096  # of a .gguf tensor that are dequantized at once
-ROPE_IN_PAIRS = ("llama", "deci")  # GGUF architectures that turn neighbouring dimensions; transformers turns the two halves of a head
+ROPE_IN_PAIRS = (
+    "llama",
+    "deci",
+    "smollm3",
+    "mistral3",
+    "granite",
+    "chatglm",
+    "glm4",
+)  # GGUF architectures that turn neighbouring dimensions; transformers turns the two halves of a head
 
 
 class Tensors:
@@ -39,13 +48,14 @@ class Tensors:
             files = [index.with_name(name) for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         else:
             files = sorted(Path(folder).glob("model*.safetensors"))
-        self._at: dict[str, Path] = {}
+        self._at: dict[str, tuple[Path, str]] = {}
         self._shapes: dict[str, list[int]] = {}
         for path in files:
             try:
                 with safe_open(path, "pt") as file:
-                    for name in file.keys():
-                        self._at[name], self._shapes[name] = path, file.get_slice(name).get_shape()
+                    for stored in file.keys():
+                        name = stored.replace(TEXT_MODEL, "", 1)
+                        self._at[name], self._shapes[name] = (path, stored), file.get_slice(stored).get_shape()
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path}: the file is broken ({error}); copy or download it again") from None
         if not self._at:
@@ -57,14 +67,14 @@ class Tensors:
 
     @property
     def files(self) -> list[Path]:
-        return sorted(set(self._at.values()))
+        return sorted({path for path, _ in self._at.values()})
 
     def shape(self, name: str) -> list[int]:
         return self._shapes[name]
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """One tensor, in ``dtype`` or its own, in memory of its own; a large one in pieces, since what is read of a file stays mapped."""
-        shape, path = self._shapes[name], self._at[name]
+        shape, (path, name) = self._shapes[name], self._at[name]
         with safe_open(path, "pt") as file:
             if math.prod(shape) <= PIECE:
                 return file.get_tensor(name).to(dtype=dtype, copy=True)
@@ -211,8 +221,10 @@ class GgufTensors:
         tensor = torch.empty(shape, dtype=dtype or torch.float32)
         for start in range(0, len(raw), ROWS):  # what it is unpacked into on the way takes several times its room
             tensor[start : start + ROWS] = torch.from_numpy(gguf.dequantize(raw[start : start + ROWS], quantization))
-        heads = self._adapter.rotary_heads(name, self._widths)
-        return from_pairs(tensor, heads) if self._arch in ROPE_IN_PAIRS and heads else tensor
+        family, heads = self._adapter.family, self._adapter.rotary_heads(name, self._widths)
+        if family.norm_offset and family.is_norm(name):
+            tensor -= family.norm_offset  # the file holds what multiplies
+        return from_pairs(tensor, heads) if self._arch in ROPE_IN_PAIRS and heads and not family.rope_in_pairs else tensor
 
 
 def in_pairs(tensor: torch.Tensor, heads: int) -> torch.Tensor:

@@ -23,6 +23,7 @@ PUBLISHED_EXAMPLES = 32  # calibration samples of the paper
 BEST_EXAMPLES, CHANNELS_PER_EXAMPLE = (128, 512), 12  # those of the best recipe: fewest and most, and what sets them in between
 RIDGE_TOKENS = 4096  # calibration tokens up to which the ridge is the median input variance; with more of them it falls
 HEAD_UNITS = ("group", "query")
+PARTS = ("both", "heads", "channels")
 DISTILLATIONS = ("none", "scales", "all")
 GGUF_BLOCK = 32  # rows of quantized tensors come in blocks of this
 LONGEST_NAME = 200  # bytes of a file name; what is written beside a folder while it is made needs a few more, and 255 are allowed
@@ -97,6 +98,9 @@ class PruneConfig:
         "ranking: one ranking of all heads and channels; auto: by importance and by what pruning each layer alone costs, and as much from "
         "the heads as from the channels or half of it, whichever costs less [the method's: importance; best: auto]",
         choices=LAYER_RATIOS,
+    )
+    prune: str | None = flag(
+        "sparsity", "what goes: attention heads, feed-forward channels, or both [both; channels where no head can go]", choices=PARTS
     )
     plan: str | None = flag(
         "sparsity", "prune exactly the heads and channels that this file names, the pruning.json of a run; nothing else is chosen"
@@ -240,9 +244,9 @@ class PruneConfig:
                 f"--method {self.method} and --recipe {self.recipe}: the recipe is SlimLLM's; give one of them, or single flags of "
                 "the recipe such as --recovery least_squares"
             )
-        for name in ("pruning_ratio", "target_sparsity", "pruned_layers", "alpha", "layer_ratio"):
+        for name in ("pruning_ratio", "target_sparsity", "pruned_layers", "alpha", "layer_ratio", "prune"):
             if self.plan is not None and getattr(self, name) is not None:
-                raise UserError(f"--plan and --{name} both say how much to remove: give one of them")
+                raise UserError(f"--plan and --{name} both say what to remove: give one of them")
 
     def _default(self, name: str) -> str:
         """What the recipe says, or else the method."""
@@ -275,13 +279,18 @@ class PruneConfig:
 
     def resolve(self, shape: ModelShape) -> None:
         """Sets what depends on the model: pruned_layers and alpha where the user gave none (the paper's, scaled to its depth),
-        and layer_ratio: the recipe's, or uniform where the runtime wants all layers alike.
+        layer_ratio: the recipe's, or uniform where the runtime wants all layers alike, and prune: channels, where no head can go.
         """
         if self.num_examples is None:
             fewest, most = BEST_EXAMPLES
             self.num_examples = min(max(round(shape.channels / CHANNELS_PER_EXAMPLE), fewest), most)
         if self.plan is not None:
             return
+        if limits_of(self.runtime, shape).whole_heads and self.prune in ("both", "heads"):
+            why = "queries and keys are normed over all heads together" if shape.qk_norm == "all" else f"with --runtime {self.runtime}"
+            raise UserError(f"--prune {self.prune}: no head of this model can go ({why}); --prune channels")
+        if self.prune is None:
+            self.prune = "channels" if limits_of(self.runtime, shape).whole_heads else "both"
         amount = self.pruning_ratio if self.target_sparsity is None else self.target_sparsity
         layers, alpha = next((n, a) for limit, n, a in PAPER_SETTINGS if amount < limit)
         if self.pruned_layers is None:

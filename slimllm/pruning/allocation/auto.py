@@ -53,7 +53,7 @@ def auto(inputs: AllocationInputs) -> Allocation:
 
 def probe(shape: ModelShape, ratio: float, config: PruneConfig) -> list[LayerPlan]:
     """Plans that take ``ratio`` of every layer."""
-    return from_ratios(shape, HeadUnits(shape, config.head_unit), [ratio] * shape.layers, config.round_to, Limits())
+    return from_ratios(shape, HeadUnits(shape, config.head_unit), [ratio] * shape.layers, config.round_to, Limits(), parts=config.prune)
 
 
 def layer_sensitivities(inputs: AllocationInputs) -> list[float]:

@@ -57,7 +57,8 @@ def plan(shape: ModelShape, ratios: Callable[[float], list[float]], config: Prun
     are scaled, heads rounded, and channels take up the rest, so that the decoder's parameters (biases that the
     recovery adds included) meet the target to within half a channel (half of ``round_to`` channels; of each layer, where
     the runtime wants the same number in all). Where it wants one number of heads, that is the one at which heads lose most
-    nearly that share of what channels lose: the layers that importance would spare lose them too.
+    nearly that share of what channels lose: the layers that importance would spare lose them too. Where only heads go, the
+    target is met to within half a step of one layer's heads.
     Raises UserError where the pruned layers cannot give that much.
     """
     limits = limits_of(config.runtime, shape)
@@ -66,7 +67,9 @@ def plan(shape: ModelShape, ratios: Callable[[float], list[float]], config: Prun
         def ratios(amount):
             return [amount * config.pruned_layers / shape.layers] * shape.layers
 
-    if attention is None:
+    if config.prune != "both":
+        attention = 1.0
+    elif attention is None:
         attention = COMMON_ATTENTION_SHARE if limits.same_heads and config.target_sparsity is not None else 1.0
     units = HeadUnits(shape, config.head_unit, limits.divisor)
     if config.round_to > shape.channels or not units.allowed_steps(config.round_to):
@@ -75,7 +78,7 @@ def plan(shape: ModelShape, ratios: Callable[[float], list[float]], config: Prun
             "allow no such multiple"
         )
     if config.target_sparsity is None:
-        plans = from_ratios(shape, units, ratios(config.pruning_ratio), config.round_to, limits)
+        plans = from_ratios(shape, units, ratios(config.pruning_ratio), config.round_to, limits, parts=config.prune)
         if attention == 1.0:
             return plans
         share = removed_parameters(shape, plans, config) / shape.decoder_parameters
@@ -91,17 +94,21 @@ def from_ratios(
     limits: Limits,
     attention: float = 1.0,
     steps: int | None = None,
+    parts: str = "both",
 ) -> list[LayerPlan]:
-    """One plan per layer; ``steps``: of heads, in every layer, instead of what the ratios say."""
+    """One plan per layer; ``steps``: of heads, in every layer, instead of what the ratios say. ``parts``: what goes (``--prune``)."""
     plans = []
     mean = sum(ratios) / len(ratios)
+    if parts == "channels":
+        attention, steps = 0.0, units.steps
     for ratio in ratios:
         inside = min(ratio, 1.0)
         of_heads = attention * (min(mean, 1.0) if limits.same_heads else inside)
         kept = steps or (units.kept_steps(of_heads, round_to) if of_heads else units.steps)
         heads = units.widths(kept)
-        if not ratio:
-            plans.append(LayerPlan(0.0, *heads, shape.channels))
+        if not ratio or parts == "heads":
+            clipped = not steps and round(of_heads * units.steps) >= units.steps
+            plans.append(LayerPlan(ratio, *heads, shape.channels, clipped))
             continue
         channels = shape.channels - round(inside * shape.channels)
         if round_to > 1:
@@ -139,10 +146,12 @@ def _pruned_shape(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig
 
 
 def _for_target(shape, units, ratios, config, limits, attention) -> list[LayerPlan]:
+    if config.prune == "heads":
+        return _heads_alone(shape, units, ratios, config, limits)
     if not limits.same_heads:
         return _with_heads(shape, units, ratios, config, limits, attention)
     found, failed = [], None
-    for steps in units.allowed_steps(config.round_to):
+    for steps in units.allowed_steps(config.round_to) if config.prune == "both" else [units.steps]:
         try:
             plans = _with_heads(shape, units, ratios, config, limits, attention, steps)
         except UserError as error:
@@ -157,11 +166,32 @@ def _for_target(shape, units, ratios, config, limits, attention) -> list[LayerPl
 
 def _with_heads(shape, units, ratios, config, limits, attention, steps=None) -> list[LayerPlan]:
     """Plans that meet the target; with ``steps``, of so many steps of heads in every layer."""
+
+    def planned(scale):
+        return from_ratios(shape, units, ratios(scale), config.round_to, limits, attention, steps, config.prune)
+
+    _, plans = _around_target(shape, planned, config)
+    fill_with_channels(shape, plans, config.target_sparsity * shape.decoder_parameters, config, limits.same_channels)
+    return plans
+
+
+def _heads_alone(shape, units, ratios, config, limits) -> list[LayerPlan]:
+    """Plans of whole channels, nearest to the target: the last layers to lose a step of their heads are those of the smallest ratio."""
     target = config.target_sparsity * shape.decoder_parameters
 
     def planned(scale):
-        return from_ratios(shape, units, ratios(scale), config.round_to, limits, attention, steps)
+        return from_ratios(shape, units, ratios(scale), config.round_to, limits, parts="heads")
 
+    fewer, more = _around_target(shape, planned, config)
+    order = sorted((i for i in range(shape.layers) if fewer[i].heads != more[i].heads), key=lambda i: -more[i].ratio)
+    counts = (0, len(order)) if limits.same_heads else range(len(order) + 1)
+    found = [[more[i] if i in order[:count] else fewer[i] for i in range(shape.layers)] for count in counts]
+    return min(found, key=lambda plans: abs(removed_parameters(shape, plans, config) - target))
+
+
+def _around_target(shape, planned, config) -> tuple[list[LayerPlan], list[LayerPlan]]:
+    """(plans at the last scale that removes less than the target, at the first that does not). Raises UserError where none does."""
+    target = config.target_sparsity * shape.decoder_parameters
     low, high = 0.0, 1.0
     while removed_parameters(shape, planned(high), config) < target:
         if high > 1e6:
@@ -174,9 +204,7 @@ def _with_heads(shape, units, ratios, config, limits, attention, steps=None) -> 
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if removed_parameters(shape, planned(middle), config) < target else (low, middle)
-    plans = planned(high)
-    fill_with_channels(shape, plans, target, config, limits.same_channels)
-    return plans
+    return planned(low), planned(high)
 
 
 def _may_take_more_layers(config, shape) -> bool:

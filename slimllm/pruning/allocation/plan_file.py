@@ -33,6 +33,8 @@ def read_plan(path: str, shape: ModelShape, runtime: str = "any") -> list[LayerP
         raise UserError(
             f"--plan {path}: {irregular([(p.heads, p.kv_heads, p.channels) for p in plans])}; --runtime {runtime} needs them alike"
         )
+    if limits.whole_heads and any(p.heads < shape.heads for p in plans):
+        raise UserError(f"--plan {path}: it removes heads, and no head of this model can go; choose by --prune channels")
     if limits.divisor and limits.divisor % plans[0].heads:
         raise UserError(f"--plan {path}: {plans[0].heads} heads do not divide the hidden size, which --runtime {runtime} needs")
     return plans

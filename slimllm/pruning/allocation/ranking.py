@@ -53,7 +53,11 @@ def plans_of(ranks: Ranks, shape: ModelShape, units: HeadUnits, config: PruneCon
     step_cost = (2 * heads + 2 * kv_heads) * shape.head_dim / 3
     scores = torch.cat([ranks.steps.sort(dim=1).values[:, :-1], ranks.channels.sort(dim=1).values[:, :-1]], 1)
     order = scores.flatten().argsort(stable=True)
-    layer, part = order // scores.shape[1], order % scores.shape[1] < units.steps - 1
+    part = order % scores.shape[1] < units.steps - 1
+    if config.prune != "both":
+        order = order[part if config.prune == "heads" else ~part]
+        part = order % scores.shape[1] < units.steps - 1
+    layer = order // scores.shape[1]
 
     def planned(count: int) -> list[LayerPlan]:
         gone = torch.stack([torch.bincount(layer[:count][part[:count] == kind], minlength=shape.layers) for kind in (True, False)])
@@ -67,7 +71,7 @@ def plans_of(ranks: Ranks, shape: ModelShape, units: HeadUnits, config: PruneCon
 
     if config.target_sparsity is None:
         costs = torch.where(part, step_cost, 1.0).cumsum(0)
-        whole = shape.layers * (units.steps * step_cost + shape.channels)
+        whole = shape.layers * ((config.prune != "channels") * units.steps * step_cost + (config.prune != "heads") * shape.channels)
         return planned(int((costs - config.pruning_ratio * whole).abs().argmin()) + 1 if config.pruning_ratio else 0)
     target = config.target_sparsity * shape.decoder_parameters
     low, high = 0, len(order)
@@ -78,6 +82,8 @@ def plans_of(ranks: Ranks, shape: ModelShape, units: HeadUnits, config: PruneCon
         middle = (low + high) // 2
         low, high = (middle + 1, high) if removed_parameters(shape, planned(middle), config) < target else (low, middle)
     plans = planned(low)
+    if config.prune == "heads":
+        return plans
     fill_with_channels(shape, plans, target, config)
     return plans
 

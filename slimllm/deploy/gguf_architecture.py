@@ -1,0 +1,258 @@
+"""Which architecture of llama.cpp computes a model, the settings that it reads, and the values that the model's tensors have in it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import gguf
+import numpy as np
+import torch
+
+from ..errors import UserError
+from ..models.adapter import LayerAdapter
+from ..models.families import FAMILIES, family_of
+from ..models.shape import HEADS_FILL_HIDDEN, free_architecture_of, head_dim_of, irregular, rope_of, widths_of, window_of
+from ..models.weights import ROPE_IN_PAIRS, in_pairs
+
+PER_LAYER = ("deci", "openelm")  # architectures that read the widths of each layer
+OUTPUT_BIASES = ("llama", "deci", "granite")  # those that have biases in the output projections
+OWN_WINDOWS = ("gemma2", "gemma3", "olmo2", "exaone4")  # those whose layers may look back only so far
+SCALAR_OF_HIDDEN = {"gemma2": 46, "gemma3": 62}  # models of so many layers divide scores by the root of hidden size / heads
+SPARSE_ROPE = 4  # smollm3's graph leaves out the rotary embeddings of every fourth layer, and exaone4's of layers without a window
+ROPE_SETTINGS = {  # rope types, and what of each llama.cpp computes as transformers does
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
+    "longrope": ("short_factor", "long_factor", "factor", "original_max_position_embeddings"),
+}
+NEUTRAL = {"partial_rotary_factor", "rope_theta", "rope_type", "type"}  # settings that every type may have
+
+
+def architecture_of(config, biased: bool, wanted: str = "auto") -> str:
+    """The GGUF architecture that can hold a model with this transformers config.
+
+    ``biased``: its output projections have biases. Raises UserError where none can, or not the ``wanted`` one: it names
+    the layers that stand in the way and the flag that would have avoided it.
+    """
+    family, widths = family_of(config), widths_of(config)
+    own, free = family.gguf, free_architecture_of(config)
+    if (activation := getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", family.activation)) != family.activation:
+        raise UserError(f"hidden_act {activation}: llama.cpp computes {family.activation} for {family.model_type}")
+    if reason := _stands_in_the_way(config):
+        raise UserError(reason)
+    if wanted == "llama":
+        if irregular(widths):
+            raise UserError(f"--arch llama: {irregular(widths)}; prune with --runtime transformers, or export with --arch deci")
+        if own != "llama":
+            raise UserError(f"--arch llama: the model is a {family.model_type}; leave --arch away")
+        return wanted
+    if wanted == "deci" and free != "deci":
+        raise UserError(f"--arch deci: llama.cpp has nothing that holds a {family.model_type} with a width per layer; leave --arch away")
+    fits = len(set(widths)) == 1 and (own in OUTPUT_BIASES or not biased)
+    if wanted == "auto" and fits and (own not in HEADS_FILL_HIDDEN or widths[0][0] * head_dim_of(config) == config.hidden_size):
+        return own
+    if free in OUTPUT_BIASES or (free and not biased):
+        return free
+    what = irregular(widths) or ("biases of the output projections" if biased else f"{widths[0][0]} heads")
+    needs = ["one width for all layers"] * (not free) + ["no biases of the output projections"]
+    needs += ["heads that fill the hidden size"] * (own in HEADS_FILL_HIDDEN and not free)
+    raise UserError(f"{what}: llama.cpp's {free or own} takes {', '.join(needs)} only; prune with --runtime gguf")
+
+
+def _stands_in_the_way(config) -> str | None:
+    """What llama.cpp's graph of this family computes otherwise than this model, in words; None where it is the same."""
+    family = family_of(config)
+    if family.sparse_rope:
+        without = [index for index, rotary in enumerate(getattr(config, family.sparse_rope)) if not rotary]
+        if without != list(range(SPARSE_ROPE - 1, config.num_hidden_layers, SPARSE_ROPE)):
+            return f"{family.sparse_rope}: llama.cpp leaves the rotary embeddings of every fourth layer out, this model those of {without}"
+    if family.gguf in OWN_WINDOWS and window_of(config) and _period(config) is None:
+        return "layer_types: the layers with a sliding window follow no period, as llama.cpp has it"
+    if family.gguf == "exaone4" and window_of(config):
+        return "sliding_window: llama.cpp's exaone4 has the windows of its 32B model only"
+    if family.gguf == "gemma2" and None in (getattr(config, family.attention_softcap), getattr(config, family.logits_softcap)):
+        return "attn_logit_softcapping, final_logit_softcapping: llama.cpp's gemma2 computes both, and this model has one or none"
+    if family.gguf == "gemma3" and getattr(config, family.attention_softcap):
+        return "attn_logit_softcapping: llama.cpp's gemma3 does not compute it"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "use_bidirectional_attention: llama.cpp reads from left to right"
+    return None
+
+
+def _period(config) -> int | None:
+    """After how many layers one without a sliding window comes; 0: none does, None: at no fixed distance."""
+    sliding = [kind == "sliding_attention" for kind in config.layer_types]
+    layers = range(len(sliding))
+    return next((n for n in range(len(sliding) + 1) if sliding == [n == 0 or (i + 1) % n != 0 for i in layers]), None)
+
+
+def add_settings(writer: gguf.GGUFWriter, config) -> None:
+    """Adds what llama.cpp reads of a config besides the tokenizer and the tensors."""
+    widths, family, arch = widths_of(config), family_of(config), writer.arch
+    heads, kv_heads, channels = (list(column) for column in zip(*widths))
+    if arch not in PER_LAYER:
+        heads, kv_heads, channels = heads[0], kv_heads[0], channels[0]
+    head_dim, window, rope = head_dim_of(config), window_of(config), rope_of(config)
+    context = config.max_position_embeddings
+    if arch in OWN_WINDOWS and (window or arch.startswith("gemma")):  # without one, it would take the published models'
+        writer.add_sliding_window(window or context)
+        writer.add_sliding_window_pattern(_period(config))
+        writer.add_rope_freq_base_swa(rope_of(config, "sliding_attention")["rope_theta"])
+    elif window:
+        context = min(context, window)  # within it, it is the same model
+    writer.add_context_length(context)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(channels)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    _add_rope(writer, config, rope)
+    if arch != family.gguf:
+        return
+    for name, add in (
+        (family.embedding_multiplier, writer.add_embedding_scale),
+        (family.attention_multiplier, writer.add_attention_scale),
+        (family.residual_multiplier, writer.add_residual_scale),
+        (family.logits_divisor, writer.add_logit_scale),
+        (family.attention_softcap, writer.add_attn_logit_softcapping),
+        (family.logits_softcap, writer.add_final_logit_softcapping),
+    ):
+        if name and getattr(config, name) is not None:
+            add(float(getattr(config, name)))
+
+
+def _add_rope(writer, config, rope: dict) -> None:
+    kind, arch = rope.get("rope_type", "default"), writer.arch
+    if kind not in ROPE_SETTINGS:
+        raise UserError(f"rope_type {kind}: cannot be written to GGUF; {', '.join(ROPE_SETTINGS)} can")
+    known = {*NEUTRAL, *ROPE_SETTINGS[kind]}
+    if arch == "mistral3":
+        known |= {"mscale", "mscale_all_dim", "llama_4_scaling_beta", "max_position_embeddings"}
+    strange = sorted(key for key in rope if rope[key] is not None and key not in known)
+    if strange:
+        raise UserError(f"rope_type {kind} with {', '.join(strange)}: cannot be written to GGUF")
+    writer.add_rope_freq_base(rope["rope_theta"])
+    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    original = original or config.max_position_embeddings
+    if kind in ("linear", "yarn", "longrope"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_factor(rope["factor"])
+    if kind in ("yarn", "longrope"):
+        writer.add_rope_scaling_orig_ctx_len(original)
+    if kind == "yarn":
+        writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or 32.0)
+        writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or 1.0)
+    if kind == "longrope":
+        factor = rope.get("factor") or config.max_position_embeddings / original
+        writer.add_rope_scaling_attn_factors(1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original)))
+    if arch == "mistral3" and kind == "yarn":
+        writer.add_rope_scaling_yarn_log_mul(rope.get("mscale_all_dim") or 0.0)
+    if arch == "mistral3" and rope.get("llama_4_scaling_beta"):
+        writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+        writer.add_attn_temperature_length(original)
+
+
+def rope_factors(config) -> dict[str, np.ndarray]:
+    """What llama.cpp divides each rotary frequency by, [rotary dimensions / 2], as tensors of a file: for llama3 and longrope."""
+    rope = rope_of(config)
+    if rope.get("rope_type") == "longrope":
+        return {f"rope_factors_{length}.weight": np.array(rope[f"{length}_factor"], dtype=np.float32) for length in ("long", "short")}
+    if rope.get("rope_type") != "llama3":
+        return {}
+    head_dim = head_dim_of(config)
+    frequency = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)  # in the original context
+    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return {"rope_freqs.weight": (1 / ((1 - smooth) / factor + smooth)).float().numpy()}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where the rows of one tensor of the file lie: those from ``start`` to ``stop`` of ``sources``, tensors of the checkpoint, joined."""
+
+    sources: tuple[str, ...]
+    start: int = 0
+    stop: int | None = None
+
+
+class Arrangement:
+    """The tensors of a checkpoint as ``arch`` has them: other projections joined or split, scales of the config in the weights.
+
+    ``shapes``: name -> shape of the checkpoint's tensors. ``pieces``: the name that transformers would give each tensor of the file
+    -> where it lies.
+    """
+
+    def __init__(self, config, arch: str, shapes: dict[str, list[int]]):
+        self.config, self.arch, self.family = config, arch, family_of(config)
+        self.widths, self._shapes = widths_of(config), shapes
+        self._split = LayerAdapter(config, FAMILIES["llama"])
+        self.pieces: dict[str, Piece] = {}
+        for name in shapes:
+            self.pieces |= self._pieces_of(name)
+        self._factors = _factors(config, arch)
+
+    def shape(self, name: str) -> list[int]:
+        """Of a tensor of the file."""
+        piece = self.pieces[name]
+        rows = sum(self._shapes[source][0] for source in piece.sources)
+        stop = rows if piece.stop is None else piece.stop
+        return [stop - piece.start, *self._shapes[piece.sources[0]][1:]]
+
+    def value(self, name: str, tensors) -> torch.Tensor:
+        """A tensor of the file, float32; ``tensors``: the checkpoint's, by name."""
+        piece = self.pieces[name]
+        parts = [tensors[source].float() for source in piece.sources]
+        tensor = (parts[0] if len(parts) == 1 else torch.cat(parts))[piece.start : piece.stop]
+        if self.arch in ROPE_IN_PAIRS and not self.family.rope_in_pairs and (heads := self._split.rotary_heads(name, self.widths)):
+            tensor = in_pairs(tensor, heads)
+        if self.family.is_norm(name):
+            tensor = tensor + self.family.norm_offset
+        stem = name.rpartition(".")[0].rpartition(".")[2]
+        return tensor * self._factors.get(stem, 1.0)
+
+    def _pieces_of(self, name: str) -> dict[str, Piece]:
+        stem, _, suffix = name.rpartition(".")
+        block, _, part = stem.rpartition(".")
+        split, fused = FAMILIES["llama"], FAMILIES["phi3"]
+        if self.arch == "openelm" and part in split.head_inputs:
+            sources = tuple(f"{block}.{one}.{suffix}" for one in split.head_inputs)
+            return {f"{block}.{fused.head_inputs[0]}.{suffix}": Piece(sources)}
+        if self.arch == "deci" and part in (*fused.head_inputs, *fused.channel_inputs):
+            heads, kv_heads, channels = self.widths[int(name.split(".")[2])]
+            size = head_dim_of(self.config)
+            rows = (heads * size, kv_heads * size, kv_heads * size) if part in fused.head_inputs else (channels, channels)
+            ends = [sum(rows[: i + 1]) for i in range(len(rows))]
+            names = split.head_inputs if part in fused.head_inputs else split.channel_inputs
+            return {f"{block}.{one}.{suffix}": Piece((name,), end - count, end) for one, count, end in zip(names, rows, ends)}
+        return {name: Piece((name,))}
+
+
+def _factors(config, arch: str) -> dict[str, float]:
+    """Projection, norm or embedding -> what its weights are multiplied by, so that ``arch`` needs not know a scale of the config."""
+    family, root = family_of(config), math.sqrt(head_dim_of(config))
+    if family.attention_scalar:
+        heads = widths_of(config)[0][0]
+        of_hidden = SCALAR_OF_HIDDEN[arch] == config.num_hidden_layers
+        divided = config.hidden_size // heads if of_hidden else head_dim_of(config)
+        query = family.query_norm if family.qk_norm else family.head_inputs[0]
+        return {query: math.sqrt(divided / getattr(config, family.attention_scalar))}
+    if arch == family.gguf or not family.residual_multiplier:
+        return {}
+    embedding, residual = getattr(config, family.embedding_multiplier), getattr(config, family.residual_multiplier)
+    before_head = 1 / getattr(config, family.logits_divisor) / (embedding if config.tie_word_embeddings else 1)
+    return {
+        family.embedding: embedding,
+        family.head_inputs[0]: getattr(config, family.attention_multiplier) * root,
+        family.attention_output: residual,
+        family.mlp_output: residual,
+        family.final_norm: before_head,
+    }
