@@ -46,7 +46,7 @@ def _train(config, output: Path, lines):
     """The run up to the adapter. Returns (TrainingRecord, token ids [1, length] of a row), or (None, None) but for the first process."""
     import torch
 
-    from slimllm.data.texts import blocks_of, load_texts
+    from slimllm.data.texts import blocks_of, first_token, load_texts
     from slimllm.evaluation.perplexity import perplexity
     from slimllm.models import loading
     from slimllm.reporting.record import Stopwatch, TrainingRecord, command
@@ -65,7 +65,7 @@ def _train(config, output: Path, lines):
     arguments = training.training_arguments(config, device, dtype, len(train), bool(len(held_out)))
     main_process = arguments.process_index == 0
     texts = load_texts(config.extra_val_dataset, "--extra_val_dataset")
-    blocks = [blocks_of(text, tokenizer, 128, config.eval_limit) for text in texts]
+    blocks = [blocks_of(text, tokenizer, 128, config.eval_limit, first_token(tokenizer, model_config)) for text in texts]
     with timed("loading"):
         model = loading.load_model(config.prune_model, dtype, "--prune_model")
     training.target_modules(model, config)

@@ -16,6 +16,7 @@ import torch
 
 from .data import calibration as calibrations
 from .data.calibration import Calibration
+from .data.texts import first_token
 from .deploy import checkpoint
 from .deploy.runtimes import convert_for_runtime
 from .errors import UserError, nearest
@@ -232,7 +233,7 @@ def _drawn(source: str | Sequence[str] | None, voice: loading.Voice, tokenizer, 
     if source is None or isinstance(source, str):
         calibrations.check_source(source)
         return calibrations.load(source, voice, tokenizer, spec)
-    return calibrations.from_text("\n".join(source), "texts", tokenizer, spec)
+    return calibrations.from_text("\n".join(source), "texts", tokenizer, spec, first_token(tokenizer, voice.config))
 
 
 def _of_ids(ids: torch.Tensor, vocab_size: int) -> Calibration:

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken
 from transformers import GenerationConfig
 
-from slimllm.data import calibration
+from slimllm.data import calibration, texts
 from slimllm.errors import UserError
 from slimllm.models import hub
 from tests.conftest import TEXT, make_model, tiny_tokenizer_of
@@ -183,3 +183,19 @@ def test_a_calibration_file_of_before_the_first_release_is_read(tmp_path, tiny_t
     save_file({"calibration_ids": ids, "held_back_ids": ids + 1}, tmp_path / "old.safetensors")
     found = load(tiny_tokenizer, str(tmp_path / "old.safetensors"))
     assert torch.equal(found.ids, ids) and torch.equal(found.probe_ids, ids + 1)
+
+
+@pytest.mark.parametrize("case, begins", [("llama_gqa", False), ("gemma2", True), ("gemma3", True)])
+def test_every_sample_and_block_begins_as_the_model_expects(case, begins, tiny_tokenizer, text_file):
+    """Gemma computes something else where a text does not begin with <bos>; Llama's blocks are the published code's, without."""
+    model, spec = make_model(case, vocab_size=len(tiny_tokenizer)), calibration.SampleSpec(6, 12)
+    first = texts.first_token(tiny_tokenizer, model.config)
+    assert first == (tiny_tokenizer.bos_token_id if begins else None)
+    stream = texts.token_ids(text_file.read_text(), tiny_tokenizer, special=False)
+    blocks = texts.blocks_of(texts.EvalText("t", text_file.read_text(), "t"), tiny_tokenizer, 12, first=first)
+    drawn = calibration.load(str(text_file), model, tiny_tokenizer, spec).ids
+    own = calibration.load("self", model, tiny_tokenizer, spec).ids
+    for ids in (blocks, drawn, own):
+        assert ids.shape[1] == 12 and all((row[0] == tiny_tokenizer.bos_token_id) == begins for row in ids)
+        assert (ids[:, int(begins) :] != tiny_tokenizer.bos_token_id).all()
+    assert torch.equal(blocks[:, int(begins) :].flatten(), stream[: blocks[:, int(begins) :].numel()])

@@ -180,7 +180,7 @@ def test_activations_that_do_not_fit_on_the_disk_are_said_before_the_first_pass(
         (["--num_examples", "10000"], "too few for 10000 samples"),
         (["--calibration", "nowhere.txt"], "--calibration nowhere.txt: no such file"),
         (["--eval_data", "nowhere.txt"], "--eval_data nowhere.txt: no such file"),
-        (["--max_seq_len", "100000"], "do not fill one block"),
+        (["--max_seq_len", "100000"], "too short for one block"),
         (["--target_sparsity", "0.99"], "all 2 layers can give up at most"),
         (["--target_sparsity", "0.99"], "lower it: a part of each layer must stay"),
         (["--device", "mps"], "--device mps: Apple's GPU has no float64"),

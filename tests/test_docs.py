@@ -8,6 +8,7 @@ import pytest
 import slimllm
 from slimllm import cli
 from slimllm.commands import COMMANDS
+from slimllm.commands.families import families_page
 from slimllm.commands.flags import flags_page
 from slimllm.deploy import checkpoint
 from slimllm.pruning import config as pruning
@@ -78,6 +79,10 @@ def test_flags_named_in_the_text_exist():
 
 def test_the_page_of_flags_is_the_programs_own():
     assert PAGES["flags.md"] == flags_page(), "make it anew: python -m slimllm flags > docs/flags.md"
+
+
+def test_the_page_of_families_is_the_table_s():
+    assert PAGES["families.md"] == families_page(), "make it anew: python -m slimllm families > docs/families.md"
 
 
 def test_the_tree_is_the_tree():

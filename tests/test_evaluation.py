@@ -105,7 +105,7 @@ def test_bad_texts_are_named(item, message, tmp_path, monkeypatch):
 
 
 def test_a_text_shorter_than_a_block_is_an_error(tiny_tokenizer):
-    with pytest.raises(UserError, match="do not fill one block"):
+    with pytest.raises(UserError, match="too short for one block"):
         texts.blocks_of(texts.EvalText("t", "abc", "x"), tiny_tokenizer, 16)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import logging
+import math
 import os
 import random
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from ..models.loading import Voice
 from ..models.shape import shape_of
 from ..utils.files import atomic_file
 from ..utils.memory import return_free_memory
-from .texts import read_text, token_ids
+from .texts import first_token, in_blocks, read_text, token_ids
 
 log = logging.getLogger("slimllm")
 
@@ -111,9 +113,10 @@ def load(source: str | None, model, tokenizer, spec: SampleSpec) -> Calibration:
     Without a source it is bookcorpus, or samples of the model itself where that cannot be had.
     Raises UserError for a source that the user named and that cannot be had, is empty, too short or broken.
     """
+    first = first_token(tokenizer, model.config)
     if source is None:
         try:
-            return _from_hub("bookcorpus", tokenizer, spec)
+            return _from_hub("bookcorpus", tokenizer, spec, first)
         except OSError as error:
             log.info("calibration: %s; using samples of the model itself instead (--calibration self)", error)
             source = "self"
@@ -123,15 +126,15 @@ def load(source: str | None, model, tokenizer, spec: SampleSpec) -> Calibration:
         return _from_file(source, model.config.vocab_size)
     if source in HUB_SOURCES:
         try:
-            return _from_hub(source, tokenizer, spec)
+            return _from_hub(source, tokenizer, spec, first)
         except OSError as error:
             raise UserError(f"--calibration {source}: {error}; name a local .txt or .jsonl file, or self") from None
-    return _from_files(source, tokenizer, spec)
+    return _from_files(source, tokenizer, spec, first)
 
 
-def from_text(text: str, name: str, tokenizer, spec: SampleSpec) -> Calibration:
-    """Samples of a text. Raises UserError, naming it by ``name``, where it is too short."""
-    return Calibration(_sample(text, name, tokenizer, spec), name, spec.seed)
+def from_text(text: str, name: str, tokenizer, spec: SampleSpec, first: int | None = None) -> Calibration:
+    """Samples of a text, each beginning with ``first``, if given. Raises UserError, naming it by ``name``, where it is too short."""
+    return Calibration(_sample(text, name, tokenizer, spec, first), name, spec.seed)
 
 
 def check_source(name: str | None) -> None:
@@ -165,7 +168,7 @@ def _from_file(path: str, vocab_size: int) -> Calibration:
     return Calibration(tensors["calibration_ids"], path, probe_ids=probe_ids, distill_ids=tensors.get("distill_ids"))
 
 
-def _from_hub(name: str, tokenizer, spec: SampleSpec) -> Calibration:
+def _from_hub(name: str, tokenizer, spec: SampleSpec, first: int | None) -> Calibration:
     source = dict(HUB_SOURCES[name])
     column = source.pop("column")
     parts, size = [], 0
@@ -174,10 +177,10 @@ def _from_hub(name: str, tokenizer, spec: SampleSpec) -> Calibration:
         size += len(text) + 1
         if size >= MAX_CHARACTERS:
             break
-    return from_text("\n".join(parts), name, tokenizer, spec)
+    return from_text("\n".join(parts), name, tokenizer, spec, first)
 
 
-def _from_files(name: str, tokenizer, spec: SampleSpec) -> Calibration:
+def _from_files(name: str, tokenizer, spec: SampleSpec, first: int | None) -> Calibration:
     path = Path(name)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
@@ -193,24 +196,23 @@ def _from_files(name: str, tokenizer, spec: SampleSpec) -> Calibration:
         text = read_text(file)
         start = rng.randrange(max(1, len(text) - share + 1))
         parts.append(text[start : start + share])
-    return from_text("\n".join(parts), name, tokenizer, spec)
+    return from_text("\n".join(parts), name, tokenizer, spec, first)
 
 
-def _sample(text: str, name: str, tokenizer, spec: SampleSpec) -> torch.Tensor:
+def _sample(text: str, name: str, tokenizer, spec: SampleSpec, first: int | None) -> torch.Tensor:
     """``num_examples`` distinct blocks of ``seq_len`` tokens, in random order, from the text as one stream of tokens.
 
     Short texts are thereby joined; none is searched for.
     """
     ids = token_ids(text, tokenizer, special=False)
-    blocks = len(ids) // spec.seq_len
-    count = min(spec.num_examples, max(blocks, 1)) if spec.or_fewer else spec.num_examples
-    if blocks < count:
+    blocks = in_blocks(ids, spec.seq_len, first)
+    count = min(spec.num_examples, max(len(blocks), 1)) if spec.or_fewer else spec.num_examples
+    if len(blocks) < count:
         raise UserError(
             f"--calibration {name}: {len(ids)} tokens are too few for {spec.num_examples} samples of {spec.seq_len}; "
             "give more text, or fewer or shorter samples (--num_examples, --seq_len)"
         )
-    chosen = random.Random(spec.seed).sample(range(blocks), count)
-    return ids[: blocks * spec.seq_len].view(blocks, spec.seq_len)[chosen]
+    return blocks[random.Random(spec.seed).sample(range(len(blocks)), count)]
 
 
 def overlap(ids: torch.Tensor, text: torch.Tensor) -> int:
@@ -254,6 +256,16 @@ def _never_sampled(tokenizer, generation_config, vocab_size: int) -> list[int]:
     return sorted(index for index in special if index < vocab_size)
 
 
+def _drawn_alone(never: torch.Tensor, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Logits [samples, V] in which one token, drawn from the softmax of ``logits`` without the ids ``never``, is all there is.
+
+    By one random number per row: one per token, as ``generate`` takes them, costs more than the model.
+    """
+    below = logits.float().index_fill(1, never, -math.inf).softmax(-1).cumsum(-1)
+    drawn = torch.searchsorted(below, torch.rand(len(below), 1, device=below.device) * below[:, -1:], right=True)
+    return torch.zeros_like(logits).scatter(1, drawn.clamp_max(below.shape[1] - 1), 1.0)
+
+
 @torch.no_grad()
 def sample_from_model(model, tokenizer, spec: SampleSpec) -> torch.Tensor:
     """Samples [num_examples, seq_len] from the model at temperature 1, each from a random first token. Same seed, same ids.
@@ -261,7 +273,7 @@ def sample_from_model(model, tokenizer, spec: SampleSpec) -> torch.Tensor:
     Special tokens are never sampled, and nothing of the model's generation config applies (end tokens, penalties, top-k), so
     that every sample is plain text of the model's own distribution from end to end.
     """
-    from transformers import GenerationConfig, LogitsProcessorList, SuppressTokensLogitsProcessor
+    from transformers import GenerationConfig
 
     model = model.whole() if isinstance(model, Voice) else model
     device, vocab = model.device, model.config.vocab_size
@@ -269,16 +281,17 @@ def sample_from_model(model, tokenizer, spec: SampleSpec) -> torch.Tensor:
     words = torch.tensor(sorted(set(range(vocab)) - set(special)))
     shape = shape_of(model.config)
     cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * spec.seq_len * model.dtype.itemsize
-    settings = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=spec.seq_len - 1, pad_token_id=0)
-    suppress = LogitsProcessorList([SuppressTokensLogitsProcessor(special, device=device)] if special else [])
+    begin = first_token(tokenizer, model.config)
+    settings = GenerationConfig(do_sample=False, max_length=spec.seq_len, pad_token_id=0)  # what is drawn is the only choice left
+    draw = functools.partial(_drawn_alone, torch.tensor(special, dtype=torch.long, device=device))
     own, model.generation_config = model.generation_config, GenerationConfig()  # what `settings` leaves open is taken from it
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices):
             torch.manual_seed(spec.seed)
-            first = words[torch.randint(len(words), (spec.num_examples, 1))].to(device)
+            first = in_blocks(words[torch.randint(len(words), (spec.num_examples,))], 1 if begin is None else 2, begin).to(device)
             parts = [
-                model.generate(start, attention_mask=torch.ones_like(start), generation_config=settings, logits_processor=suppress)
+                model.generate(start, attention_mask=torch.ones_like(start), generation_config=settings, logits_processor=[draw])
                 for start in first.split(max(SELF_SAMPLE_BATCH, SELF_SAMPLE_CACHE // cache))
             ]
     finally:

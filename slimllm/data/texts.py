@@ -15,6 +15,7 @@ import torch
 
 from ..errors import UserError, nearest
 from ..models import hub
+from ..models.families import family_of
 from ..utils.memory import return_free_memory
 
 log = logging.getLogger("slimllm")
@@ -146,10 +147,25 @@ def token_ids(text: str, tokenizer, special: bool = True) -> torch.Tensor:
     return torch.tensor(ids, dtype=torch.long)
 
 
-def blocks_of(text: EvalText, tokenizer, seq_len: int, limit: int | None = None) -> torch.Tensor:
-    """Token ids [blocks, seq_len] of the text tokenized once; what does not fill a last block is dropped."""
-    ids = token_ids(text.text, tokenizer)
-    blocks = len(ids) // seq_len
-    if not blocks:
-        raise UserError(f"{text.name}: {len(ids)} tokens do not fill one block of {seq_len} tokens")
-    return ids[: blocks * seq_len].view(blocks, seq_len)[:limit]
+def first_token(tokenizer, config) -> int | None:
+    """The token that every block of a text begins with, where the model needs one: <bos> for Gemma. None for most."""
+    return tokenizer.bos_token_id if family_of(config).begins_text else None
+
+
+def blocks_of(text: EvalText, tokenizer, seq_len: int, limit: int | None = None, first: int | None = None) -> torch.Tensor:
+    """Token ids [blocks, seq_len] of the text tokenized once; what does not fill a last block is dropped.
+
+    ``first``: what :func:`first_token` gives; each block begins with it, and the text fills the rest.
+    """
+    blocks = in_blocks(token_ids(text.text, tokenizer, special=first is None), seq_len, first)
+    if not len(blocks):
+        raise UserError(f"{text.name}: it is too short for one block of {seq_len} tokens")
+    return blocks[:limit]
+
+
+def in_blocks(ids: torch.Tensor, seq_len: int, first: int | None) -> torch.Tensor:
+    """Token ids [blocks, seq_len] of a stream of tokens [tokens], each block beginning with ``first``, where there is one."""
+    begin = ids.new_tensor([] if first is None else [first])
+    width = seq_len - len(begin)
+    blocks = ids[: len(ids) // width * width].view(-1, width)
+    return torch.cat([begin.expand(len(blocks), -1), blocks], 1)

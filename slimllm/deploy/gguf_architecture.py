@@ -19,6 +19,7 @@ PER_LAYER = ("deci", "openelm")  # architectures that read the widths of each la
 OUTPUT_BIASES = ("llama", "deci", "granite")  # those that have biases in the output projections
 OWN_WINDOWS = ("gemma2", "gemma3", "olmo2", "exaone4")  # those whose layers may look back only so far
 SCALAR_OF_HIDDEN = {"gemma2": 46, "gemma3": 62}  # models of so many layers divide scores by the root of hidden size / heads
+EXAONE_WINDOWS = (64, 4)  # layers of the one model to which exaone4's graph gives windows, and their period
 SPARSE_ROPE = 4  # smollm3's graph leaves out the rotary embeddings of every fourth layer, and exaone4's of layers without a window
 ROPE_SETTINGS = {  # rope types, and what of each llama.cpp computes as transformers does
     "default": (),
@@ -70,8 +71,8 @@ def _stands_in_the_way(config) -> str | None:
             return f"{family.sparse_rope}: llama.cpp leaves the rotary embeddings of every fourth layer out, this model those of {without}"
     if family.gguf in OWN_WINDOWS and window_of(config) and _period(config) is None:
         return "layer_types: the layers with a sliding window follow no period, as llama.cpp has it"
-    if family.gguf == "exaone4" and window_of(config):
-        return "sliding_window: llama.cpp's exaone4 has the windows of its 32B model only"
+    if family.gguf == "exaone4" and window_of(config) and (config.num_hidden_layers, _period(config)) != EXAONE_WINDOWS:
+        return "sliding_window: llama.cpp's exaone4 has windows in models of 64 layers only, three layers of four"
     if family.gguf == "gemma2" and None in (getattr(config, family.attention_softcap), getattr(config, family.logits_softcap)):
         return "attn_logit_softcapping, final_logit_softcapping: llama.cpp's gemma2 computes both, and this model has one or none"
     if family.gguf == "gemma3" and getattr(config, family.attention_softcap):

@@ -26,11 +26,14 @@ class Family:
     the entry whose root divides the attention scores in place of the head size's. ``sparse_rope``: of the entry that says which
     layers have rotary embeddings, where some have none.
 
+    ``begins_text``: it computes something else where a text does not begin with its first token (<bos>).
+
     ``gguf``: the llama.cpp architecture that holds it with layers of one width. ``gguf_free``: the one where layers may differ, if
     there is one. ``decilm``: vLLM's DeciLM computes it, once its layers differ.
     """
 
     model_type: str
+    models: str  # that people know
     gguf: str
     gguf_free: str | None = None
     decilm: bool = False
@@ -64,6 +67,7 @@ class Family:
     logits_softcap: str | None = None
     sparse_rope: str | None = None
     rope_in_pairs: bool = False  # it turns neighbouring dimensions of a head, and not its two halves
+    begins_text: bool = False
     activation: str = "silu"  # its feed-forward part's, as llama.cpp computes it
     heads_divide_hidden: bool = False  # its config class takes no other number of heads
 
@@ -92,6 +96,7 @@ _GEMMA = partial(
     attention_scalar="query_pre_attn_scalar",
     attention_softcap="attn_logit_softcapping",
     logits_softcap="final_logit_softcapping",
+    begins_text=True,
     activation="gelu_pytorch_tanh",
     heads_divide_hidden=True,
 )
@@ -106,16 +111,17 @@ _NORMS_AFTER = {
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", "llama", **_DECI, mlp_bias="mlp_bias", heads_divide_hidden=True),
-        Family("mistral", "llama", **_DECI, qkv_bias=False, o_bias=False),
-        Family("qwen2", "qwen2", **_DECI, qkv_bias=True, o_bias=False),
-        Family("qwen3", "qwen3", gguf_free="openelm", qk_norm="head"),
-        _GEMMA("gemma2", "gemma2"),
-        _GEMMA("gemma3_text", "gemma3", qk_norm="head"),
-        Family("smollm3", "smollm3", mlp_bias="mlp_bias", sparse_rope="no_rope_layers"),
-        Family("ministral3", "mistral3", qkv_bias=False, o_bias=False),
+        Family("llama", "LLaMA 1 to 3, Vicuna, TinyLlama, SmolLM2", "llama", **_DECI, mlp_bias="mlp_bias", heads_divide_hidden=True),
+        Family("mistral", "Mistral 7B, Nemo, Small", "llama", **_DECI, qkv_bias=False, o_bias=False),
+        Family("qwen2", "Qwen2, Qwen2.5", "qwen2", **_DECI, qkv_bias=True, o_bias=False),
+        Family("qwen3", "Qwen3, dense", "qwen3", gguf_free="openelm", qk_norm="head"),
+        _GEMMA("gemma2", "Gemma 2", "gemma2"),
+        _GEMMA("gemma3_text", "Gemma 3, without its vision part", "gemma3", qk_norm="head"),
+        Family("smollm3", "SmolLM3", "smollm3", mlp_bias="mlp_bias", sparse_rope="no_rope_layers"),
+        Family("ministral3", "Ministral 3", "mistral3", qkv_bias=False, o_bias=False),
         Family(
             "granite",
+            "Granite 3, dense",
             "granite",
             gguf_free="deci",
             mlp_bias="mlp_bias",
@@ -124,12 +130,21 @@ FAMILIES = {
             residual_multiplier="residual_multiplier",
             logits_divisor="logits_scaling",
         ),
-        Family("phi3", "phi3", gguf_free="deci", head_inputs=("qkv_proj",), channel_inputs=("gate_up_proj",), qkv_bias=False, o_bias=False),
-        _GLM("glm", "chatglm"),
-        _GLM("glm4", "glm4", attention_post_norm="post_self_attn_layernorm", mlp_post_norm="post_mlp_layernorm"),
-        Family("olmo2", "olmo2", **_NORMS_AFTER, qk_norm="all"),
-        Family("olmo3", "olmo2", **_NORMS_AFTER, qk_norm="all"),
-        Family("exaone4", "exaone4", **_NORMS_AFTER, qk_norm="head", qkv_bias=False, o_bias=False),
+        Family(
+            "phi3",
+            "Phi-3, Phi-4",
+            "phi3",
+            gguf_free="deci",
+            head_inputs=("qkv_proj",),
+            channel_inputs=("gate_up_proj",),
+            qkv_bias=False,
+            o_bias=False,
+        ),
+        _GLM("glm", "GLM-4 9B of 2024", "chatglm"),
+        _GLM("glm4", "GLM-4 of 2025", "glm4", attention_post_norm="post_self_attn_layernorm", mlp_post_norm="post_mlp_layernorm"),
+        Family("olmo2", "OLMo 2", "olmo2", **_NORMS_AFTER, qk_norm="all"),
+        Family("olmo3", "OLMo 3", "olmo2", **_NORMS_AFTER, qk_norm="all"),
+        Family("exaone4", "EXAONE 4", "exaone4", **_NORMS_AFTER, qk_norm="head", qkv_bias=False, o_bias=False),
     )
 }
 
