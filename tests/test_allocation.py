@@ -50,6 +50,37 @@ def test_target_sparsity_is_met_to_within_one_channel(case, head_unit, recovery,
         assert p.heads >= 1 and p.channels >= 1 and p.heads % p.kv_heads == 0
 
 
+@pytest.mark.parametrize("layer_ratio", ["importance", "uniform", "ranking", "auto"])
+@pytest.mark.parametrize("parts", ["heads", "channels"])
+@pytest.mark.parametrize("runtime", ["any", "vllm"])
+@pytest.mark.parametrize("amount", [{"target_sparsity": 0.1}, {"pruning_ratio": 0.4}])
+def test_one_part_alone_is_pruned(layer_ratio, parts, runtime, amount):
+    if (layer_ratio, runtime) == ("ranking", "vllm"):
+        return  # refused: it decides of each head by itself
+    counted, _ = shape("llama_mha", num_attention_heads=8, num_key_value_heads=8, hidden_size=64, intermediate_size=100)
+    config = make_config(6, counted, layer_ratio=layer_ratio, prune=parts, runtime=runtime, recovery="none", pruned_layers=6, **amount)
+    plans = plan(counted, COSINE, config)
+    assert all(p.channels == 100 for p in plans) == (parts == "heads") and all(p.heads == 8 for p in plans) == (parts == "channels")
+    if "target_sparsity" in amount:
+        head = 4 * counted.hidden * counted.head_dim * (6 if runtime == "vllm" else 1)
+        allowed = head / 2 if parts == "heads" else counted.channel_parameters
+        assert abs(removed_parameters(counted, plans, config) - 0.1 * counted.decoder_parameters) <= allowed
+    else:
+        left = [p.heads / 8 if parts == "heads" else p.channels / 100 for p in plans]
+        assert sum(left) / 6 == pytest.approx(0.6, abs=0.07)
+
+
+def test_heads_that_cannot_go_are_left():
+    counted, _ = shape("olmo2")
+    assert make_config(6, counted).prune == "channels" and make_config(6, shape()[0]).prune == "both"
+    assert all(p.heads == 4 for p in plan(counted, COSINE, make_config(6, counted, target_sparsity=0.3)))
+    for parts in ("heads", "both"):
+        with pytest.raises(UserError, match=f"--prune {parts}: no head of this model can go .*normed over all heads together"):
+            make_config(6, counted, prune=parts)
+    with pytest.raises(UserError, match="--prune heads: no head of this model can go .with --runtime gguf"):
+        make_config(6, shape("glm")[0], prune="heads", runtime="gguf")
+
+
 def test_target_beyond_reach_says_how_much_is_possible():
     counted, _ = shape()
     with pytest.raises(UserError, match=r"--target_sparsity 0.9: 2 pruned layers can give up at most 0\.\d+"):

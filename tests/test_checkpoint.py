@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from slimllm.deploy import checkpoint, runtimes
 from slimllm.errors import UserError
+from slimllm.models.families import family_of
 from slimllm.pruning import pipeline
 from slimllm.pruning.recovery import RECOVERIES
 from slimllm.utils import files
@@ -81,7 +82,31 @@ def test_loads_where_the_project_cannot_be_imported_and_saves_again(dtype, tmp_p
     assert (tmp_path / "second" / "modeling.py").is_file()
 
 
-@pytest.mark.parametrize("case", ["llama_gqa", "mistral_window", "qwen2_window", "qwen3"])
+LOAD_ALL = """
+import sys, torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM, logging
+logging.disable_progress_bar()
+assert not any("slimllm" in path for path in sys.path)
+for folder in Path(sys.argv[1]).iterdir():
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert "slimllm" not in sys.modules and type(model).__name__.startswith("Slim"), type(model)
+    with torch.no_grad():
+        torch.save(model(torch.arange(12)[None], use_cache=False).logits, folder / "logits.pt")
+"""
+
+
+def test_every_family_loads_where_the_project_cannot_be_imported(tmp_path):
+    models = {case: pruned(case) for case in FAMILY_CASES}
+    for case, model in models.items():
+        model.save_pretrained(tmp_path / case)
+    done = subprocess.run([sys.executable, "-I", "-c", LOAD_ALL, tmp_path], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for case, model in models.items():
+        torch.testing.assert_close(torch.load(tmp_path / case / "logits.pt"), logits(model, torch.arange(12)[None]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", FAMILY_CASES)
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_generates_with_a_kv_cache(case, cache):
     model = pruned(case)
@@ -92,8 +117,9 @@ def test_generates_with_a_kv_cache(case, cache):
     assert torch.equal(plain, cached)
 
 
-def test_batches_with_padding_give_what_single_rows_give():
-    model = pruned()
+@pytest.mark.parametrize("case", FAMILY_CASES)
+def test_batches_with_padding_give_what_single_rows_give(case):
+    model = pruned(case)
     ids = make_ids(1, 10)
     padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], 1)
     mask = (torch.arange(14) >= 4).long()[None]
@@ -102,17 +128,21 @@ def test_batches_with_padding_give_what_single_rows_give():
     torch.testing.assert_close(found, logits(model, ids), rtol=1e-4, atol=1e-4)
 
 
-def test_takes_peft():
+@pytest.mark.parametrize("case", FAMILY_CASES)
+def test_takes_peft(case):
     from peft import LoraConfig, get_peft_model
 
-    model = pruned()
+    model = pruned(case)
     before = logits(model, make_ids())
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    targets = list(family_of(model.config).projections)
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
     torch.testing.assert_close(logits(wrapped, make_ids()), before)
     loss = wrapped(make_ids(), labels=make_ids()).loss
     loss.backward()
-    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in wrapped.parameters())
+    updates = {
+        name.rpartition(".lora_B")[0].rpartition(".")[2] for name, p in wrapped.named_parameters() if p.grad is not None and p.grad.any()
+    }
+    assert updates - {""} == set(targets)
 
 
 def test_large_checkpoints_are_sharded(tmp_path):

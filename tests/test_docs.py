@@ -11,7 +11,11 @@ from slimllm.commands import COMMANDS
 from slimllm.commands.families import families_page
 from slimllm.commands.flags import flags_page
 from slimllm.deploy import checkpoint
+from slimllm.models.families import FAMILIES
 from slimllm.pruning import config as pruning
+from slimllm.pruning.allocation.layer_ratios import LAYER_RATIOS
+from slimllm.pruning.importance.channels import CHANNEL_SCORES
+from slimllm.pruning.importance.heads import HEAD_CHOICES, NEEDS_NORM
 from slimllm.training import config as training
 from tests.conftest import ROOT, TEXT, logits, make_ids, make_model
 
@@ -118,6 +122,38 @@ def test_the_python_example_runs(tmp_path, monkeypatch, tiny_tokenizer, capsys):
     assert isinstance(result, slimllm.PruneResult) and abs(result.parameters.decoder_removed - 0.2) < 0.01
     assert (logits(checkpoint.load("smaller"), make_ids()) == logits(result.model, make_ids())).all()
     assert capsys.readouterr().out == ""
+
+
+@pytest.fixture
+def run_page(tmp_path, monkeypatch, capsys):
+    """Runs the Python blocks of a page one after the other, as a reader would; what they add to the tables is taken out again."""
+    tables = (HEAD_CHOICES, NEEDS_NORM, CHANNEL_SCORES, LAYER_RATIOS, FAMILIES)
+    before = [table.copy() for table in tables]
+    monkeypatch.chdir(tmp_path)
+
+    def run(page: str) -> dict:
+        made = {}
+        for code in re.findall(r"```python\n(.*?)```", PAGES[page], re.S):
+            exec(code, made)
+        return made
+
+    yield run
+    for table, entries in zip(tables, before):
+        table.clear()
+        table.update(entries)
+
+
+def test_the_page_on_families_adds_the_last_of_the_table(run_page, capsys):
+    name, row = list(FAMILIES.items())[-1]
+    del FAMILIES[name]
+    run_page("add-a-family.md")
+    assert FAMILIES[name] == row
+    printed, shown = capsys.readouterr().out, re.search(r"```text\n(.*?)```", PAGES["add-a-family.md"], re.S).group(1)
+    assert all(line.strip() in printed for line in shown.splitlines() if "..." not in line)
+
+
+def test_the_page_on_methods_adds_one(run_page):
+    assert run_page("add-a-method.md")["mine"].parameters.decoder_removed > 0.25
 
 
 def test_help_shows_what_the_page_of_flags_says():

@@ -134,6 +134,17 @@ def test_llama_cpp_computes_the_same_model(case, form, tmp_path):
         assert check.measured < allowed, check
 
 
+@pytest.mark.parametrize("case, layers", [("gemma2", 46), ("gemma3", 62), ("exaone4_window", 64)])
+def test_what_llama_cpp_reads_from_the_depth(case, layers, tmp_path, monkeypatch):
+    """It takes Gemma's 27B models, whose scores it scales by hidden size / heads, and EXAONE's 32B, which has windows, by their layers."""
+    model_type, extra = FAMILY_CASES[case]
+    period = {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
+    monkeypatch.setitem(FAMILY_CASES, case, (model_type, {**extra, **period}))
+    folder = save(case, tmp_path, bpe_tokenizer(), sizes={**SIZES, "head_dim": 16, "num_hidden_layers": layers}, runtime="gguf", round_to=8)
+    log_probabilities = checks(folder, export_gguf.export(folder, tmp_path / "x.gguf", "f32"))[1]
+    assert log_probabilities.measured < 2e-2  # gelu's table, over so many layers; the other scale would be off by whole nats
+
+
 @pytest.mark.parametrize(
     "rope",
     [

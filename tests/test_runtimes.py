@@ -16,7 +16,7 @@ from slimllm.models import shape as shapes
 from slimllm.models.shape import RUNTIMES
 from slimllm.models.weights import Tensors
 from slimllm.pruning import pipeline
-from slimllm.pruning.allocation.plan import removed_parameters
+from slimllm.pruning.allocation.plan import LayerPlan, removed_parameters
 from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model, make_shape, plan, prune_to
 
 SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4)
@@ -45,6 +45,9 @@ def test_what_a_runtime_gets_is_what_it_holds(case, runtime, tmp_path, tiny_toke
     widths = shapes.widths_of(config)
     limits = shapes.limits_of(runtime, shape)
     assert abs(removed - 0.3) <= step
+    plans = [LayerPlan(0.0, *width) for width in widths]  # what a dry run counts is what the model has
+    counted = removed_parameters(shape, plans, make_config(shape=shape, runtime=runtime, recovery="least_squares"))
+    assert counted == shape.decoder_parameters + shape.other_parameters - model.num_parameters()
     assert not limits.same_heads or len({width[:2] for width in widths}) == 1
     assert not limits.same_channels or len(set(widths)) == 1
     assert all(heads % kv_heads == 0 for heads, kv_heads, _ in widths)

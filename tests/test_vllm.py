@@ -8,14 +8,15 @@ import pytest
 from slimllm.__main__ import main as slim
 from slimllm.deploy import vllm
 from slimllm.errors import UserError
+from slimllm.models.families import FAMILIES
 from slimllm.models.loading import load_config
 from slimllm.models.shape import widths_of
-from tests.conftest import ROOT, prune_to
+from tests.conftest import FAMILY_CASES, ROOT, prune_to
 from tests.test_export_gguf import VOCAB, bpe_tokenizer, save
 
 PYTHON = os.environ.get("VLLM_PYTHON") or str(ROOT / vllm.PYTHON)
 REGULAR = (("llama_gqa", "vllm"), ("llama_gqa", "transformers"))
-ONE_PER_FAMILY = ("llama_gqa", "mistral", "qwen2", "qwen3")
+ONE_PER_FAMILY = [next(case for case, (name, _) in FAMILY_CASES.items() if name == family and "mha" not in case) for family in FAMILIES]
 wherever_it_is = pytest.mark.skipif(not os.access(PYTHON, os.X_OK), reason="no environment with vLLM: bash script/vllm.sh makes one")
 
 

@@ -40,8 +40,8 @@ def families_page() -> str:
         refused.setdefault(reason, []).append(f"`{model_type}`")
     parts = [
         "# Families",
-        "The model families that can be pruned, one row of `slimllm/models/families.py` each. All of them load in transformers with a width "
-        "per layer (`--runtime any`) or as the family's own class (`--runtime transformers`); the last two columns say in what form "
+        "The model families that can be pruned, one row of `slimllm/models/families.py` each. All load in transformers with a width per "
+        "layer (`--runtime any`) or as the family's own class (`--runtime transformers`); the last two columns say in what form "
         "`--runtime vllm` and `--runtime gguf` prune. Of a model of text and images the text model is taken. "
         "This page is the output of `python -m slimllm families`; [add-a-family.md](add-a-family.md) shows how to add a row.",
         "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]),

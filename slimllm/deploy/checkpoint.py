@@ -157,8 +157,9 @@ def save(model, tokenizer, folder: Path, ids: torch.Tensor, base_model: str) -> 
 
 
 def write_tokenizer(tokenizer, folder: Path, base_model: str) -> None:
-    """Writes the tokenizer, and the tokenizer metadata of ``base_model`` where that is a .gguf file (or came from one)."""
-    tokenizer.save_pretrained(folder)
+    """Writes the tokenizer, where there is one, and the tokenizer metadata of ``base_model`` if that is a .gguf file (or came from one)."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     gguf_tokenizer.carry(base_model, folder)
 
 

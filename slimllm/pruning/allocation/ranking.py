@@ -81,9 +81,10 @@ def plans_of(ranks: Ranks, shape: ModelShape, units: HeadUnits, config: PruneCon
     while low < high:
         middle = (low + high) // 2
         low, high = (middle + 1, high) if removed_parameters(shape, planned(middle), config) < target else (low, middle)
-    plans = planned(low)
     if config.prune == "heads":
-        return plans
+        near = (planned(max(low - 1, 0)), planned(low))
+        return min(near, key=lambda plans: abs(removed_parameters(shape, plans, config) - target))
+    plans = planned(low)
     fill_with_channels(shape, plans, target, config)
     return plans
 
