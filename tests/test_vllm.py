@@ -15,7 +15,6 @@ from tests.conftest import FAMILY_CASES, ROOT, prune_to
 from tests.test_export_gguf import VOCAB, bpe_tokenizer, save
 
 PYTHON = os.environ.get("VLLM_PYTHON") or str(ROOT / vllm.PYTHON)
-REGULAR = (("llama_gqa", "vllm"), ("llama_gqa", "transformers"))
 ONE_PER_FAMILY = [next(case for case, (name, _) in FAMILY_CASES.items() if name == family and "mha" not in case) for family in FAMILIES]
 wherever_it_is = pytest.mark.skipif(not os.access(PYTHON, os.X_OK), reason="no environment with vLLM: bash script/vllm.sh makes one")
 
@@ -32,14 +31,26 @@ def test_without_vllm_the_way_to_it_is_named(tmp_path, tiny_tokenizer, capsys):
 SIZES = dict(vocab_size=VOCAB, hidden_size=256, intermediate_size=96, num_hidden_layers=3, head_dim=64, max_position_embeddings=256)
 
 
+NOT_IN_VLLM = {  # vLLM 0.32 on a CPU, and in docs/deployment.md
+    ("gemma2", "any"),  # soft caps of the scores: not a number
+    ("gemma2", "transformers"),
+    ("ministral3", "transformers"),  # its own class leaves out the scale of queries beyond the original context
+}
+
+
 @wherever_it_is
-@pytest.mark.parametrize("case, runtime", [*((case, "any") for case in ONE_PER_FAMILY), *REGULAR])
+@pytest.mark.parametrize(
+    "case, runtime",
+    [pair for runtime in ("any", "transformers") for case in ONE_PER_FAMILY if (pair := (case, runtime)) not in NOT_IN_VLLM]
+    + [("llama_gqa", "vllm")],
+)
 def test_vllm_computes_the_same_model(case, runtime, tmp_path, capsys):
     """``any``: whole groups of heads and channels of each layer's own; ``vllm``: for its DeciLM; ``transformers``: a stock model."""
-    settings = dict(head_unit="group" if runtime == "any" else "query", target_sparsity=0.3, runtime=runtime)
+    settings = dict(head_unit="group" if runtime == "any" else "query", target_sparsity=0.2, pruned_layers=3, runtime=runtime)
     folder = save(case, tmp_path / "m", bpe_tokenizer(), sizes=SIZES, **settings)
     widths = widths_of(load_config(str(folder), "DIR", pruned=True))
-    assert runtime != "any" or (len({w[1] for w in widths}) > 1 and len({w[2] for w in widths}) > 1)
+    assert runtime != "any" or len({w[2] for w in widths}) > 1
+    assert runtime != "any" or len({w[1] for w in widths}) > 1 or case.startswith("olmo")
     assert slim(["verify", str(folder), "--seq_len", "24", "--blocks", "1", "--vllm", PYTHON]) == 0
     table = capsys.readouterr().out
     assert len(re.findall(r"vLLM: .* ok ", table)) == 3 and "FAILED" not in table

@@ -30,7 +30,8 @@ def as_slim_model(model):
 
     A model that is not sliced becomes one whose layers happen to be equal.
     """
-    (base, slim), adapter = slim_models(family_of(model.config).model_type), LayerAdapter(model.config)
+    family, adapter = family_of(model.config), LayerAdapter(model.config)
+    base, slim = slim_models(family.model_type)
     biases = [tuple(block.output.bias is not None for block in blocks) for blocks in adapter.blocks(model)]
     per_layer = zip(*(width + bias for width, bias in zip(adapter.all_widths(model), biases)))
     config = model.config  # one object, shared by all modules
@@ -41,6 +42,8 @@ def as_slim_model(model):
     config.auto_map = {"AutoModel": f"modeling.{base.__name__}"}  # saving adds the others
     config.per_layer_config = {i: dict(zip(_WIDTHS, widths)) for i, widths in enumerate(adapter.all_widths(model))}
     config.allow_global_per_layer_attribute_access = True
+    if family.logits_divisor:  # vLLM's transformers backend knows it by another name, and its inverse
+        config.logit_scale = 1 / getattr(config, family.logits_divisor)
     return model
 
 
@@ -61,7 +64,7 @@ def as_stock_model(model):
     _, slim = slim_models(family.model_type)
     if isinstance(model, slim):
         config.per_layer_config = None
-        for name in (*PER_LAYER_SETTINGS, "auto_map", "per_layer_config", "allow_global_per_layer_attribute_access"):
+        for name in (*PER_LAYER_SETTINGS, "auto_map", "per_layer_config", "allow_global_per_layer_attribute_access", "logit_scale"):
             config.__dict__.pop(name, None)
         config.__class__, model.__class__ = slim.config_class.__bases__[-1], slim.__bases__[-1]
     config.num_attention_heads, config.num_key_value_heads, config.intermediate_size = heads, kv_heads, channels
