@@ -166,6 +166,30 @@ def test_rope_scaling(rope, tmp_path):
         assert check.passed and check.measured < 1e-3, check
 
 
+@pytest.mark.parametrize(
+    "case, rope",
+    [
+        ("gemma3", {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}),
+        (
+            "olmo3",
+            {
+                "rope_type": "yarn",
+                "rope_theta": 5e5,
+                "factor": 8.0,
+                "original_max_position_embeddings": 16,
+                "attention_factor": 1.2079441541679836,
+            },
+        ),
+    ],
+)
+def test_layers_with_windows_have_a_rope_of_their_own(case, rope, tmp_path):
+    """As the larger Gemma 3 and OLMo 3 have it: only the layers that see everything are scaled."""
+    ropes = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4 if case == "gemma3" else 5e5}}
+    folder = save(case, tmp_path, bpe_tokenizer(), sizes={**SIZES, "head_dim": 16, "rope_parameters": ropes}, runtime="gguf", round_to=8)
+    for check in checks(folder, export_gguf.export(folder, tmp_path / "x.gguf", "f32"), length=40):
+        assert check.measured < (5e-3 if case == "gemma3" else 1e-3), check
+
+
 @pytest.mark.parametrize("outtype", export_gguf.OUTTYPES)
 def test_every_type_is_within_its_tolerance(outtype, tmp_path):
     folder = save("llama_gqa", tmp_path, bpe_tokenizer(), sizes={**SIZES, "intermediate_size": 150})

@@ -75,8 +75,8 @@ def _stands_in_the_way(config) -> str | None:
         return "sliding_window: llama.cpp's exaone4 has windows in models of 64 layers only, three layers of four"
     if family.gguf == "gemma2" and None in (getattr(config, family.attention_softcap), getattr(config, family.logits_softcap)):
         return "attn_logit_softcapping, final_logit_softcapping: llama.cpp's gemma2 computes both, and this model has one or none"
-    if family.gguf == "gemma3" and getattr(config, family.attention_softcap):
-        return "attn_logit_softcapping: llama.cpp's gemma3 does not compute it"
+    if family.gguf == "gemma3" and getattr(config, family.logits_softcap):
+        return "final_logit_softcapping: llama.cpp's gemma3 does not compute it"
     if getattr(config, "use_bidirectional_attention", False):
         return "use_bidirectional_attention: llama.cpp reads from left to right"
     return None
@@ -136,6 +136,8 @@ def _add_rope(writer, config, rope: dict) -> None:
     known = {*NEUTRAL, *ROPE_SETTINGS[kind]}
     if arch == "mistral3":
         known |= {"mscale", "mscale_all_dim", "llama_4_scaling_beta", "max_position_embeddings"}
+    if kind == "yarn" and rope.get("attention_factor") and math.isclose(rope["attention_factor"], 1 + 0.1 * math.log(rope["factor"])):
+        known |= {"attention_factor"}  # what it is without being named
     strange = sorted(key for key in rope if rope[key] is not None and key not in known)
     if strange:
         raise UserError(f"rope_type {kind} with {', '.join(strange)}: cannot be written to GGUF")
