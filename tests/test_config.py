@@ -55,7 +55,7 @@ def test_flags_are_not_abbreviated():
         config("--pruned", "3")
 
 
-@pytest.mark.parametrize("channels, samples", [(1536, 128), (4864, 405), (11008, 512)])
+@pytest.mark.parametrize("channels, samples", [(1536, 192), (4864, 512), (11008, 512)])
 def test_best_calibrates_on_more_samples_of_a_wider_model(channels, samples):
     for flags, wanted in ((["--recipe", "best"], samples), (["--recipe", "best", "--num_examples", "7"], 7), ([], 32)):
         c = config(*flags)

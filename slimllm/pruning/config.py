@@ -20,7 +20,7 @@ from .importance.heads import HEAD_CHOICES
 from .recovery import RECOVERIES
 
 PUBLISHED_EXAMPLES = 32  # calibration samples of the paper
-BEST_EXAMPLES, CHANNELS_PER_EXAMPLE = (128, 512), 12  # those of the best recipe: fewest and most, and what sets them in between
+BEST_EXAMPLES, CHANNELS_PER_EXAMPLE = (192, 512), 8  # those of the best recipe: fewest and most, and what sets them in between
 RIDGE_TOKENS = 4096  # calibration tokens up to which the ridge is the median input variance; with more of them it falls
 HEAD_UNITS = ("group", "query")
 PARTS = ("both", "heads", "channels")
@@ -158,7 +158,7 @@ class PruneConfig:
         "or a calibration.safetensors [bookcorpus; self where the hub is out of reach]",
     )
     num_examples: int | None = flag(
-        "calibration", "samples [32; best: a twelfth of the feed-forward channels, at least 128 and at most 512]"
+        "calibration", "samples [32; best: an eighth of the feed-forward channels, at least 192 and at most 512]"
     )
     self_share: float | None = flag(
         "calibration", "share of the samples that the model itself writes, 0 to 1, the rest being --calibration's [0; best: 0.5]"
