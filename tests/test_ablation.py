@@ -32,7 +32,7 @@ def test_every_row_keeps_the_same_parameters_and_a_stopped_run_goes_on(flags, mo
     assert len(calls) == len(found) + 1  # the one that was stopped ran twice
     channel = 3 * 32 / (2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 64))
     assert all(abs(r["removed"] - r["share"]) <= channel for r in found)
-    assert [c.num_examples for c in calls if c.num_examples != 32] == [8, 128, 128, 128, 128]
+    assert [c.num_examples for c in calls if c.num_examples != 32] == [8, 128, 128, 128, 192]
     assert len({r["perplexity"][0]["pruned"] for r in found}) >= len(found) // 2  # the settings do something
     table = open("out/table.md").read()
     assert "30 %: fox" in table and "* limited" in table and table.count("\n|") == len(ablation.ROWS) + 1
