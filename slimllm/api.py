@@ -193,12 +193,13 @@ def calibrate(model, tokenizer, config: PruneConfig, source: CalibrationSource, 
         samples = _samples(voice, tokenizer, config, source)
         if config.distill != "none" and samples.distill_ids is None:
             spec, named = config.distill_samples, samples.source if source is None else source  # what it was in the end
-            known = samples.ids[: spec.num_examples if samples.own else 0]  # what the model wrote once, it need not write again
+            # what the model wrote once, it need not write again; but what is held out is text that nothing was fitted to
+            known = samples.ids[: spec.num_examples // 2 if samples.own else 0]
             spec = dataclasses.replace(spec, num_examples=spec.num_examples - len(known))
             if isinstance(source, torch.Tensor) or samples.source.endswith(".safetensors"):
                 text = samples.ids
             else:
-                text = samples.ids[:0] if named == "self" or not spec.num_examples else _drawn(named, voice, tokenizer, spec).ids
+                text = samples.ids[:0] if named == "self" else _drawn(named, voice, tokenizer, spec).ids
             if voice.fits and tokenizer is not None:
                 text, _ = calibrations.with_own(text, DISTILL_SELF_SHARE, voice, tokenizer, spec)
             samples.distill_ids = torch.cat([known, text])

@@ -40,7 +40,7 @@ def two_processes(*arguments):
 
 @pytest.mark.parametrize("recipe", ["paper", "best", "distilled"])
 def test_two_processes_decide_as_one(folder, text_file, recipe):
-    how = ["--recipe", recipe, "--distill_examples", 40, "--distill_learning_rate", 1e-4]
+    how = ["--recipe", recipe, "--distill_examples", 40, "--distill_learning_rate", 3e-4]
     assert hf_prune.main(flags(text_file, "one", *how)) == 0
     done = subprocess.run(two_processes(*flags(text_file, "two", *how)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
