@@ -215,7 +215,7 @@ class Arrangement:
         piece = self.pieces[name]
         parts = [tensors[source].float() for source in piece.sources]
         tensor = (parts[0] if len(parts) == 1 else torch.cat(parts))[piece.start : piece.stop]
-        if self.arch in ROPE_IN_PAIRS and not self.family.rope_in_pairs and (heads := self._split.rotary_heads(name, self.widths)):
+        if self.arch in ROPE_IN_PAIRS and (heads := self._split.rotary_heads(name, self.widths)):
             tensor = in_pairs(tensor, heads)
         if self.family.is_norm(name):
             tensor = tensor + self.family.norm_offset

@@ -177,9 +177,6 @@ class LayerAdapter:
     def decoder_name(self) -> str:
         return f"{self.family.decoder}."
 
-    def embedding_name(self) -> str:
-        return f"{self.family.decoder}.{self.family.embedding}."
-
     def is_output_bias(self, name: str) -> bool:
         """Whether this is the name of a bias of an output projection, which only a recovery or the config's flags give."""
         return name.endswith((f".{self.family.attention_output}.bias", f".{self.family.mlp_output}.bias"))

@@ -66,7 +66,6 @@ class Family:
     logits_divisor: str | None = None
     logits_softcap: str | None = None
     sparse_rope: str | None = None
-    rope_in_pairs: bool = False  # it turns neighbouring dimensions of a head, and not its two halves
     begins_text: bool = False
     activation: str = "silu"  # its feed-forward part's, as llama.cpp computes it
     heads_divide_hidden: bool = False  # its config class takes no other number of heads
@@ -100,7 +99,7 @@ _GEMMA = partial(
     activation="gelu_pytorch_tanh",
     heads_divide_hidden=True,
 )
-_GLM = partial(Family, channel_inputs=("gate_up_proj",), o_bias=False, rope_in_pairs=True)
+_GLM = partial(Family, channel_inputs=("gate_up_proj",), o_bias=False)
 _NORMS_AFTER = {
     "attention_norm": None,
     "attention_post_norm": "post_attention_layernorm",

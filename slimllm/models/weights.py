@@ -27,15 +27,8 @@ INDEX = "model.safetensors.index.json"
 TEXT_MODEL = "language_model."  # in the names of the text model's tensors, in a model of text and images
 PIECE = 16 << 20  # numbers of a tensor that are read at once
 ROWS = 4096  # of a .gguf tensor that are dequantized at once
-ROPE_IN_PAIRS = (
-    "llama",
-    "deci",
-    "smollm3",
-    "mistral3",
-    "granite",
-    "chatglm",
-    "glm4",
-)  # GGUF architectures that turn neighbouring dimensions; transformers turns the two halves of a head
+# GGUF architectures that turn neighbouring dimensions of a head where transformers turns its two halves
+ROPE_IN_PAIRS = ("llama", "deci", "smollm3", "mistral3", "granite")
 
 
 class Tensors:
@@ -224,7 +217,7 @@ class GgufTensors:
         family, heads = self._adapter.family, self._adapter.rotary_heads(name, self._widths)
         if family.norm_offset and family.is_norm(name):
             tensor -= family.norm_offset  # the file holds what multiplies
-        return from_pairs(tensor, heads) if self._arch in ROPE_IN_PAIRS and heads and not family.rope_in_pairs else tensor
+        return from_pairs(tensor, heads) if self._arch in ROPE_IN_PAIRS and heads else tensor
 
 
 def in_pairs(tensor: torch.Tensor, heads: int) -> torch.Tensor:
