@@ -27,10 +27,11 @@ def test_a_gguf_file_on_a_gpu_is_pruned_in_bfloat16_where_there_is_it(gpu):
 
 
 @pytest.mark.parametrize("fast, wanted", [(True, torch.bfloat16), (False, torch.float32)])
-def test_float16_is_not_evaluated_on_a_cpu(fast, wanted, monkeypatch):
+@pytest.mark.parametrize("own", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_cpu_evaluates_in_what_it_is_fast_in(own, fast, wanted, monkeypatch):
     monkeypatch.setattr(device, "cpu_is_fast_in_bfloat16", lambda: fast)
-    assert evaluation_dtype(torch.float16, CPU) == wanted == evaluation_dtype(torch.float32, CPU)
-    assert evaluation_dtype(torch.float16, GPU) == torch.float16
+    assert evaluation_dtype(own, CPU) == wanted == training_dtype(CPU, own)
+    assert evaluation_dtype(own, GPU) == own
 
 
 @pytest.mark.parametrize("name, said", [("mps", "Apple's GPU has no float64"), ("mps:0", "use cpu"), ("gpu", "no such device here")])

@@ -31,7 +31,12 @@ class EvalConfig:
 
     model: str | None = flag("model", "checkpoint folder, dense or pruned, hub name or .gguf file", positional=True, nargs="?")
     adapter: str | None = flag("model", "LoRA adapter to apply: OUTPUT_DIR/adapter of post_training.py")
-    dtype: str = flag("model", "dtype of the weights; auto: the checkpoint's own, or bfloat16 on a CPU fast in it", "auto", choices=DTYPES)
+    dtype: str = flag(
+        "model",
+        "dtype of the weights; auto: the checkpoint's own on a GPU; on a CPU bfloat16 where that is fast, else float32",
+        "auto",
+        choices=DTYPES,
+    )
     device: str = flag("model", "where to evaluate; auto takes a GPU if there is one", "auto")
 
     tmp_dir: str | None = flag("model", "folder for activations that do not fit in memory, in bfloat16 [TMPDIR, or the system's]")
