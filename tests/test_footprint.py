@@ -20,7 +20,7 @@ def test_the_predicted_peak_is_that_of_the_run(name, tmp_path):
     (tmp_path / "model").mkdir()
     write_random_model(tmp_path / "model", dict(SHAPES[name], num_hidden_layers=2))
     flags = ["--base_model", "model", "--calibration", "model/calibration.safetensors", "--eval_data", "none", "--pruning_ratio", 0.25]
-    flags += ["--recovery", "least_squares", "--dtype", "bfloat16"]
+    flags += ["--recovery", "least_squares", *(["--dtype", "bfloat16"] if name == "nothing weighs much" else [])]
     said = run_cli(*flags, "--dry_run", cwd=tmp_path).stdout
     done = run_cli(*flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -120,15 +120,13 @@ def _layer_peak(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig, 
     """While a layer is pruned: itself, the next one as it is stored, activations, and the largest step of its feed-forward part."""
     layer = _layer_bytes(shape, sizes)
     hidden, channels = shape.hidden, shape.channels
-    least = min(p.channels for p in plans)
-    kept = (channels + least) // 2  # layers that matter more keep more
-    fits = config.recovery in NEEDS_INPUT_COVARIANCE and least < channels
+    fits = config.recovery in NEEDS_INPUT_COVARIANCE and any(p.channels < channels for p in plans)
     batch = min(TOKENS_PER_BATCH, sizes.tokens)
     cast = sizes.compute != 4  # a copy in float32
     covariance = 4 * channels**2 if fits else 0
     running = batch * channels * (2 * sizes.compute + 4 * (2 + cast))
     choosing = 4 * hidden * channels * (3 * cast + 2) + 4 * 4 * hidden**2
-    fitting = 4 * (kept**2 + 4 * kept * hidden) if fits else 4 * kept * hidden
+    fitting = 4 * channels * (channels + 4 * hidden if fits else hidden)  # the layer that matters most keeps nearly all of them
     recovering = 4 * hidden * channels * (1 + cast) + fitting
     step = covariance + 4 * hidden**2 + max(running, choosing, recovering)
     return layer + layer // sizes.compute * sizes.stored + min(_room(layer), _activations(shape, sizes)) + step
