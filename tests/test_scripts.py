@@ -1,48 +1,129 @@
-"""The scripts that run a whole grid, on a tiny model."""
+"""The scripts that run a whole grid, with a stand-in for the interpreter: it notes what it is to run, and leaves what that would leave.
 
-import json
+The programs themselves are tested elsewhere; here their parsers read every command line that a script makes.
+"""
+
 import os
+import shlex
 import shutil
 import subprocess
 
 import pytest
 
-from tests.conftest import ROOT, make_model
-from tests.test_post_training import ROWS as TRAINING_ROWS
-from tests.test_zero_shot import NUMBER, ROWS
+from slimllm import cli
+from slimllm.commands import COMMANDS
+from slimllm.pruning.config import PruneConfig
+from slimllm.pruning.config import build_parser as prune_parser
+from slimllm.training.config import TrainConfig
+from slimllm.training.config import build_parser as train_parser
+from tests.conftest import ROOT
 
-FOLDERS = ("prune_log", "tune_log", "eval_log")
+STAND_IN = """#!/bin/bash
+if [ "$1" = - ]; then echo embedded.gguf && exit; fi  # asked where the embedded model is
+if [ "$2" = pip ]; then exit; fi
+printf '%q ' "$@" >> calls.txt && echo >> calls.txt
+while [ $# -gt 0 ]; do
+    case "$1" in
+    --save_ckpt_log_name) made="prune_log/$2" ;;
+    --prune_model) made="tune_log/$(basename "$2")" ;;
+    esac
+    shift
+done
+if [ -n "$made" ]; then
+    mkdir -p "$made/merged" "$made/adapter"
+    touch "$made/pruning.json" "$made/merged/pruning.json" "$made/post_training.json" "$made/adapter/adapter_config.json"
+fi
+"""
 
 
 @pytest.fixture
-def name():
-    """A prefix for what the scripts write below the repository, removed afterwards."""
-    name = f"test-{os.getpid()}"
-    yield name
-    for folder in FOLDERS:
-        for path in (ROOT / folder).glob(f"{name}*"):
-            shutil.rmtree(path)
+def calls(tmp_path, monkeypatch):
+    """``calls(script, *arguments, **environment)``: the commands that a script runs, each a list of words that its program understands."""
+    shutil.copytree(ROOT / "script", tmp_path / "script")
+    for file in ("requirement.txt", "tests/requirement.txt", ".venv/bin/python"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(STAND_IN)
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+
+    def run(script, *arguments, **environment):
+        (tmp_path / "calls.txt").unlink(missing_ok=True)
+        command = ["bash", f"script/{script}.sh", *arguments]
+        done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        found = [shlex.split(line) for line in (tmp_path / "calls.txt").read_text().splitlines()]
+        for words in found:
+            understand(words)
+        return found
+
+    return run
 
 
-def test_paper_tables(tiny_folder, tmp_path, name):
-    make_model(max_position_embeddings=512).save_pretrained(tiny_folder)
-    (tmp_path / "piqa.jsonl").write_text("".join(json.dumps(ROWS["piqa"](i)) + "\n" for i in range(NUMBER)))
-    (tmp_path / "rows.json").write_text(json.dumps(TRAINING_ROWS))
-    (tmp_path / "text.txt").write_text("it was the best of times, it was the worst of times. " * 60)
-    environment = {
-        **os.environ,
-        "NAME": name,
-        "EVALUATE": f"--data_dir {tmp_path} --eval_data book={tmp_path}/text.txt --max_seq_len 32",
-        "TRAIN": f"--data_path {tmp_path}/rows.json --num_epochs 1 --cutoff_len 280 --batch_size 8 --micro_batch_size 8",
-    }
-    calibration = ["--calibration", str(tmp_path / "text.txt"), "--seq_len", "32", "--num_examples", "8"]
-    command = ["bash", str(ROOT / "script" / "paper_tables.sh"), str(tiny_folder), *calibration]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    table = json.loads((ROOT / "eval_log" / name / "table.json").read_text())["rows"]
-    assert [row["Ratio"].split()[-2:] for row in table] == [["0", "%"], ["w/o", "tune"], ["w/", "tune"], ["w/o", "tune"], ["w/", "tune"]]
-    assert all(float(row["book"]) > 1 and float(row["PIQA"]) >= 0 for row in table)
-    results = {path: path.read_bytes() for path in (ROOT / "eval_log" / name).glob("*.json") if path.name != "table.json"}
-    again = subprocess.run(command, env={**environment, "TUNE": "0"}, cwd=tmp_path, capture_output=True, text=True, timeout=400)
-    assert again.returncode == 0 and again.stdout.count("0 tasks and 0 texts to do") == 3
-    assert {path: path.read_bytes() for path in results} == results
+def understand(words):
+    """Raises UserError where the program that a command line names does not take it."""
+    if words[0] == "hf_prune.py":
+        return cli.parse(prune_parser(), PruneConfig, words[1:])
+    if words[0] == "post_training.py":
+        return cli.parse(train_parser(), TrainConfig, words[1:])
+    assert words[:2] == ["-m", "slimllm"]
+    command = COMMANDS[words[2]]
+    return cli.parse(command.parser(words[2]), command.load()[0], words[3:])
+
+
+def programs(found):
+    return [words[2] if words[0] == "-m" else words[0] for words in found]
+
+
+def following(words, name):
+    return words[words.index(name) + 1]
+
+
+def test_paper_tables(calls):
+    grid = dict(TRAIN="--data_path rows.json --num_epochs 1", EVALUATE="--eval_data text.txt --max_seq_len 32")
+    found = calls("paper_tables", "models/small", "--calibration", "text.txt", **grid)
+    a_setting = ["hf_prune.py", "evaluate", "post_training.py", "evaluate"]
+    assert programs(found) == ["evaluate", *a_setting, *a_setting, "report"]
+    assert [following(words, "--pruning_ratio") for words in found if words[0] == "hf_prune.py"] == ["0.25", "0.55"]
+    names = ["dense", "small_20", "small_20_tuned", "small_50", "small_50_tuned"]
+    assert found[-1][3:] == [*(f"eval_log/small/{name}.json" for name in names), "--output", "eval_log/small"]
+    for words in found:
+        wanted = {"hf_prune.py": "--calibration text.txt", "post_training.py": "--num_epochs 1", "evaluate": "--max_seq_len 32"}
+        assert wanted.get(programs([words])[0], "") in " ".join(words)
+    assert found[4][3] == "prune_log/small_20" and following(found[4], "--adapter") == "tune_log/small_20/adapter"
+    again = calls("paper_tables", "models/small", "--calibration", "text.txt", **grid, TUNE="0")
+    assert programs(again) == ["evaluate"] * 3 + ["report"]
+
+
+def test_compare_distils_and_trains_once_per_model_and_seed(calls):
+    grid = dict(TUNE="rows.json", TRAIN="--num_epochs 1", CALIBRATION="books")
+    found = calls("compare", "models/small.gguf", "--seed", "6", "--eval_limit", "5", **grid)
+    assert programs(found) == ["hf_prune.py", "post_training.py"] * 2 + ["compare"]
+    flags = dict(recipe="distilled", target_sparsity="0.50", seed="6", calibration="books")
+    assert all(following(found[2], f"--{name}") == value for name, value in flags.items())
+    assert following(found[3], "--prune_model") == "prune_log/compare_small_seed6_distilled_50"
+    assert following(found[3], "--data_path") == "rows.json" and following(found[3], "--num_epochs") == "1"
+    assert following(found[4], "--also") == "distilled and LoRA, 20 %=tune_log/compare_small_seed6_distilled_20/merged"
+    assert calls("compare", "models/small.gguf", "--seed", "6", "--eval_limit", "5", **grid) == found[4:]
+    assert len(calls("compare", "models/small.gguf", **grid)) == 5  # another seed
+    assert programs(calls("compare", "models/small.gguf", CALIBRATION="books")) == ["compare"]
+
+
+def test_ablation(calls):
+    (words,) = calls("ablation", "--eval_limit", "3")
+    assert words[2:] == ["ablation", "--base_model", "embedded.gguf", "--eval_limit", "3"]
+
+
+def test_the_first_command_shows_both_recipes_on_the_same_tokens(calls):
+    found = calls("llama_prune")
+    assert programs(found) == ["hf_prune.py"] * 4 + ["report"]
+    assert [(following(words, "--recipe"), following(words, "--target_sparsity")) for words in found[:4]] == [
+        ("paper", "0.2"),
+        ("paper", "0.5"),
+        ("best", "0.2"),
+        ("best", "0.5"),
+    ]
+    assert following(found[3], "--calibration") == "prune_log/llama_prune_best_20/calibration.safetensors"
+    assert found[-1][3:] == [f"prune_log/llama_prune_{run}" for run in ("paper_20", "paper_50", "best_20", "best_50")]
+    ratios = [following(words, "--pruning_ratio") for words in calls("vicuna_prune", "models/vicuna")[:2]]
+    assert ratios == ["0.25", "0.55"]
+    assert programs(calls("llama_prune", "models/small", "--target_sparsity", "0.3")) == ["hf_prune.py"]
