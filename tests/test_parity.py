@@ -1,14 +1,15 @@
-"""The package against what the paper's published code decided on the real model, recorded in a folder beside the repository.
+"""The package against what the paper's published code decided on the real model.
 
-Where that is absent, the plain transcription of the equations (slimllm/experiments/plain.py) decides instead, on the same
-model and on tokens of the Python manual.
+``published/ratio*.safetensors`` hold that code's decisions at its two settings, recorded by running it in float32 on a CPU: which heads
+[layers, heads] and channels [layers, channels] it keeps of which model, the layers' cosines, the calibration tokens that it saw, and the
+perplexity of the pruned model on the first 64 blocks of WikiText-2's test split.
 """
 
-import json
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 from slimllm.data import texts
 from slimllm.evaluation.perplexity import perplexity
@@ -18,10 +19,9 @@ from slimllm.models.adapter import with_multi_head_attention
 from slimllm.models.shape import shape_of
 from slimllm.pruning import pipeline
 from slimllm.pruning.allocation.plan import Kept, LayerPlan
-from tests.conftest import ROOT, make_config
+from tests.conftest import make_config
 
-PARITY = ROOT.parent / "shared" / "parity"
-CASES = {"025": dict(pruning_ratio=0.25, pruned_layers=24, alpha=10.0), "055": dict(pruning_ratio=0.55, pruned_layers=28, alpha=7.0)}
+PUBLISHED = sorted((Path(__file__).parent / "published").glob("*.safetensors"))
 
 
 def dense(folder):
@@ -33,19 +33,15 @@ def manual_ids(folder, samples, length=128):
     return texts.blocks_of(text, loading.load_tokenizer(str(folder)), length, limit=samples)
 
 
-@pytest.fixture(scope="module", params=CASES)
-def published(request, smollm2):
-    """(settings, calibration ids, eval ids, cosines, {layer: (heads, channels)}, perplexity) as decided by others."""
-    settings = CASES[request.param]
-    record = PARITY / f"smollm2_mha_ratio{request.param}.json"
-    if record.is_file():
-        found, tensors = json.loads(record.read_text()), load_file(record.with_suffix(".safetensors"))
-        kept = {int(i): (layer["heads"], layer["channels"]) for i, layer in found["layers"].items()}
-        return settings, tensors["calibration_ids"], tensors["eval_ids"], found["layer_cosine"], kept, found["eval_ppl"]
-    ids = manual_ids(smollm2, 96)
-    model = dense(smollm2)
-    cosine, kept = plain.prune(model, ids[:32], **settings)
-    return settings, ids[:32], ids[32:], cosine, kept, perplexity(model, ids[32:])
+@pytest.fixture(scope="module", params=PUBLISHED, ids=lambda path: path.stem)
+def published(request):
+    """(settings, calibration ids, eval ids, cosines, {layer: (heads, channels)}, perplexity)"""
+    with safe_open(request.param, "pt") as file:
+        found, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    settings = {name: number(about[name]) for name, number in (("pruning_ratio", float), ("pruned_layers", int), ("alpha", float))}
+    kept = {i: tuple(mask.nonzero().flatten().tolist() for mask in masks) for i, masks in enumerate(zip(found["heads"], found["channels"]))}
+    tokens = (found["calibration_ids"].long(), found["eval_ids"].long())
+    return settings, *tokens, found["layer_cosine"].tolist(), kept, float(found["eval_perplexity"])
 
 
 def check_channels_and_perplexity(model, reports, kept, folder, ids, eval_ids, expected):
@@ -61,15 +57,15 @@ def check_channels_and_perplexity(model, reports, kept, folder, ids, eval_ids, e
         model = dense(folder)
         shape = shape_of(model.config)
         whole = (list(range(shape.heads)), list(range(shape.channels)))
-        plans = [plan_of(shape, *kept.get(index, whole)) for index in range(shape.layers)]
+        exactly = [kept.get(index, whole) for index in range(shape.layers)]
+        plans = [plan_of(shape, *chosen, Kept(chosen[0], *chosen)) for chosen in exactly]
         pipeline.prune(model, ids, make_config(layers=30, recovery="linear"), plans=plans)
     assert perplexity(model, eval_ids) == pytest.approx(expected, rel=1e-3)
 
 
-def plan_of(shape, heads, channels):
-    """A plan that keeps exactly these heads and channels of a multi-head layer."""
-    ratio = 1 - len(channels) / shape.channels
-    return LayerPlan(ratio, len(heads), len(heads), len(channels), kept=Kept(list(heads), list(heads), list(channels)))
+def plan_of(shape, heads, channels, kept=None):
+    """A plan that keeps as many heads and channels of a multi-head layer, by their importance or, where given, those ``kept``."""
+    return LayerPlan(1 - len(channels) / shape.channels, len(heads), len(heads), len(channels), kept=kept)
 
 
 def test_the_published_decisions(published, smollm2):
@@ -86,14 +82,15 @@ def test_least_squares_beats_the_published_recovery(published, smollm2):
     """At the same kept parameters and the same calibration tokens."""
     settings, ids, eval_ids, _, kept, published_perplexity = published
     model = dense(smollm2)
-    reports = pipeline.prune(model, ids, make_config(layers=30, recovery="least_squares", **settings))
+    plans = [plan_of(shape_of(model.config), *kept[index]) for index in range(30)]
+    reports = pipeline.prune(model, ids, make_config(layers=30, recovery="least_squares"), plans=plans)
     assert all(len(reports[i].channels) == len(channels) and len(reports[i].heads) == len(heads) for i, (heads, channels) in kept.items())
     bound = {0.25: 0.87, 0.55: 0.80}[settings["pruning_ratio"]]
     assert perplexity(model, eval_ids) <= bound * published_perplexity
 
 
 def test_the_plain_transcription_decides_the_same_on_the_real_model(smollm2):
-    """A small case that runs whether or not the recorded decisions are at hand."""
+    """On other text, at another ratio."""
     ids = manual_ids(smollm2, 6)
     twin, model = dense(smollm2), dense(smollm2)
     cosine, kept = plain.prune(twin, ids, 0.4, 4, 10.0)
