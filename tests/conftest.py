@@ -258,7 +258,7 @@ def run_cli(*args, cwd, env=None, timeout=600):
 @pytest.fixture(scope="session")
 def run(gguf_file, tmp_path_factory):
     """One run from the .gguf file with no network and nothing named but the amount. Returns (folder, record, stdout)."""
-    flags = ("--base_model", gguf_file, "--target_sparsity", 0.2, "--num_examples", 8, "--eval_limit", 16, "--save_ckpt_log_name", "real")
+    flags = ("--base_model", gguf_file, "--target_sparsity", 0.2, "--num_examples", 8, "--eval_limit", 8, "--save_ckpt_log_name", "real")
 
     def make(home):
         done = run_cli(*flags, cwd=home, env={"HF_DATASETS_CACHE": str(home / "no data sets")})

@@ -14,6 +14,7 @@ from slimllm.data import calibration, texts
 from slimllm.evaluation.perplexity import perplexity
 from slimllm.models import loading
 from slimllm.training.distillation import Teacher, distil
+from slimllm.utils.device import cpu_is_fast_in_bfloat16
 from tests.conftest import ROOT
 
 
@@ -32,23 +33,24 @@ def test_without_network_calibration_and_evaluation_are_named(run):
 
 
 def test_peak_memory_is_at_most_a_gigabyte(run):
-    """The interpreter and its libraries included; the model in float32 would be half of it."""
+    """The interpreter and its libraries included. Where bfloat16 is slow the model is in float32 while it writes its samples."""
     _, record, _ = run
-    assert record["peak_memory"]["cpu_bytes"] <= 1e9
+    more = 0 if cpu_is_fast_in_bfloat16() else 2 * record["parameters"]["dense"]
+    assert record["peak_memory"]["cpu_bytes"] <= 1e9 + more
 
 
 def test_the_pruned_model_still_works(run, smollm2):
     folder, record, _ = run
     (figure,) = record["evaluation"]
     assert figure["dense"] < figure["pruned"] < 4 * figure["dense"]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.get_vocab() == loading.load_tokenizer(str(smollm2)).get_vocab() and tokenizer.chat_template
     inputs = tokenizer("The capital of France is", return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     assert output.shape[1] == inputs.input_ids.shape[1] + 8
     (text,) = texts.load_texts(("python_manual",))
-    blocks = texts.blocks_of(text, tokenizer, 128, limit=16)
+    blocks = texts.blocks_of(text, tokenizer, 128, limit=figure["blocks"])
     assert perplexity(model, blocks) == pytest.approx(figure["pruned"], rel=0.02)
 
 
@@ -100,17 +102,17 @@ print(memory.peak_memory()["cpu_bytes"])
 
 
 def test_memory_does_not_grow_with_the_number_of_samples(smollm2, tmp_path):
-    """The first two layers of the real model, so that hundreds of samples take seconds; less model makes the bound stricter.
+    """The first layer of the real model, so that hundreds of samples take seconds; less model makes the bound stricter.
 
     From 128 samples on, the activations fill what they may take of the memory.
     """
     model = loading.load_model(str(smollm2), torch.float32)
-    model.model.layers = model.model.layers[:2]
-    model.config.num_hidden_layers = 2
-    model.save_pretrained(tmp_path / "two")
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    model.save_pretrained(tmp_path / "one")
     peaks = []
     for samples in (128, 320):
-        done = subprocess.run([sys.executable, "-c", PEAK, tmp_path / "two", str(samples)], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", PEAK, tmp_path / "one", str(samples)], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         peaks.append(int(done.stdout.split()[-1]))
     assert peaks[1] <= 1.1 * peaks[0], peaks
@@ -137,20 +139,20 @@ def test_post_training_lowers_the_perplexity_of_held_out_text(run, tmp_path):
     """The Python manual: its beginning for training, what follows for the figures; one short epoch on the pruned real model."""
     folder, _, _ = run
     (text,) = texts.load_texts(("python_manual",))
-    parts = [text.text[i : i + 400] for i in range(0, 48_000, 400)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in parts[:64]))
-    (tmp_path / "later.txt").write_text("".join(parts[96:112]))
+    parts = [text.text[i : i + 400] for i in range(0, 42_000, 400)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in parts[:36]))
+    (tmp_path / "later.txt").write_text("".join(parts[96:104]))
     flags = [
         "--prune_model",
         folder,
         "--data_path",
         tmp_path / "rows.jsonl",
         "--val_set_size",
-        8,
+        4,
         "--extra_val_dataset",
         "later=later.txt",
     ]
-    flags += ["--batch_size", 8, "--micro_batch_size", 8, "--cutoff_len", 64, "--num_epochs", 1, "--learning_rate", "1e-3"]
+    flags += ["--batch_size", 4, "--micro_batch_size", 4, "--cutoff_len", 64, "--num_epochs", 1, "--learning_rate", "1e-3"]
     done = subprocess.run(
         [sys.executable, ROOT / "post_training.py", *map(str, flags), "--output_dir", "out"], cwd=tmp_path, capture_output=True, text=True
     )
@@ -167,5 +169,5 @@ def test_distillation_brings_the_pruned_model_nearer_to_the_dense_one(run, smoll
     (text,) = texts.load_texts(("python_manual",))
     blocks = texts.blocks_of(text, loading.load_tokenizer(str(smollm2)), 48, limit=32)
     student = loading.load_model(str(folder), torch.float32)
-    found = distil(student, Teacher(loading.open_source(str(smollm2), torch.float32), blocks), "all")
+    found = distil(student, Teacher(loading.open_source(str(smollm2), torch.float32), blocks), "all", epochs=2, learning_rate=1e-4)
     assert found.kept and found.held_out == 8 and found.after < 0.95 * found.before
