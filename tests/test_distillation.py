@@ -50,6 +50,13 @@ def test_the_divergence_falls_and_the_parameters_are_those_that_are_named(case, 
     assert {name: (p.shape, p.dtype) for name, p in model.named_parameters()} == {n: (p.shape, p.dtype) for n, p in before.items()}
 
 
+@pytest.mark.parametrize("mode", ["scales", "all"])
+def test_a_bfloat16_model_is_trained_in_what_the_teacher_computes_in(mode):
+    dense, model = make_model().bfloat16(), pruned().bfloat16()
+    found = distil(model, Teacher(dense, make_ids(48)), mode, 4, 3e-3)
+    assert found.kept and {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
 def test_scales_are_one_factor_per_input_column_of_the_output_projections():
     dense, model = make_model(), pruned()
     before = copy.deepcopy(model)

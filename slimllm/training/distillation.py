@@ -108,7 +108,7 @@ def distil(
     train, rest = numbers[:-held_out], numbers[-held_out:]
     batches = [part for epoch in range(epochs) for part in _shuffled(train, seed + epoch).split(BATCH_SAMPLES)]
     home = next(student.parameters()).device
-    with _trainable(student.to(teacher.device), mode) as parameters:
+    with _trainable(student.to(teacher.device), mode, teacher.dtype) as parameters:
         loss = _Loss(student, teacher)
         before = loss.mean(rest)
         learning_rate = learning_rate or _default_rate(mode, student.config.hidden_size, before)
@@ -170,8 +170,11 @@ def trained_names(model, mode: str) -> list[str]:
 
 
 @contextmanager
-def _trainable(model, mode: str):
-    """The parameters to train, in float32; afterwards all are as they were in dtype, and the scales are folded into the weights."""
+def _trainable(model, mode: str, compute: torch.dtype):
+    """The parameters to train, in float32, as are the others where that is what the model ``compute``s in.
+
+    Afterwards all are as they were in dtype, and the scales are folded into the weights.
+    """
     adapter, hooks, scales = LayerAdapter(model.config), [], []
     flags = [(parameter, parameter.requires_grad, parameter.dtype) for parameter in model.parameters()]
     model.requires_grad_(False)
@@ -182,8 +185,9 @@ def _trainable(model, mode: str):
             scale = nn.Parameter(torch.ones(block.output.in_features, device=block.output.weight.device))
             scales.append((block.output, scale))
             hooks.append(block.output.register_forward_pre_hook(lambda _, args, scale=scale: (args[0] * scale,)))
-    for parameter in chosen:
+    for parameter in model.parameters() if compute == torch.float32 else chosen:
         parameter.data = parameter.data.float()
+    for parameter in chosen:
         parameter.requires_grad_()
     try:
         yield [*chosen, *(scale for _, scale in scales)]
