@@ -19,12 +19,14 @@ also=()
 if [ -n "${TUNE:-}" ]; then
     seed="$(sed -nE 's/.* --seed[ =]([0-9]+).*/\1/p' <<< " $*")"
     name="$(basename "$model")"
+    tokens=("${calibration[@]}")
     for share in 20 50; do
         run="${NAME:-compare_${name%.gguf}_seed${seed:=42}}_distilled_$share"
         if [ ! -f "prune_log/$run/pruning.json" ]; then
             "$python" hf_prune.py --base_model "$model" --recipe distilled --target_sparsity "0.$share" --eval_data none \
-                --seed "$seed" --save_ckpt_log_name "$run" "${calibration[@]}"
+                --seed "$seed" --save_ckpt_log_name "$run" "${tokens[@]}"
         fi
+        tokens=(--calibration "prune_log/$run/calibration.safetensors") # what the model wrote once, it need not write again
         if [ ! -f "tune_log/$run/merged/pruning.json" ]; then
             "$python" post_training.py --prune_model "prune_log/$run" --data_path "$TUNE" --merge --extra_val_dataset none \
                 --overwrite "${train[@]}"

@@ -98,7 +98,9 @@ def test_compare_distils_and_trains_once_per_model_and_seed(calls):
     grid = dict(TUNE="rows.json", TRAIN="--num_epochs 1", CALIBRATION="books")
     found = calls("compare", "models/small.gguf", "--seed", "6", "--eval_limit", "5", **grid)
     assert programs(found) == ["hf_prune.py", "post_training.py"] * 2 + ["compare"]
-    flags = dict(recipe="distilled", target_sparsity="0.50", seed="6", calibration="books")
+    assert following(found[0], "--calibration") == "books"
+    written = "prune_log/compare_small_seed6_distilled_20/calibration.safetensors"
+    flags = dict(recipe="distilled", target_sparsity="0.50", seed="6", calibration=written)
     assert all(following(found[2], f"--{name}") == value for name, value in flags.items())
     assert following(found[3], "--prune_model") == "prune_log/compare_small_seed6_distilled_50"
     assert following(found[3], "--data_path") == "rows.json" and following(found[3], "--num_epochs") == "1"
