@@ -18,10 +18,11 @@ if [ -n "${CALIBRATION:-}" ]; then calibration=(--calibration "$CALIBRATION"); f
 also=()
 if [ -n "${TUNE:-}" ]; then
     seed="$(sed -nE 's/.* --seed[ =]([0-9]+).*/\1/p' <<< " $*")"
-    name="$(basename "$model")"
+    seed="${seed:-42}" # the default of all programs
+    name="$(basename "$model" .gguf)"
     tokens=("${calibration[@]}")
     for share in 20 50; do
-        run="${NAME:-compare_${name%.gguf}_seed${seed:=42}}_distilled_$share"
+        run="${NAME:-compare_${name}_seed$seed}_distilled_$share"
         if [ ! -f "prune_log/$run/pruning.json" ]; then
             "$python" hf_prune.py --base_model "$model" --recipe distilled --target_sparsity "0.$share" --eval_data none \
                 --seed "$seed" --save_ckpt_log_name "$run" "${tokens[@]}"

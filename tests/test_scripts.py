@@ -12,10 +12,8 @@ import pytest
 
 from slimllm import cli
 from slimllm.commands import COMMANDS
-from slimllm.pruning.config import PruneConfig
-from slimllm.pruning.config import build_parser as prune_parser
-from slimllm.training.config import TrainConfig
-from slimllm.training.config import build_parser as train_parser
+from slimllm.pruning import config as pruning
+from slimllm.training import config as training
 from tests.conftest import ROOT
 
 STAND_IN = """#!/bin/bash
@@ -42,8 +40,8 @@ def calls(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "script", tmp_path / "script")
     for file in ("requirement.txt", "tests/requirement.txt", ".venv/bin/python"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).write_text(STAND_IN)
-    (tmp_path / ".venv/bin/python").chmod(0o755)
+        (tmp_path / file).touch(0o755)
+    (tmp_path / ".venv/bin/python").write_text(STAND_IN)
     monkeypatch.chdir(tmp_path)
 
     def run(script, *arguments, **environment):
@@ -62,9 +60,9 @@ def calls(tmp_path, monkeypatch):
 def understand(words):
     """Raises UserError where the program that a command line names does not take it."""
     if words[0] == "hf_prune.py":
-        return cli.parse(prune_parser(), PruneConfig, words[1:])
+        return pruning.parse_args(words[1:])
     if words[0] == "post_training.py":
-        return cli.parse(train_parser(), TrainConfig, words[1:])
+        return training.parse_args(words[1:])
     assert words[:2] == ["-m", "slimllm"]
     command = COMMANDS[words[2]]
     return cli.parse(command.parser(words[2]), command.load()[0], words[3:])
@@ -108,6 +106,8 @@ def test_compare_distils_and_trains_once_per_model_and_seed(calls):
     assert calls("compare", "models/small.gguf", "--seed", "6", "--eval_limit", "5", **grid) == found[4:]
     assert len(calls("compare", "models/small.gguf", **grid)) == 5  # another seed
     assert programs(calls("compare", "models/small.gguf", CALIBRATION="books")) == ["compare"]
+    named = calls("compare", "models/small.gguf", **grid, NAME="mine")
+    assert following(named[0], "--seed") == "42" and following(named[0], "--save_ckpt_log_name") == "mine_distilled_20"
 
 
 def test_ablation(calls):
