@@ -11,7 +11,7 @@ import sys
 import types
 import typing
 from contextlib import contextmanager
-from dataclasses import MISSING, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 
 from .errors import UserError, nearest
 
@@ -50,6 +50,11 @@ def check_range(settings, name: str, low: float, high: float = math.inf, right_o
         least = f"above {low:g}" if left_open else f"at least {low:g}"
         bound = f"a finite number, {least}" if high == math.inf else f"from {low:g} to {'below ' if right_open else ''}{high:g}"
         raise UserError(f"--{name} {value}: must be {bound if not math.isfinite(value) or high != math.inf else least}")
+
+
+@dataclass
+class NoSettings:
+    """Settings of a program that has none."""
 
 
 class _Parser(argparse.ArgumentParser):

@@ -104,6 +104,6 @@ COMMANDS = {
         "[flags]",
         "How much faster the package prunes than a plain transcription of the paper's equations.",
     ),
-    "families": Command("commands.families", "FamiliesConfig", "", "The supported model families, as Markdown: docs/families.md."),
-    "flags": Command("commands.flags", "FlagsConfig", "", "Every flag of every program, as Markdown."),
+    "families": Command("commands.families", "NoSettings", "", "The supported model families, as Markdown: docs/families.md."),
+    "flags": Command("commands.flags", "NoSettings", "", "Every flag of every program, as Markdown."),
 }

@@ -122,15 +122,8 @@ def evaluate(config: EvalConfig) -> dict:
             started = time.perf_counter()
             source = file_hash(zero_shot.local_file(name, config.data_dir)) if config.data_dir else "hub"
             scores = zero_shot.score(model, tokenizer, name, config.data_dir, config.limit)
-            reported = zero_shot.TASKS[name].reported
-            seconds = round(time.perf_counter() - started, 1)
-            results["tasks"][name] = {
-                **scores,
-                "reported": reported,
-                "limited": config.limit is not None,
-                "data": source,
-                "seconds": seconds,
-            }
+            reported, seconds = scores["reported"], round(time.perf_counter() - started, 1)
+            results["tasks"][name] = {**scores, "data": source, "seconds": seconds}
             log.info("%s: %s %.4f (%d questions, %.0f s)", name, reported, scores["metrics"][reported], scores["questions"], seconds)
             _save(results, output)
     return results

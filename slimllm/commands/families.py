@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
+from ..cli import NoSettings
 from ..models.families import FAMILIES, UNSUPPORTED, Family
 from ..models.shape import HEADS_FILL_HIDDEN
 
 log = logging.getLogger("slimllm")
-
-
-@dataclass
-class FamiliesConfig:
-    """There is nothing to set."""
 
 
 def _llama_cpp(family: Family) -> str:
@@ -52,5 +47,5 @@ def families_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def run(settings: FamiliesConfig) -> None:
+def run(settings: NoSettings) -> None:
     log.info("%s", families_page().rstrip("\n"))

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-from dataclasses import dataclass
 
 from .. import cli
+from ..cli import NoSettings
 from ..pruning import config as pruning
 from ..training import config as training
 from . import COMMANDS
 
 log = logging.getLogger("slimllm")
-
-
-@dataclass
-class FlagsConfig:
-    """There is nothing to set."""
 
 
 def parsers() -> list[argparse.ArgumentParser]:
@@ -48,5 +43,5 @@ def _name(action: argparse.Action) -> str:
     return f"`{action.option_strings[0]}{values}{' ...' if action.nargs in ('+', '*') else ''}`"
 
 
-def run(settings: FlagsConfig) -> None:
+def run(settings: NoSettings) -> None:
     log.info("%s", flags_page().rstrip("\n"))

@@ -110,7 +110,8 @@ def score(model, tokenizer, name: str, data_dir: str | None = None, limit: int |
     """One task in full, or its first ``limit`` questions.
 
     Returns:
-        {"metrics": {"acc": .., "acc_stderr": .., ...}, "questions": how many, "version": of lm-eval's definition}.
+        {"metrics": {"acc": .., "acc_stderr": .., ...}, "questions": how many, "version": of lm-eval's definition, "reported": the
+        metric that the paper reports, "limited": whether ``limit`` was given}.
     Raises:
         UserError: the task's data cannot be had or does not have the hub's schema.
     """
@@ -137,6 +138,8 @@ def score(model, tokenizer, name: str, data_dir: str | None = None, limit: int |
         "metrics": {key: value for key, value in wanted.items() if isinstance(value, int | float)},
         "questions": found["n-samples"][name]["effective"],
         "version": found["versions"][name],
+        "reported": TASKS[name].reported,
+        "limited": limit is not None,
     }
 
 

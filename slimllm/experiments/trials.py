@@ -118,12 +118,8 @@ class Bench:
 
     def scores(self, model, data_dir: str | None, tasks: tuple[str, ...], limit: int | None) -> dict:
         """Zero-shot results, by task."""
-        found = {}
         with loading.placed_for_evaluation(model, self.device):
-            for name in tasks:
-                result, reported = zero_shot.score(model, self.tokenizer, name, data_dir, limit), zero_shot.TASKS[name].reported
-                found[name] = {**result, "reported": reported, "limited": limit is not None}
-        return found
+            return {name: zero_shot.score(model, self.tokenizer, name, data_dir, limit) for name in tasks}
 
     def prune(self, trial: Trial):
         """(the pruned model, its entry of the results without the measurements).
