@@ -148,6 +148,12 @@ def test_limit(model, tiny_tokenizer, data_dir):
     assert zero_shot.score(model, tiny_tokenizer, "piqa", str(data_dir), limit=5)["questions"] == 5
 
 
+@pytest.mark.parametrize("case", ["llama_gqa", "mistral_window"])
+def test_no_bar_is_drawn_where_there_is_no_terminal(case, tiny_tokenizer, data_dir, capfd):
+    zero_shot.score(make_model(case, max_position_embeddings=256), tiny_tokenizer, "piqa", str(data_dir), limit=2)
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(
     "content, said",
     [(None, "no piqa.jsonl"), ("", "empty"), ("{\n", "line 1: not JSON"), ("[1]\n", "not a JSON object"), ('{"goal": "x"}\n', "schema")],
