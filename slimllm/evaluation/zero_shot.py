@@ -122,10 +122,11 @@ def score(model, tokenizer, name: str, data_dir: str | None = None, limit: int |
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     logging.getLogger("datasets").setLevel(logging.ERROR)
     where = f"--data_dir {data_dir}: {name}.jsonl" if data_dir else f"task {name}"
+    bars = sys.stderr if sys.stderr.isatty() else io.StringIO()  # lm-eval draws its own wherever it runs, in log files too
     with (
         tempfile.TemporaryDirectory(prefix="slimllm-") as scratch,
-        contextlib.redirect_stdout(io.StringIO()),  # lm-eval prints,
-        contextlib.redirect_stderr(io.StringIO()),  # and draws two bars for each task, in log files too
+        contextlib.redirect_stdout(io.StringIO()),  # a library prints
+        contextlib.redirect_stderr(bars),
     ):
         try:
             manager, task = _load_task(name, data_dir, Path(scratch))
@@ -157,9 +158,7 @@ def harness_model(model, tokenizer):
             longest = min(self.max_length, window_of(self.config) or self.max_length)
             pairs = [(tuple(context), tuple(continuation)) for _, context, continuation in requests]
             if self.config._attn_implementation != "sdpa" or any(len(c) + len(a) > longest for c, a in pairs):
-                with contextlib.redirect_stderr(sys.__stderr__):
-                    silent = disable_tqdm or not sys.__stderr__.isatty()
-                    return super()._loglikelihood_tokens(requests, silent, override_bs)  # one request, one row
+                return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)  # one request, one row
             return score_shares(self.model, pairs, longest, bar=not disable_tqdm)
 
     return SharedContext(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=16, softmax_dtype=torch.float32)
@@ -200,7 +199,7 @@ def score_choices(model, pairs: list[tuple[tuple, tuple]], longest: int, bar: bo
         rows.append((length, context, row))
     rows.sort(key=lambda row: -row[0])
     results: list = [None] * len(pairs)
-    with tqdm(total=len(pairs), desc="answers", leave=False, file=sys.__stderr__, disable=None if bar else True) as progress:
+    with tqdm(total=len(pairs), desc="answers", leave=False, disable=None if bar else True) as progress:
         while rows:
             count = max(1, TOKENS_PER_BATCH // rows[0][0])
             batch, rows = rows[:count], rows[count:]
