@@ -82,6 +82,15 @@ def test_the_gradient_in_pieces_is_that_of_the_whole_loss(monkeypatch):
     torch.testing.assert_close(found, model.model.layers[0].mlp.down_proj.weight.grad)
 
 
+@pytest.mark.parametrize("case", ["llama_gqa", "gemma3"])
+def test_the_default_learning_rate_is_a_share_of_the_weights_size(case):
+    """Models of small weights, such as Gemma's, were trained apart by a rate that suits large ones."""
+    model = pruned(case)
+    weights = torch.cat([w.detach().flatten() for w in model.model.layers.parameters() if w.ndim == 2])
+    found = distil(model, Teacher(make_model(case), make_ids(32)), "all")
+    assert found.learning_rate == pytest.approx(0.0026 * float(weights.square().mean().sqrt()) * found.before**0.5)
+
+
 def test_a_loss_that_does_not_fall_leaves_the_model_as_it_was(caplog):
     dense, model = make_model(), pruned()
     before = copy.deepcopy(model)

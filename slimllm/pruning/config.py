@@ -148,7 +148,7 @@ class PruneConfig:
     distill_examples: int = flag("distillation", "samples to train on, half of them calibration text and half the model's own", 512)
     distill_epochs: int = flag("distillation", "passes over them", 1)
     distill_learning_rate: float | None = flag(
-        "distillation", "peak learning rate [all: 0.3 / hidden size x root of the divergence before; scales: 0.003]"
+        "distillation", "peak learning rate [all: 0.0026 x RMS of the weights x root of the divergence before; scales: 0.003]"
     )
     slimllm: bool = flag("method", "accepted for old command lines: the method is SlimLLM unless --method says otherwise", False)
 

@@ -32,7 +32,7 @@ BATCH_SAMPLES = 8  # per optimizer step
 BATCH_TOKENS = DISTILLED_TOKENS  # that one forward pass takes at a time
 HELD_OUT = 16  # samples that are not trained on: whether training helped is measured on them
 LOSS_ROWS = DISTILLED_ROWS  # whose logits are held at a time
-SCALES_RATE, ALL_RATE, MOST_ALL_RATE = 3e-3, 0.3, 1e-3
+SCALES_RATE, ALL_RATE = 3e-3, 0.0026
 WARMUP = 0.1  # share of the steps in which the learning rate rises; then it falls, as a cosine, to zero
 LINES = 8  # that the log gets while training
 
@@ -111,7 +111,7 @@ def distil(
     with _trainable(student.to(teacher.device), mode, teacher.dtype) as parameters:
         loss = _Loss(student, teacher)
         before = loss.mean(rest)
-        learning_rate = learning_rate or _default_rate(mode, student.config.hidden_size, before)
+        learning_rate = learning_rate or _default_rate(mode, parameters, before)
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, len(batches)))
         start = [parameter.detach().clone() for parameter in parameters]
@@ -143,9 +143,15 @@ def distil(
     return Distillation(mode, len(train), held_out, epochs, learning_rate, len(batches), trained, before, after, kept)
 
 
-def _default_rate(mode: str, hidden: int, divergence: float) -> float:
-    """Less for a wider model, as Adam's steps add up over a row, and less where the model is near its aim already."""
-    return SCALES_RATE if mode == "scales" else min(ALL_RATE / hidden * math.sqrt(divergence), MOST_ALL_RATE)
+def _default_rate(mode: str, parameters: list[nn.Parameter], divergence: float) -> float:
+    """A step of Adam moves each weight by about the learning rate, so it is a share of the matrices' root mean square, which differs
+    from model to model; it is less where the model is near its aim already."""
+    if mode == "scales":
+        return SCALES_RATE
+    matrices = [parameter.detach() for parameter in parameters if parameter.ndim > 1]
+    squares = sum(float(matrix.square().sum()) for matrix in matrices)
+    size = math.sqrt(squares / sum(matrix.numel() for matrix in matrices))
+    return ALL_RATE * size * min(math.sqrt(divergence), 2.0)
 
 
 def _shuffled(numbers: torch.Tensor, seed: int) -> torch.Tensor:
