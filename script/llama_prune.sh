@@ -19,7 +19,7 @@ if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
 else
     install_embedded_model
     model="$(embedded_model)"
-    first=(--target_sparsity 0.2) second=(--target_sparsity 0.5) extra=(--eval_limit 128)
+    first=(--target_sparsity 0.2) second=(--target_sparsity 0.5) extra=(--eval_limit 32)
     if [ $# -eq 0 ]; then recipes=(paper best); fi
 fi
 
