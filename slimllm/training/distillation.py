@@ -149,8 +149,7 @@ def _default_rate(mode: str, parameters: list[nn.Parameter], divergence: float) 
     if mode == "scales":
         return SCALES_RATE
     matrices = [parameter.detach() for parameter in parameters if parameter.ndim > 1]
-    squares = sum(float(matrix.square().sum()) for matrix in matrices)
-    size = math.sqrt(squares / sum(matrix.numel() for matrix in matrices))
+    size = float(torch.nn.utils.get_total_norm(matrices)) / math.sqrt(sum(matrix.numel() for matrix in matrices))
     return ALL_RATE * size * min(math.sqrt(divergence), 2.0)
 
 
