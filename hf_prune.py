@@ -239,6 +239,7 @@ def _distil(checkpoint: Path, dtype, teacher, config, timed, sink, journal):
     else:
         with _progress(0) as progress:
             found = api.distil(student, teacher, config, progress, timed)
+        teacher.close()
         if processes.is_first():
             with atomic_file(weights) as partial:
                 save_file({name: student.get_parameter(name).data.contiguous() for name in names}, partial)

@@ -148,6 +148,8 @@ def prune(
         convert_for_runtime(model, config.runtime)
     parameters = Parameters.of(size, model.num_parameters(), shape.decoder_parameters)
     distillation = teacher and distil(model, teacher, config, progress, timed)
+    if teacher:
+        teacher.close()
     return PruneResult(model, tokenizer, config, calibration, layers, info, parameters, timed.seconds, distillation)
 
 
@@ -160,13 +162,11 @@ def teach(source: ModelSource, calibration: Calibration, config: PruneConfig, pr
 
 
 def distil(model, teacher: Teacher, config: PruneConfig, progress: Progress, timed: Stopwatch) -> Distillation:
-    """Distils a pruned model in memory, in place, as the settings say; closes the ``teacher``."""
+    """Distils a pruned model in memory, in place, as the settings say."""
     with timed("distillation"):
-        found = distillation.distil(
+        return distillation.distil(
             model, teacher, config.distill, config.distill_epochs, config.distill_learning_rate, config.seed, progress
         )
-        teacher.close()
-    return found
 
 
 def plans_of(config: PruneConfig, shape):

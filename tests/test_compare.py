@@ -2,6 +2,7 @@ import json
 import math
 
 import pytest
+import torch
 from PIL import Image
 
 from slimllm.__main__ import main as slim
@@ -45,6 +46,16 @@ def test_every_method_at_equal_parameters_and_a_stopped_run_goes_on(flags, monke
     assert Image.open("out/compare.png").size[0] > 300
     assert slim(["compare", *flags, "--limit", "2"]) == 2
     assert "another limit" in capsys.readouterr().err
+
+
+def test_the_model_writes_its_text_and_teaches_once_for_all_shares(flags):
+    config = compare.CompareConfig(base_model=flags[1], calibration=flags[flags.index("--calibration") + 1], eval_data=("python_manual",))
+    recipes = [trials.Trial("slimllm", "", share, {"recipe": recipe}) for share in (0.3, 0.5) for recipe in compare.RECIPES]
+    bench = trials.Bench(config, torch.float32, torch.device("cpu"), recipes)
+    best, *others = [bench.settings(trial) for trial in recipes]
+    samples = bench.samples(best)
+    assert samples.distill_ids is not None and all(bench.samples(each) is samples for each in others)
+    assert bench.teacher(others[0])[0] is bench.teacher(others[2])[0]
 
 
 @pytest.mark.parametrize("kind, bits", [("q8_0", 8.5), ("q4_0", 4.5)])

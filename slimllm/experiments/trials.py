@@ -28,6 +28,7 @@ from ..pruning.config import PruneConfig
 from ..pruning.runner import no_progress
 from ..reporting import record
 from ..reporting.record import Stopwatch
+from ..training.distillation import Teacher
 from ..utils.device import DTYPES, device_of, name_of, pruning_dtype
 
 log = logging.getLogger("slimllm")
@@ -84,9 +85,9 @@ class Trial:
 
 
 class Bench:
-    """The dense model, the texts, and the calibration samples of every kind that was asked for so far."""
+    """The dense model, the texts, and the calibration samples and teachers that were asked for so far."""
 
-    def __init__(self, config: TrialsConfig, dtype, device):
+    def __init__(self, config: TrialsConfig, dtype, device, trials: list[Trial]):
         self.config, self.device = config, device
         calibration.check_source(config.calibration)
         self.tokenizer = loading.load_tokenizer(config.base_model)
@@ -96,15 +97,35 @@ class Bench:
         self.blocks = [blocks_of(text, self.tokenizer, SEQ_LEN, config.eval_limit, first) for text in self.texts]
         self.adapter, self.shape = LayerAdapter(self.model.config), shape_of(self.model.config)
         self._samples: dict[tuple, calibration.Calibration] = {}
+        self._teachers: dict[tuple, tuple[Teacher, float]] = {}  # and the seconds each took
+        settings = [self.settings(trial) for trial in trials if trial.share]
+        self._distilled = {_kind_of_samples(each): each for each in settings if each.distill != "none"}
         self._last: tuple = (None, None, 0.0)  # settings of the last pruning, what it gave, and its seconds
+
+    def settings(self, trial: Trial) -> PruneConfig:
+        """All settings of a pruning, defaults resolved. Raises UserError where they cannot be met."""
+        shared = {"base_model": self.config.base_model, "calibration": self.config.calibration, "seed": self.config.seed}
+        shared |= {"seq_len": SEQ_LEN, "device": self.config.device, "target_sparsity": trial.share}
+        settings = PruneConfig(**{**shared, **trial.settings})
+        settings.resolve(self.shape)
+        return settings
 
     def samples(self, settings: PruneConfig) -> calibration.Calibration:
         """The calibration that these settings ask for; the same tokens wherever two trials ask for the same."""
-        distilled = settings.distill != "none" and settings.distill_examples
-        key = (settings.num_examples, settings.self_share, settings.needs_probe_ids, distilled)
-        if key not in self._samples:
-            self._samples[key] = api.calibrate(self.model, self.tokenizer, settings, self.config.calibration, self.device)
-        return self._samples[key]
+        kind = _kind_of_samples(settings)
+        if kind not in self._samples:
+            settings = self._distilled.get(kind, settings)  # which wants the same samples, and others to distil on
+            self._samples[kind] = api.calibrate(self.model, self.tokenizer, settings, self.config.calibration, self.device)
+        return self._samples[kind]
+
+    def teacher(self, settings: PruneConfig) -> tuple[Teacher, float]:
+        """What the dense model makes of the samples to distil on, and the seconds that it took."""
+        kind = _kind_of_samples(settings)
+        if kind not in self._teachers:
+            timed = Stopwatch()
+            teacher = api.teach(ModelSource.of(self.model), self.samples(settings), settings, no_progress, timed)
+            self._teachers[kind] = teacher, timed.seconds["distillation"]
+        return self._teachers[kind]
 
     def removed(self, model) -> float:
         """The share of the dense decoder's parameters that ``model`` lacks."""
@@ -126,24 +147,22 @@ class Bench:
 
         One that is distilled is not pruned again where the trial before it was the same without.
         """
-        shared = {"base_model": self.config.base_model, "calibration": self.config.calibration, "seed": self.config.seed}
-        shared |= {"seq_len": SEQ_LEN, "device": self.config.device, "target_sparsity": trial.share}
-        settings = PruneConfig(**{**shared, **trial.settings})
-        settings.resolve(self.shape)
+        settings = self.settings(trial)
         samples, device = self.samples(settings), device_of("device", settings.device)
         start = {**settings.to_dict(), "recipe": None, "distill": "none", "distill_learning_rate": None}
-        started = time.perf_counter()
-        teacher = api.teach(ModelSource.of(self.model), samples, settings, no_progress, Stopwatch())
         before, model, seconds = self._last
-        if before == start:
-            started -= seconds
-        else:
+        self._last = (None, None, 0.0)
+        if before != start:
+            started = time.perf_counter()
             model = copy.deepcopy(self.model)
             pipeline.prune(model, samples.ids, settings, device, probe_ids=samples.probe_ids)
-        self._last = (start, copy.deepcopy(model), time.perf_counter() - started) if teacher is None else (None, None, 0.0)
-        if teacher:
-            api.distil(model, teacher, settings, no_progress, Stopwatch())
-        seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - started
+        if settings.distill == "none":
+            self._last = (start, copy.deepcopy(model), seconds)
+        else:
+            (teacher, taught), timed = self.teacher(settings), Stopwatch()
+            api.distil(model, teacher, settings, no_progress, timed)
+            seconds += taught + timed.seconds["distillation"]
         return model, {
             "name": trial.name,
             "variant": trial.variant,
@@ -154,6 +173,11 @@ class Bench:
             "parameters": model.num_parameters(),
             "calibration": samples.to_dict(),
         }
+
+
+def _kind_of_samples(settings: PruneConfig) -> tuple:
+    """What decides which calibration samples a pruning of one model takes, given source and seed."""
+    return settings.num_examples, settings.self_share, settings.needs_probe_ids, settings.distill_examples
 
 
 def measure(
@@ -179,7 +203,7 @@ def measure(
     done = {(row["name"], row["variant"], row["share"]) for row in rows}
     missing = [trial for trial in trials if trial.key not in done]
     log.info("%s: %d prunings to do, %d at hand", file, len(missing), len(done))
-    bench = Bench(config, dtype, device) if missing else None
+    bench = Bench(config, dtype, device, missing) if missing else None
     for trial in missing:
         model, row = bench.prune(trial) if trial.share else unpruned(bench, trial)
         row["perplexity"] = bench.figures(model)
