@@ -13,9 +13,8 @@ from tqdm.auto import tqdm
 
 from ..errors import UserError
 from ..models.adapter import LayerAdapter
-from ..models.families import family_of
-from ..models.loading import load_config
-from ..models.weights import Tensors
+from ..models.loading import open_source
+from ..models.source import stored_tensors
 from ..utils.files import atomic_file
 from . import gguf_tokenizer
 from .gguf_architecture import Arrangement, add_settings, architecture_of, rope_factors
@@ -35,8 +34,8 @@ def export(folder: str | os.PathLike, target: Path, outtype: str = "f16", arch: 
     Raises UserError for a folder that is no checkpoint, a model or tokenizer that llama.cpp has no form for, a full disk.
     """
     folder = Path(folder)
-    config = load_config(str(folder), "DIR", pruned=True)
-    tensors = Tensors(folder)
+    source = open_source(str(folder), "auto", "DIR")
+    config, tensors = source.config, source.weights
     biased = any(LayerAdapter(config).is_output_bias(name) for name in tensors.names)
     arch = architecture_of(config, biased, arch)
     with atomic_file(target) as partial:
@@ -47,16 +46,17 @@ def export(folder: str | os.PathLike, target: Path, outtype: str = "f16", arch: 
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add_settings(writer, config)
         gguf_tokenizer.add(writer, folder, config.vocab_size)
-        _write_tensors(writer, tensors, config, arch, OUTTYPES[outtype][0])
+        _write_tensors(writer, source, arch, OUTTYPES[outtype][0])
         writer.close()
     return target
 
 
-def _write_tensors(writer, tensors, config, arch: str, quantization) -> None:
+def _write_tensors(writer, source, arch: str, quantization) -> None:
+    config, tensors = source.config, source.weights
     by_name = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
     places = gguf.get_tensor_name_map(by_name[arch], config.num_hidden_layers)
-    head, factors, listed = family_of(config).head, rope_factors(config), []
-    stored = [name for name in tensors.names if not (config.tie_word_embeddings and name.startswith(f"{head}."))]  # the embedding serves
+    factors, listed = rope_factors(config), []
+    stored = list(stored_tensors(source.model))
     arrangement = Arrangement(config, arch, {name: tensors.shape(name) for name in stored})
     for name in arrangement.pieces:
         stem, _, suffix = name.rpartition(".")
