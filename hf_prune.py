@@ -66,7 +66,8 @@ def run(config) -> None:
                     _prune_into(processes.from_first(None), config, model_config, eval_device, dtype, takes)
                 return
             way = "choose another --save_ckpt_log_name"
-            with atomic_dir(target, config.overwrite, way, config.resume, Journal.worth_keeping) as folder:
+            kept = (bool(config.resume), lambda folder: config.resume is not False and Journal.worth_keeping(folder))
+            with atomic_dir(target, config.overwrite, way, *kept) as folder:
                 lines.to_file(folder / "log.txt")
                 processes.from_first(lambda: folder)
                 record = _prune_into(folder, config, model_config, eval_device, dtype, takes)
@@ -91,7 +92,7 @@ def _prune_into(folder: Path, config, model_config, eval_device, dtype, takes):
     from slimllm.utils import processes
     from slimllm.utils.device import device_of, evaluation_dtype, name_of
 
-    timed, journal = record.Stopwatch(), Journal.of_run(folder)
+    timed, journal = record.Stopwatch(), Journal.of_run(folder, config.tmp_dir)
     log.info("%s", record.command())
     measured = texts.load_texts(config.eval_data)
     written = config.save_model or measured or config.test_after_train or config.distill != "none"
@@ -131,7 +132,7 @@ def _prune_into(folder: Path, config, model_config, eval_device, dtype, takes):
     if journal.get("distillation") is None:
         with _progress(len(source)) as progress:
             teacher = api.teach(source, samples, config, progress, timed)
-    result = _prune(source, tokenizer, samples, config, timed, sink, journal)
+    result = _prune(source, tokenizer, samples, config, timed, sink, None if config.resume is False else journal)
     pruned = []
     if written:
         with timed("saving"):

@@ -19,7 +19,7 @@ from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_mod
 @pytest.fixture(autouse=True)
 def in_float32(monkeypatch):
     """Whatever the processor is fast in."""
-    monkeypatch.setattr(distillation, "evaluation_dtype", lambda dtype, device: torch.float32)
+    monkeypatch.setattr(distillation, "distillation_dtype", lambda dtype, device: torch.float32)
 
 
 def divergence(dense, model, ids):
@@ -148,3 +148,27 @@ def test_a_run_stopped_after_the_training_does_not_train_again(tiny_folder, text
     assert hf_prune.main([*flags, "--save_ckpt_log_name", "whole"]) == 0
     one, other = (tmp_path / "prune_log" / name / "model.safetensors" for name in ("llama_prune", "whole"))
     assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("mode", ["all", "scales"])
+def test_the_divergence_after_is_that_of_the_weights_as_saved(mode):
+    dense, student = make_model(), pruned()
+    teacher = Teacher(dense, make_ids(24))
+    found = distillation.distil(student, teacher, mode, saved=torch.bfloat16)
+    names = distillation.trained_names(student, mode)
+    rounded = {name: student.get_parameter(name).bfloat16().float() for name in names}
+    if found.kept:
+        assert all(torch.equal(student.get_parameter(name), value) for name, value in rounded.items())
+    with distillation._trainable(student, mode, teacher.dtype):
+        measured = distillation._Loss(student, teacher).mean(torch.arange(24)[-found.held_out :])
+    assert measured == (found.after if found.kept else found.before)
+
+
+def test_a_float16_model_is_distilled_in_another_dtype_and_keeps_what_is_not_trained(monkeypatch):
+    monkeypatch.setattr(distillation, "distillation_dtype", lambda own, device: torch.bfloat16)
+    dense, student = make_model().half(), pruned().half()
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    distillation.distil(student, Teacher(dense, make_ids(24)), "all")
+    assert all(p.dtype == torch.float16 for p in student.parameters())
+    names = set(distillation.trained_names(student, "all"))
+    assert all(torch.equal(p, before[name]) for name, p in student.named_parameters() if name not in names)

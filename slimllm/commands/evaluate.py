@@ -39,7 +39,7 @@ class EvalConfig:
     )
     device: str = flag("model", "where to evaluate; auto takes a GPU if there is one", "auto")
 
-    tmp_dir: str | None = flag("model", "folder for activations that do not fit in memory, in bfloat16 [TMPDIR, or the system's]")
+    tmp_dir: str | None = flag("model", "folder for activations that do not fit in memory [TMPDIR, or the system's]")
 
     tasks: tuple[str, ...] = flag("tasks", "zero-shot tasks, or none", tuple(zero_shot.TASKS), nargs="*")
     data_dir: str | None = flag(

@@ -6,6 +6,7 @@ was predicted before it began. The table is kept as one JSON file, written anew 
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -19,11 +20,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from .. import api
 from ..cli import check_choice, check_range, flag
+from ..data.calibration import Calibration
+from ..models import loading
 from ..reporting import record
 from ..reporting.record import PruningRecord, TrainingRecord
 from ..reporting.tables import aligned
-from ..utils.device import device_of
+from ..utils.device import device_of, name_of
 from .benchmark import LLAMA_7B, write_random_model
 
 log = logging.getLogger("slimllm")
@@ -97,22 +103,15 @@ def _pruning(name: str, model: str, dtype: str, device: str, *flags: str, said: 
 
 def steps(device: str, size: str) -> list[Step]:
     """All of them, in order; each finds what those before it wrote."""
-    tokens, text = ("--calibration", "small/calibration.safetensors"), ("--calibration", "text.txt")
-    measured = ("--eval_data", "python_manual", "--eval_limit", "16")
+    text, measured = ("--calibration", "text.txt"), ("--eval_data", "python_manual", "--eval_limit", "16")
     found = []
     for recipe in ("paper", "best"):
-        flags = ("--recipe", recipe, *tokens, "--eval_data", "none")
-        found.append(_pruning(f"{recipe}, on the CPU", "small", "float32", "cpu", *flags))
-        found.append(_pruning(recipe, "small", "float32", device, *flags, said=_compared_with_cpu))
-    for dtype in ("bfloat16", "float16"):
-        found.append(_pruning("paper", "LLaMA-7B", dtype, device, "--recipe", "paper", *text, *measured, said=_perplexity))
+        flags = ("--recipe", recipe, *text, *measured)
+        found.append(_pruning(recipe, "LLaMA-7B", "bfloat16", device, *flags, said=_perplexity))
     pruned, tiny = f"prune_log/{_run_of('paper', 'LLaMA-7B', 'bfloat16')}", size == "tiny"
     shape = ("--batch_size", "1", "8", "--length", "32" if tiny else "512", "--new_tokens", "8", "--repeats", "2" if tiny else "5")
     argv = ["-m", "slimllm", "latency", pruned, "--baseline", "LLaMA-7B", "--device", device, *shape, "--json", "latency.json"]
     found.append(Step("latency", "LLaMA-7B", "bfloat16", argv, _latency))
-    argv = ["-m", "slimllm", "evaluate", pruned, "--device", device, "--tasks", "none", *measured, "--output", "evaluation.json"]
-    found.append(Step("evaluate", "LLaMA-7B", "bfloat16", argv, _evaluation))
-    found.append(_pruning("best", "LLaMA-7B", "bfloat16", device, "--recipe", "best", *text, *measured, said=_perplexity))
     samples = ("--distill_examples", "16", "--num_examples", "8") if tiny else ("--distill_examples", "128")
     for dtype in ("bfloat16", "float16"):
         flags = ("--recipe", "distilled", *samples, *text, *measured)
@@ -120,17 +119,24 @@ def steps(device: str, size: str) -> list[Step]:
     argv = [str(ROOT / "post_training.py"), "--prune_model", f"prune_log/{_run_of('distilled', 'Qwen3-0.6B', 'bfloat16')}"]
     argv += ["--data_path", "rows.json", "--num_epochs", "1", "--device", device, "--output_dir", "tuned", "--merge"]
     argv += ["--extra_val_dataset", "python_manual", "--eval_limit", "16", "--val_set_size", "16", "--batch_size", "16"]
-    return [*found, Step("LoRA, merged", "Qwen3-0.6B", "bfloat16", argv, _training)]
+    found.append(Step("LoRA, merged", "Qwen3-0.6B", "bfloat16", argv, _training))
+    flags = ("--recipe", "paper", *text, *measured)
+    return [*found, _pruning("paper", "LLaMA-7B", "float16", device, *flags, said=_perplexity)]
 
 
-def _compared_with_cpu(run: PruningRecord) -> str:
-    """How many of the kept heads and channels are those that the CPU keeps; its record lies beside this one's."""
-    cpu = PruningRecord.read(f"prune_log/{_run_of(run.config['recipe'] + ', on the CPU', 'small', 'float32')}")
+def decisions(folder: Path, device: torch.device, dtype: torch.dtype, recipe: str) -> dict:
+    """How many of the heads and channels of the small model that the GPU keeps are those that the CPU keeps in float32."""
+    samples, kept = Calibration.read(folder, {"source": "random", "seed": None, "own": 0}), []
+    begun = time.perf_counter()
+    for place, kind in ((torch.device("cpu"), torch.float32), (device, dtype)):
+        model = loading.load_model(str(folder), kind)
+        result = api.prune(model, calibration=samples, recipe=recipe, target_sparsity=0.2, device=str(place))
+        kept.append(result.layers)
     shares = []
     for part in ("heads", "channels"):
-        pairs = [(set(a[part]), set(b[part])) for a, b in zip(run.layers, cpu.layers)]
-        shares.append(f"{part} as on the CPU {sum(len(a & b) for a, b in pairs) / sum(len(b) for _, b in pairs):.3%}")
-    return ", ".join(shares)
+        pairs = [(set(getattr(a, part)), set(getattr(b, part))) for a, b in zip(*kept)]
+        shares.append(f"{part} as on the CPU {sum(len(a & b) for a, b in pairs) / sum(len(a) for a, _ in pairs):.3%}")
+    return {"wall_seconds": round(time.perf_counter() - begun, 1), "said": ", ".join(shares)}
 
 
 def _perplexity(run: PruningRecord) -> str:
@@ -153,11 +159,6 @@ def _latency(folder: Path) -> dict:
     return {"peak_memory": found["peak_memory"], "said": ", ".join(said)}
 
 
-def _evaluation(folder: Path) -> dict:
-    found = json.loads((folder / "evaluation.json").read_text())
-    return {"peak_memory": found["peak_memory"], "said": f"perplexity {found['perplexity'][0]['perplexity']:.0f}"}
-
-
 def _training(folder: Path) -> dict:
     found = TrainingRecord(**{k: v for k, v in record.read_json(folder / "tuned" / TrainingRecord.FILE).items() if k != "format"})
     [text] = found.evaluation
@@ -172,24 +173,39 @@ def run(config: GpuConfig) -> int:
     with tempfile.TemporaryDirectory(prefix="slimllm-", dir=config.work_dir) as scratch:
         folder = Path(scratch)
         _write_texts(folder)
+        _make("small", config.size, folder, device)
+        for recipe, dtype in itertools.product(("paper", "best"), (torch.float32, torch.bfloat16, torch.float16)):
+            entry = {"step": f"decisions, {recipe}", "model": "small", "dtype": name_of(dtype)}
+            _add(results, entry | decisions(folder / "small", device, dtype, recipe), output)
         todo = steps(str(device), config.size)
         for number, step in enumerate(todo, 1):
             left = 60 * config.minutes - (time.perf_counter() - started)
-            if left > 0 and not (folder / step.model).is_dir():
-                begun = time.perf_counter()
-                model_type, sizes = MODELS[config.size][step.model]
-                (folder / step.model).mkdir()
-                write_random_model(folder / step.model, sizes, model_type, device)
-                log.info("%s: made in %.0f s", step.model, time.perf_counter() - begun)
+            if left > 0:
+                _make(step.model, config.size, folder, device)
             entry = {"step": step.name, "model": step.model, "dtype": step.dtype, "argv": step.argv}
             entry |= _taken(step, folder, left) if left > 0 else {"failed": "left out: the time is up"}
-            results["steps"].append(entry)
-            log.info("%s", "\n".join(table([entry])[2:]))
-            if "folder" in entry and not any(entry["folder"] in later.argv for later in todo[number:]) and step.model != "small":
+            _add(results, entry, output)
+            if "folder" in entry and not any(entry["folder"] in later.argv for later in todo[number:]):
                 shutil.rmtree(folder / entry["folder"])  # its checkpoint is large
-            record.save_results(results, output)
     log.info("\n%s\n\nin %s", "\n".join(table(results["steps"])), output)
     return int(any("failed" in entry for entry in results["steps"]))
+
+
+def _make(name: str, size: str, folder: Path, device: torch.device) -> None:
+    """Makes a model, where it is not there yet."""
+    if (folder / name).is_dir():
+        return
+    begun = time.perf_counter()
+    model_type, sizes = MODELS[size][name]
+    (folder / name).mkdir()
+    write_random_model(folder / name, sizes, model_type, device)
+    log.info("%s: made in %.0f s", name, time.perf_counter() - begun)
+
+
+def _add(results: dict, entry: dict, output: Path) -> None:
+    results["steps"].append(entry)
+    record.save_results(results, output)
+    log.info("%s", "\n".join(table([entry])[2:]))
 
 
 def _write_texts(folder: Path) -> None:

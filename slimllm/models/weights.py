@@ -48,7 +48,7 @@ def weight_files(folder: str | os.PathLike, named: str | None = None) -> list[Pa
     folder = Path(folder)
     found = next((folder / name for name in ((named,) if named else WEIGHTS) if (folder / name).is_file()), None)
     if found is None:
-        raise UserError(f"{folder}: it has none of {', '.join((named,) if named else WEIGHTS)}, so transformers finds no weights in it")
+        raise UserError(f"{folder}: cannot read the weights: it has none of {', '.join((named,) if named else WEIGHTS)}")
     if not found.name.endswith(".index.json"):
         return [found]
     names = listed_in(found)

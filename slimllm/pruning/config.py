@@ -74,7 +74,7 @@ class PruneConfig:
     dtype: str = flag("model", "dtype of weights and compute: float32 on a CPU, the checkpoint's own on a GPU", "auto", choices=DTYPES)
     device: str = flag("model", "where the layers are computed; auto takes a GPU if there is one", "auto")
     eval_device: str = flag("model", "where perplexity is computed", "auto")
-    tmp_dir: str | None = flag("model", "folder for activations that do not fit in memory, in bfloat16 [TMPDIR, or the system's]")
+    tmp_dir: str | None = flag("model", "folder for activations that do not fit in memory [TMPDIR, or the system's]")
 
     pruning_ratio: float | None = flag(
         "sparsity",
@@ -179,7 +179,11 @@ class PruneConfig:
     save_ckpt_log_name: str = flag("output", "NAME: everything goes to prune_log/NAME/", "llama_prune")
     save_model: bool = flag("output", "write the pruned model (--no_save_model: only the record)", True, negatable=True)
     overwrite: bool = flag("output", "replace an existing prune_log/NAME/", False)
-    resume: bool = flag("output", "go on with a run of this name that was stopped, with the same other flags", False)
+    resume: bool | None = flag(
+        "output",
+        "go on with a run of this name that was stopped, with the same other flags (--no_resume: keep nothing that it would need)",
+        negatable=True,
+    )
     push_to_hub: str | None = flag("output", "upload the checkpoint to this model repository of the hub, NAME or USER/NAME, private if new")
     public: bool = flag("output", "with --push_to_hub: a new repository is public", False)
     dry_run: bool = flag("output", "print the plan from the model's config alone and stop", False)

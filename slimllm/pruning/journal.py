@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 from ..errors import UserError
@@ -13,23 +15,33 @@ from ..utils.files import fsync_folder, write_text
 from .statistics import ActivationStore
 
 NAME = ".journal"  # inside the folder of a run that is not finished
+_STATES, _OF = "slimllm-states-", "of"  # the folder of its states in another place, and the file there that says whose they are
+_ELSEWHERE = "elsewhere-"  # the file that says where that folder is, of each process
 
 
 class Journal:
     """Results by name, and for each finished layer its report and the states after it.
 
     Every entry is a file that appears whole and is on the disk before the next one is begun. Numbers are kept exactly. Of several
-    processes each keeps its own states, and the first writes the rest.
+    processes each keeps its own states, and the first writes the rest. The states are large: ``tmp_dir`` takes them, where one is named.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: Path, tmp_dir: str | None = None):
+        self.folder = self.states = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        elsewhere = self.folder / f"{_ELSEWHERE}{processes.rank()}"
+        if tmp_dir is not None and not elsewhere.is_file():
+            _clear_orphans(Path(tmp_dir))
+            self.states = Path(tempfile.mkdtemp(prefix=_STATES, dir=tmp_dir)).resolve()
+            write_text(self.states / _OF, str(self.folder.resolve()))
+            write_text(elsewhere, str(self.states))
+        elif elsewhere.is_file():
+            self.states = Path(elsewhere.read_text(encoding="utf-8"))
 
     @classmethod
-    def of_run(cls, folder: Path) -> Journal:
+    def of_run(cls, folder: Path, tmp_dir: str | None = None) -> Journal:
         """The journal of the run whose folder this is."""
-        return cls(Path(folder) / NAME)
+        return cls(Path(folder) / NAME, tmp_dir)
 
     @staticmethod
     def worth_keeping(folder: Path) -> bool:
@@ -37,6 +49,8 @@ class Journal:
         return any(path.name != "identity.json" for path in (Path(folder) / NAME).glob("*.json"))
 
     def remove(self) -> None:
+        for elsewhere in self.folder.glob(f"{_ELSEWHERE}*"):
+            shutil.rmtree(elsewhere.read_text(encoding="utf-8"), ignore_errors=True)
         shutil.rmtree(self.folder)
 
     def check(self, identity: dict) -> None:
@@ -80,23 +94,31 @@ class Journal:
                     for i, states in enumerate(store):
                         file.write(f"{name}.{i}", states)
             path.with_suffix(".partial").replace(path)
-            fsync_folder(self.folder)
+            fsync_folder(self.states)
         processes.wait()
         self.put(f"layer-{index:05d}", report)
         processes.wait()  # until then a run that is stopped needs the older ones
         self._states(index - 1).unlink(missing_ok=True)
 
-    def restore(self, index: int, name: str, store: ActivationStore, device) -> ActivationStore | None:
-        """Fills ``store`` with the states ``name`` after layer ``index``; None where none were kept."""
+    def restore(self, index: int, name: str, store: ActivationStore, device) -> ActivationStore:
+        """Fills ``store`` with the states ``name`` after layer ``index``. Raises UserError where they are gone."""
         if not self._states(index).is_file():
-            return None
+            raise UserError(f"--resume: {self._states(index)}, which the stopped run had written, is gone; start anew without the flag")
         tensors = Tensors([self._states(index)])
         while (key := f"{name}.{len(store)}") in tensors.names:
             store.append(tensors.read(key).to(device))
-        return store if len(store) else None
+        return store
 
     def _states(self, index: int) -> Path:
-        return self.folder / f"states-{index:05d}-{processes.rank()}.safetensors"
+        return self.states / f"states-{index:05d}-{processes.rank()}.safetensors"
+
+
+def _clear_orphans(tmp_dir: Path) -> None:
+    """Removes the states of runs that are gone: finished, or cleared by a later one of their name."""
+    for folder in tmp_dir.glob(f"{_STATES}*"):
+        with contextlib.suppress(OSError):
+            if not Path((folder / _OF).read_text(encoding="utf-8")).is_dir():
+                shutil.rmtree(folder)
 
 
 def _short(value) -> str:

@@ -36,11 +36,12 @@ class LayerReport:
     """What happened to one layer; heads, kv_heads and channels are the indices kept, ascending.
 
     The errors are the share of the projection's output variance missed on the calibration tokens, (before recovery,
-    after); None where nothing was removed. ``sensitivity``: what pruning this layer alone costs, where it was measured.
+    after); None where nothing was removed. ``cosine``: c_l of Eq. 11, where the plans go by it. ``sensitivity``: what pruning this
+    layer alone costs, where it was measured.
     """
 
     index: int
-    cosine: float
+    cosine: float | None
     ratio: float
     heads: list[int]
     kv_heads: list[int]
@@ -52,7 +53,7 @@ class LayerReport:
     seconds: float = 0.0
 
 
-def whole_layer(index: int, cosine: float, plan: LayerPlan, shape: ModelShape, sensitivity: float | None = None) -> LayerReport:
+def whole_layer(index: int, cosine: float | None, plan: LayerPlan, shape: ModelShape, sensitivity: float | None = None) -> LayerReport:
     """The report of a layer from which nothing was removed yet."""
     everything = [list(range(count)) for count in (shape.heads, shape.kv_heads, shape.channels)]
     return LayerReport(index, cosine, plan.ratio, *everything, sensitivity=sensitivity, clipped=plan.clipped)
@@ -78,7 +79,7 @@ def prune_layer(
     With ``config.dense_stream`` to what it gave before. ``saliency``: the layer's, for a choice that goes by gradients.
     """
     adapter = runner.adapter
-    report = report or whole_layer(index, 0.0, plan, shape)
+    report = report or whole_layer(index, None, plan, shape)
     how = {"recovery": config.recovery, "ridge": config.ridge_for(runner.tokens), "replace": not config.dense_stream}
     new_bias = limits_of(config.runtime, shape).new_bias
 

@@ -117,15 +117,15 @@ def _saliencies(runner: LayerRunner, config, plans, journal) -> list[Saliency | 
     return [Saliency.of(values, runner.device) for values in known]
 
 
-def _allocate(runner: LayerRunner, ids, config, probe_ids, plans, saliency, journal) -> tuple[list[float], Allocation]:
-    """(layer cosines, what goes from each layer), measured, or as a stopped run left them."""
+def _allocate(runner: LayerRunner, ids, config, probe_ids, plans, saliency, journal) -> tuple[list[float | None], Allocation]:
+    """(layer cosines where they count, what goes from each layer), measured, or as a stopped run left them."""
     known = journal.get("allocation") if journal else None
     if known:
         return known["cosine"], Allocation([LayerPlan.of(plan) for plan in known["plans"]], known["sensitivity"])
     shape = shape_of(runner.source.config)
     inputs = AllocationInputs(shape, config, None, runner.source, ids, probe_ids, runner.device, runner.progress, saliency)
     allocation = LAYER_RATIOS[config.layer_ratio](inputs) if plans is None else Allocation(plans)
-    cosine = inputs.scores()
+    cosine = inputs.layer_scores or [None] * shape.layers  # pass 1 ran only where the plans go by it
     if journal:
         journal.put("allocation", {"cosine": cosine, **asdict(allocation)})
     return cosine, allocation

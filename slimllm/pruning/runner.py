@@ -14,6 +14,7 @@ from ..models.adapter import Block
 from ..models.source import ModelSource
 from ..utils import processes
 from ..utils.device import resolved
+from ..utils.memory import activation_room
 from .importance.layers import cosine_sum
 from .recovery import RECOVERIES
 from .statistics import ActivationMemory, ActivationStore, Covariance, PairMoments, SquareSum
@@ -47,7 +48,7 @@ class LayerRunner:
         self.batch = max(1, TOKENS_PER_BATCH // ids.shape[1])
         layer = self.adapter.layers(self.source.model)[0]
         layer_bytes = sum(p.numel() for p in layer.parameters()) * self.dtype.itemsize
-        self.memory = ActivationMemory(max(MIN_ACTIVATION_BYTES, layer_bytes), tmp_dir)
+        self.memory = ActivationMemory(activation_room(self.device, max(MIN_ACTIVATION_BYTES, layer_bytes)), tmp_dir)
         self.arguments: list[dict] | None = None
 
     def store(self) -> ActivationStore:

@@ -160,14 +160,11 @@ def temporary_folder(tmp_dir: str | None) -> str:
     return tmp_dir or tempfile.gettempdir()
 
 
-DISK_DTYPE = torch.bfloat16  # of float32 activations on disk: half the room, and the precision of a bfloat16 model's
-
-
 class ActivationStore:
     """A list of activation batches: in memory while there is room for them, beyond it in an unnamed temporary file.
 
-    So memory does not grow with the number of samples, and nothing is left behind when a run is killed. In the file float32 is
-    kept as bfloat16.
+    So memory does not grow with the number of samples, and nothing is left behind when a run is killed. Numbers are kept exactly:
+    what comes out does not depend on how much memory was free.
     """
 
     def __init__(self, memory: ActivationMemory):
@@ -185,7 +182,7 @@ class ActivationStore:
             self._items.append(tensor)
             return
         self._items.append((self._end, tensor.shape, tensor.dtype, tensor.device))
-        self._end += tensor.numel() * _on_disk(tensor.dtype).itemsize
+        self._end += tensor.nbytes
         self[len(self._items) - 1] = tensor
 
     def __len__(self) -> int:
@@ -197,9 +194,8 @@ class ActivationStore:
             return item
         offset, shape, dtype, device = item
         self._file.seek(offset)
-        stored = _on_disk(dtype)
-        raw = np.fromfile(self._file, dtype=np.uint8, count=shape.numel() * stored.itemsize)
-        return torch.from_numpy(raw).view(stored).view(shape).to(device=device, dtype=dtype)
+        raw = np.fromfile(self._file, dtype=np.uint8, count=shape.numel() * dtype.itemsize)
+        return torch.from_numpy(raw).view(dtype).view(shape).to(device)
 
     def __setitem__(self, index: int, tensor: torch.Tensor) -> None:
         item = self._items[index]
@@ -210,7 +206,7 @@ class ActivationStore:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(prefix="slimllm-", dir=self._memory.folder)
             self._file.seek(item[0])
-            tensor.to(_on_disk(tensor.dtype)).contiguous().view(-1).view(torch.uint8).cpu().numpy().tofile(self._file)
+            tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().tofile(self._file)
 
     def __iter__(self):
         return (self[index] for index in range(len(self)))
@@ -228,7 +224,3 @@ class ActivationStore:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-
-def _on_disk(dtype: torch.dtype) -> torch.dtype:
-    return DISK_DTYPE if dtype == torch.float32 else dtype

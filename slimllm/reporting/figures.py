@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from .record import PruningRecord, TrainingRecord
@@ -41,7 +42,7 @@ def layer_figure(run: PruningRecord, folder: Path) -> Path:
         title=f"{run.model.name}: {run.parameters.decoder_removed:.1%} of the decoder removed",
     )
     axes[0].legend(loc="upper center", ncols=2)
-    axes[1].plot(index, [layer["cosine"] for layer in layers], "o-", color="#444444", markersize=4)
+    axes[1].plot(index, [math.nan if layer["cosine"] is None else layer["cosine"] for layer in layers], "o-", color="#444444", markersize=4)
     axes[1].set(ylabel="cosine of input and output\n(high: matters less)")
     if layers[0].get("sensitivity") is not None:
         cost = axes[1].twinx()

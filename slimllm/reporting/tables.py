@@ -52,7 +52,9 @@ def _limits(figures: list[dict]) -> list[str]:
 
 def layer_line(layer: LayerReport, shape: ModelShape) -> str:
     """What happened to one layer, in one line. ``shape`` is the dense model's."""
-    line = f"layer {layer.index:3d}  cosine {layer.cosine:6.4f}"
+    line = f"layer {layer.index:3d}"
+    if layer.cosine is not None:
+        line += f"  cosine {layer.cosine:6.4f}"
     if layer.sensitivity is not None:
         line += f"  cost {layer.sensitivity:.4f}"
     if not layer.attention_error and not layer.mlp_error:
@@ -97,6 +99,7 @@ def dry_run(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig, dtyp
         *([["peak memory of the GPU, about", "", f"{takes.device / 1e9:.2f} GB"]] if takes.device else []),
         ["activations in the temporary folder", "", f"{takes.temporary / 1e9:.2f} GB"],
         ["the checkpoint", "", f"{takes.result / 1e9:.3f} GB"],
+        *([["beside it until the end, for --resume", "", f"{takes.beside / 1e9:.2f} GB"]] if takes.beside else []),
     ]
     return f"dry run, {how} over {sum(p.ratio > 0 for p in plans)} of {shape.layers} layers; no weights read\n" + "\n".join(aligned(rows))
 

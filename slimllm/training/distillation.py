@@ -24,7 +24,7 @@ from ..pruning.runner import MIN_ACTIVATION_BYTES, LayerRunner, Progress, no_pro
 from ..pruning.statistics import ActivationMemory, ActivationStore
 from ..utils import processes
 from ..utils.device import distillation_dtype, resolved
-from ..utils.memory import return_free_memory
+from ..utils.memory import activation_room, return_free_memory
 
 log = logging.getLogger("slimllm")
 
@@ -278,10 +278,10 @@ class RowTeacher:
     GROUPS = 4  # of similar length; the model's files are read once for each
 
     def __init__(self, source, rows: list[list[int]], device="cpu", progress: Progress = no_progress, tmp_dir: str | None = None):
-        self.source, self.device = ModelSource.of(source), torch.device(device)
+        self.source, self.device = ModelSource.of(source), resolved(device)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         self._at = {row: place for place, row in enumerate(order)}
-        self.states = ActivationStore(ActivationMemory(MIN_ACTIVATION_BYTES, tmp_dir))
+        self.states = ActivationStore(ActivationMemory(activation_room(self.device, MIN_ACTIVATION_BYTES), tmp_dir))
         for some in torch.tensor(order).tensor_split(self.GROUPS):
             if not len(some):
                 continue

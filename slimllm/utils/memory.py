@@ -12,6 +12,9 @@ import psutil
 import torch
 
 from ..errors import UserError, first_line
+from . import processes
+
+FREE_SHARE = 8  # what one run keeps at once is a few times its activations
 
 
 def peak_memory() -> dict[str, int]:
@@ -56,6 +59,11 @@ def free_memory(device: torch.device) -> int:
         return min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
     except (OSError, ValueError):  # no such limit
         return free
+
+
+def activation_room(device: torch.device, least: int) -> int:
+    """Bytes of activations that may stay in memory: ``least``, or where more is free a share of it, for each process of the machine."""
+    return max(least, free_memory(device) // (FREE_SHARE * processes.on_this_machine()))
 
 
 def return_free_memory() -> None:

@@ -35,6 +35,11 @@ def expected() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def on_this_machine() -> int:
+    """How many of them run on this machine, and share its memory and disk."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def rank() -> int:
     return dist.get_rank() if _joined else int(os.environ.get("RANK", 0))
 
