@@ -1,10 +1,14 @@
 """Several processes, started by torchrun: they decide as one does, and what they finished stays when one of them dies."""
 
 import json
+import multiprocessing
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,12 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 import hf_prune
+from slimllm.pruning import pipeline
 from slimllm.pruning.statistics import Covariance, PairMoments, SquareSum
+from slimllm.training import distillation
+from slimllm.training.distillation import Teacher
 from slimllm.utils import processes
-from tests.conftest import ROOT, make_model
+from tests.conftest import ROOT, make_config, make_ids, make_model
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
-PORT = 29400 + os.getpid() % 400  # one for each process that runs tests
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]  # on a port that is free
 
 
 @pytest.fixture
@@ -35,7 +41,7 @@ def flags(text_file, name, *more):
 
 
 def two_processes(*arguments):
-    return [*TORCHRUN, str(PORT), str(ROOT / "hf_prune.py"), *arguments]
+    return [*TORCHRUN, str(ROOT / "hf_prune.py"), *arguments]
 
 
 @pytest.mark.parametrize("recipe", ["best", "distilled"])
@@ -76,7 +82,7 @@ def test_a_process_that_dies_ends_the_run_with_one_line_and_what_it_finished_sta
     code += "def dying(*a):\n    if a[3] == 3 and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\n    prune(*a)\n"
     code += "pipeline.prune_layer = dying\nsys.exit(hf_prune.main())\n"
     (folder / "dying.py").write_text(code)
-    done = subprocess.run([*TORCHRUN, str(PORT), "dying.py", str(ROOT), *arguments], capture_output=True, text=True)
+    done = subprocess.run([*TORCHRUN, "dying.py", str(ROOT), *arguments], capture_output=True, text=True)
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if "hf_prune.py: " in line]
     assert len(lines) == 1 and re.search("another process of this run ended|interrupted", lines[0]), done.stderr[-3000:]
@@ -149,6 +155,63 @@ def _merge(first, second, monkeypatch):
     for thread in threads:
         thread.join()
     monkeypatch.undo()
+
+
+def in_processes(count, run, folder):
+    """What ``run()`` gives in each of ``count`` processes, forked from this one, that have joined."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def child(rank):
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        torch.set_num_threads(1)
+        try:
+            with processes.group(torch.device("cpu")):
+                found = run()
+        except processes.ProcessEnded as error:
+            found = str(error)
+        torch.save(found, folder / f"{rank}.pt")
+        os._exit(0)
+
+    started = [multiprocessing.get_context("fork").Process(target=child, args=(rank,)) for rank in range(count)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(60 if process is started[0] else 5)
+        process.kill()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(count) if (folder / f"{rank}.pt").is_file()]
+
+
+@pytest.mark.parametrize("count, samples", [(2, 40), (3, 40), (4, 40), (4, 3), (3, 2)])
+def test_each_number_of_processes_distils_as_one(count, samples, tmp_path, monkeypatch):
+    """Also where a process has no row of a batch, and where there are fewer samples than processes."""
+    monkeypatch.setattr(distillation, "distillation_dtype", lambda dtype, device: torch.float32)
+
+    def run():
+        dense, student = make_model(), make_model()
+        pipeline.prune(student, make_ids(), make_config())
+        found = distillation.distil(student, Teacher(dense, make_ids(samples)), "all", learning_rate=1e-3)
+        return [found.before, found.after, *(float(p.double().abs().sum()) for p in student.parameters())]
+
+    torch.set_num_threads(1)
+    alone = run()
+    found = in_processes(count, run, tmp_path)
+    assert len(found) == count and all(values == found[0] for values in found)
+    assert found[0] == pytest.approx(alone, rel=1e-3) and alone[0] != alone[1]
+
+
+def test_a_process_that_hangs_ends_the_others_with_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "PATIENCE", timedelta(seconds=3))
+
+    def run():
+        processes.wait()
+        if processes.rank() == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        processes.wait()
+
+    [said] = in_processes(2, run, tmp_path)
+    assert said.startswith("another process of this run has not answered (")
 
 
 def test_one_process_shares_with_nobody():

@@ -16,11 +16,11 @@ import torch.distributed as dist
 
 from ..errors import UserError, first_line
 
-PATIENCE = timedelta(hours=6)  # how long one process waits for another that reads or decides
+PATIENCE = timedelta(hours=2)  # how long one process waits for another that reads or decides
 
 
 class ProcessEnded(UserError):
-    """Another process of the run is gone."""
+    """Another process of the run is gone, or has not answered for PATIENCE."""
 
 
 _joined = False  # inside group(); the Trainer of post-training joins processes of its own accord, for itself
@@ -66,9 +66,9 @@ def group(device: torch.device):
     _joined = True
     try:
         yield
+        dist.destroy_process_group()  # not after an error: it would wait for a process that hangs
     finally:
         _joined = False
-        dist.destroy_process_group()
 
 
 @contextmanager
@@ -89,7 +89,8 @@ def _others():
     try:
         yield
     except (RuntimeError, dist.DistError) as error:
-        raise ProcessEnded(f"another process of this run ended ({first_line(error)})") from None
+        what = "has not answered" if "imed out" in str(error) else "ended"
+        raise ProcessEnded(f"another process of this run {what} ({first_line(error)})") from None
 
 
 def share(rows: torch.Tensor) -> torch.Tensor:
