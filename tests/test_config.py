@@ -10,8 +10,7 @@ def config(*flags):
 
 
 def test_defaults_are_the_paper_s():
-    c = config()
-    c.resolve(make_shape(num_hidden_layers=32))
+    c = config().resolved(make_shape(num_hidden_layers=32))
     assert (c.pruning_ratio, c.pruned_layers, c.alpha, c.num_examples, c.seq_len, c.max_seq_len) == (0.25, 26, 10.0, 32, 128, 128)
     assert (c.recovery, c.keep_lowest, c.layer_ratio, c.no_greedy) == ("linear", 0.01, "importance", False)
 
@@ -41,8 +40,7 @@ def test_a_recipe_sets_only_what_the_user_left_open(flags, recovery, keep_lowest
     ],
 )
 def test_a_recipe_s_layer_ratio_waits_for_the_runtime(flags, layer_ratio):
-    c = config(*flags)
-    c.resolve(make_shape())
+    c = config(*flags).resolved(make_shape())
     assert c.layer_ratio == layer_ratio
 
 
@@ -58,8 +56,7 @@ def test_flags_are_not_abbreviated():
 @pytest.mark.parametrize("channels, samples", [(1536, 192), (4864, 512), (11008, 512)])
 def test_best_calibrates_on_more_samples_of_a_wider_model(channels, samples):
     for flags, wanted in ((["--recipe", "best"], samples), (["--recipe", "best", "--num_examples", "7"], 7), ([], 32)):
-        c = config(*flags)
-        c.resolve(make_shape(intermediate_size=channels))
+        c = config(*flags).resolved(make_shape(intermediate_size=channels))
         assert c.num_examples == wanted
 
 
@@ -69,12 +66,10 @@ def test_the_ridge_falls_with_the_tokens_unless_it_is_given():
 
 
 def test_methods_set_what_the_user_left_open():
-    c = config("--method", "flap")
-    c.resolve(make_shape())
+    c = config("--method", "flap").resolved(make_shape())
     assert (c.head_choice, c.channel_score, c.layer_ratio, c.recovery) == ("fluctuation", "fluctuation", "ranking", "bias")
     assert (c.keep_lowest, c.pruned_layers, c.dense_stream) == (0.0, 2, True)
-    c = config("--method", "flap", "--recovery", "least_squares", "--layer_ratio", "uniform")
-    c.resolve(make_shape())
+    c = config("--method", "flap", "--recovery", "least_squares", "--layer_ratio", "uniform").resolved(make_shape())
     assert (c.recovery, c.layer_ratio, c.dense_stream) == ("least_squares", "uniform", False)
 
 

@@ -17,6 +17,7 @@ from ..models.families import family_of
 from ..models.loading import load_config
 from ..models.weights import Tensors
 from ..utils.files import atomic_file
+from ..utils.outputs import GGUF_MARK
 from . import gguf_tokenizer
 from .gguf_architecture import Arrangement, add_settings, architecture_of, rope_factors
 
@@ -34,6 +35,8 @@ def export(folder: str | os.PathLike, target: Path, outtype: str = "f16", arch: 
     Matrices get ``outtype`` (one whose rows do not fill blocks of 32 stays f16 in q8_0); norms and biases are float32.
     Raises UserError for a folder that is no checkpoint, a model or tokenizer that llama.cpp has no form for, a full disk.
     """
+    import slimllm
+
     folder = Path(folder)
     config = load_config(str(folder), "DIR", pruned=True)
     tensors = Tensors(folder)
@@ -41,6 +44,7 @@ def export(folder: str | os.PathLike, target: Path, outtype: str = "f16", arch: 
     arch = architecture_of(config, biased, arch)
     with atomic_file(target) as partial:
         writer = gguf.GGUFWriter(partial, arch)
+        writer.add_string(GGUF_MARK, slimllm.__version__)  # first, where it is looked for
         writer.add_type("model")
         writer.add_name(folder.resolve().name)
         writer.add_file_type(OUTTYPES[outtype][1])

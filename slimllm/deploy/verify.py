@@ -36,7 +36,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        return self.measured <= self.allowed  # not where it is not a number
+        return checkpoint.agrees(self.measured, self.allowed)
 
     def row(self) -> list[str]:
         return [self.what, f"{self.measured:.3g} {self.unit}".strip(), f"{self.allowed:.3g}", "ok" if self.passed else "FAILED"]

@@ -92,9 +92,7 @@ def llama_7b_layer():
 
 def settings(model_config) -> PruneConfig:
     """The paper's settings for 20 %: ratio 0.25, 26 of 32 layers, alpha 10."""
-    config = PruneConfig(base_model="benchmark", pruning_ratio=0.25)
-    config.resolve(shape_of(model_config))
-    return config
+    return PruneConfig(base_model="benchmark", pruning_ratio=0.25).resolved(shape_of(model_config))
 
 
 def seconds(run, *args) -> float:

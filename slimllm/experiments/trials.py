@@ -106,9 +106,7 @@ class Bench:
         """All settings of a pruning, defaults resolved. Raises UserError where they cannot be met."""
         shared = {"base_model": self.config.base_model, "calibration": self.config.calibration, "seed": self.config.seed}
         shared |= {"seq_len": SEQ_LEN, "device": self.config.device, "target_sparsity": trial.share}
-        settings = PruneConfig(**{**shared, **trial.settings})
-        settings.resolve(self.shape)
-        return settings
+        return PruneConfig(**{**shared, **trial.settings}).resolved(self.shape)
 
     def samples(self, settings: PruneConfig) -> calibration.Calibration:
         """The calibration that these settings ask for; the same tokens wherever two trials ask for the same."""

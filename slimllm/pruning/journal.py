@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 from ..errors import UserError
@@ -35,9 +34,6 @@ class Journal:
     def worth_keeping(folder: Path) -> bool:
         """Whether the run whose folder this is has finished anything."""
         return any(path.name != "identity.json" for path in (Path(folder) / NAME).glob("*.json"))
-
-    def remove(self) -> None:
-        shutil.rmtree(self.folder)
 
     def check(self, identity: dict) -> None:
         """Keeps what a run is, or raises UserError, naming the difference, where the finished part is of another one."""
