@@ -38,8 +38,8 @@ def run(config) -> None:
     from slimllm.reporting import tables
     from slimllm.utils import processes
     from slimllm.utils.device import device_of, pruning_dtype
-    from slimllm.utils.outputs import atomic_dir, complete
     from slimllm.utils.memory import memory_errors
+    from slimllm.utils.outputs import atomic_dir, complete
 
     with logging_to_console() as lines, memory_errors("use --device cpu, --eval_device cpu or --dtype bfloat16"):
         calibration.check_source(config.calibration)
@@ -107,7 +107,7 @@ def _prune_into(folder: Path, config, model_config, eval_device, dtype):
         source = loading.open_source(config.base_model, dtype, config=model_config)
     size = source.model.num_parameters() / 1e6
     log.info("%s: %s, %d layers, %.1f M parameters, %s", config.base_model, model_config.model_type, len(source), size, dtype)
-    processes.from_first(lambda: journal.check(record.identity(config, source.weights.files, measured)))
+    processes.from_first(lambda: journal.check(record.identity(config, source.weights.files, measured, (config.calibration, config.plan))))
     with timed("calibration"):
         calibrate = functools.partial(api.calibrate, source, tokenizer, config, config.calibration, eval_device)
         samples = processes.from_first(lambda: _calibrated(folder, journal, calibrate))

@@ -98,6 +98,15 @@ def compare_with_reference(model, folder: str | os.PathLike) -> tuple[float, flo
     return difference, tolerance(runner.dtype) * float(reference["last_logits"].abs().max())
 
 
+def covered_rows(source: ModelSource, folder: str | os.PathLike) -> tuple[int, int]:
+    """(how many rows of the embeddings the outputs in :data:`REFERENCE` follow from, how many there are)."""
+    embeddings, head = source.model.get_input_embeddings().weight, source.adapter.head(source.model).weight
+    rows = len(embeddings)
+    if embeddings is head:
+        return rows, rows  # each is a row of the output head
+    return len(load_file(Path(folder) / REFERENCE)["ids"].unique()), rows
+
+
 class WeightFiles:
     """The weights of a checkpoint, written one tensor at a time: one file, or several where it is large, and their index.
 

@@ -35,25 +35,43 @@ def export(folder: str | os.PathLike, target: Path, outtype: str = "f16", arch: 
     Matrices get ``outtype`` (one whose rows do not fill blocks of 32 stays f16 in q8_0); norms and biases are float32.
     Raises UserError for a folder that is no checkpoint, a model or tokenizer that llama.cpp has no form for, a full disk.
     """
-    import slimllm
-
     folder = Path(folder)
-    config = load_config(str(folder), "DIR", pruned=True)
-    tensors = Tensors(folder)
-    biased = any(LayerAdapter(config).is_output_bias(name) for name in tensors.names)
-    arch = architecture_of(config, biased, arch)
+    config, tensors, arch = _described(folder, arch)
     with atomic_file(target) as partial:
-        writer = gguf.GGUFWriter(partial, arch)
-        writer.add_string(GGUF_MARK, slimllm.__version__)  # first, where it is looked for
-        writer.add_type("model")
-        writer.add_name(folder.resolve().name)
-        writer.add_file_type(OUTTYPES[outtype][1])
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        add_settings(writer, config)
-        gguf_tokenizer.add(writer, folder, config.vocab_size)
+        writer = _writer(partial, folder, config, arch, outtype)
         _write_tensors(writer, tensors, config, arch, OUTTYPES[outtype][0])
         writer.close()
     return target
+
+
+def check(folder: str | os.PathLike) -> None:
+    """Raises UserError where :func:`export` would, for the checkpoint's config or tokenizer; writes nothing."""
+    folder = Path(folder)
+    config, _, arch = _described(folder, "auto")
+    _writer(None, folder, config, arch, "f16")
+
+
+def _described(folder: Path, arch: str):
+    """(config, reader of the tensors, architecture in the file) of a checkpoint."""
+    config = load_config(str(folder), "DIR", pruned=True)
+    tensors = Tensors(folder)
+    biased = any(LayerAdapter(config).is_output_bias(name) for name in tensors.names)
+    return config, tensors, architecture_of(config, biased, arch)
+
+
+def _writer(path: Path | None, folder: Path, config, arch: str, outtype: str) -> gguf.GGUFWriter:
+    """A writer that has all but the tensors."""
+    import slimllm
+
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_string(GGUF_MARK, slimllm.__version__)  # first, where it is looked for
+    writer.add_type("model")
+    writer.add_name(folder.resolve().name)
+    writer.add_file_type(OUTTYPES[outtype][1])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_settings(writer, config)
+    gguf_tokenizer.add(writer, folder, config.vocab_size)
+    return writer
 
 
 def _write_tensors(writer, tensors, config, arch: str, quantization) -> None:

@@ -199,6 +199,11 @@ def stream(name: str, recipes: tuple[str, ...], work_dir: str | None) -> list[di
 
 def run(config: BenchmarkConfig) -> None:
     """Runs the cases and prints their tables."""
+    with record.replaceable(config.json):
+        _run(config)
+
+
+def _run(config: BenchmarkConfig) -> None:
     streamed = [entry for case in config.stream for entry in stream(STREAM_NAMES[case], config.recipe, config.work_dir)]
     results = compared(config)
     rows = [["case", "recipe", "in all, s", "pruning, s", "a pruned layer, s", "floor, s", "peak memory, GB"]]

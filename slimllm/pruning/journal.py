@@ -42,13 +42,7 @@ class Journal:
         if found is None:
             self.put("identity", identity)
             return
-        for name in [*identity, *found]:
-            before, now = found.get(name), identity.get(name)
-            if before != now:
-                raise UserError(
-                    f"--resume: the stopped run had {name} {_short(before)}, this one has {_short(now)}; "
-                    "give the same command, or leave --resume away to start anew"
-                )
+        check_same(found, identity, "--resume")
 
     def get(self, name: str):
         """The entry ``name``, or None where there is none."""
@@ -93,6 +87,17 @@ class Journal:
 
     def _states(self, index: int) -> Path:
         return self.folder / f"states-{index:05d}-{processes.rank()}.safetensors"
+
+
+def check_same(before: dict, now: dict, flag: str) -> None:
+    """Raises UserError, naming the first difference, where a run that ``flag`` shall go on with was another one than this."""
+    now = json.loads(json.dumps(now, default=str))
+    for name in [*now, *before]:
+        if before.get(name) != now.get(name):
+            raise UserError(
+                f"{flag}: the stopped run had {name} {_short(before.get(name))}, this one has {_short(now.get(name))}; "
+                f"give the same command, or leave {flag} away to start anew"
+            )
 
 
 def _short(value) -> str:

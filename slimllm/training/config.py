@@ -100,6 +100,15 @@ class TrainConfig:
         if self.output_dir is None:
             self.output_dir = str(Path("tune_log") / Path(self.prune_model).name)
 
+    def models(self) -> list[tuple[str, str]]:
+        """The models that a run reads, and the options that name them."""
+        return [(name, option) for name, option in ((self.prune_model, "--prune_model"), (self.teacher, "--teacher")) if name]
+
+    def inputs(self) -> list[str | None]:
+        """The files and folders that a run reads, where these are no names on the hub."""
+        texts = [item.rpartition("=")[2] for item in self.extra_val_dataset or ()]
+        return [self.prune_model, self.teacher, self.data_path, self.tmp_dir, self.resume_from_checkpoint, *texts]
+
     def to_dict(self) -> dict:
         return asdict(self)
 

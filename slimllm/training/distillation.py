@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -98,7 +98,7 @@ def distil(
         mode: "all", every weight of the decoder; or "scales", its biases and norms, and a factor for each input column of the output
             projections, which is folded into their weights at the end. Neither adds parameters.
         learning_rate: at its peak; by default what measured best (:func:`_default_rate`).
-    Where the divergence does not fall, the student is left as it was, and the log says so.
+    Where the divergence does not fall, the student is left as it was, and the log says so; it is so too where anything raises.
     Raises UserError for fewer than two samples.
     """
     if teacher.total < 2:
@@ -108,13 +108,14 @@ def distil(
     train, rest = numbers[:-held_out], numbers[-held_out:]
     batches = [part for epoch in range(epochs) for part in _shuffled(train, seed + epoch).split(BATCH_SAMPLES)]
     home = next(student.parameters()).device
-    with _trainable(student.to(teacher.device), mode, teacher.dtype) as parameters:
+    with _trainable(student.to(teacher.device), mode, teacher.dtype) as parameters, ExitStack() as ending:
         loss = _Loss(student, teacher)
         before = loss.mean(rest)
         learning_rate = learning_rate or _default_rate(mode, parameters, before)
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, len(batches)))
         start = [parameter.detach().clone() for parameter in parameters]
+        ending.push(lambda error, *_: error and _put_back(parameters, start))
         for step, batch in enumerate(batches, 1):
             value = loss.backward(batch)
             gradients = [p.grad for p in parameters if p.grad is not None]
@@ -131,8 +132,7 @@ def distil(
         after = loss.mean(rest)
         kept = after < before
         if not kept:
-            for parameter, values in zip(parameters, start):
-                parameter.data.copy_(values)
+            _put_back(parameters, start)
         trained = sum(parameter.numel() for parameter in parameters)
     student.to(home)
     return_free_memory()
@@ -141,6 +141,11 @@ def distil(
         log.warning("distillation: the divergence did not fall, so the pruned model stays as it was; lower --distill_learning_rate")
     after = after if math.isfinite(after) else None  # JSON knows no NaN
     return Distillation(mode, len(train), held_out, epochs, learning_rate, len(batches), trained, before, after, kept)
+
+
+def _put_back(parameters: list[nn.Parameter], start: list[torch.Tensor]) -> None:
+    for parameter, values in zip(parameters, start):
+        parameter.data.copy_(values)
 
 
 def _default_rate(mode: str, parameters: list[nn.Parameter], divergence: float) -> float:

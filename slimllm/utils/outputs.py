@@ -44,14 +44,17 @@ _HEAD = 4096  # bytes of a .gguf file in which its mark is looked for
 def seal(folder: Path, folders: tuple[str, ...] = (), **more) -> dict[str, str]:
     """Writes the seal of ``folder``: the SHA-256 of each file in it but hidden ones and those that change later. Returns them, by path.
 
-    ``folders``: names of folders inside that are, or will be, sealed themselves; ``more``: what the seal says besides.
+    ``folders``: names of folders inside that are, or will be, sealed themselves; ``more``: what the seal says besides. The states that
+    a training goes on from are no part of what was written.
     """
     folder, hashes = Path(folder), {}
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
-        if path.is_file() and str(inside) not in _UNSEALED and inside.parts[0] not in folders and not _hidden(inside):
+        first = inside.parts[0]
+        elsewhere = first in folders or _is_training_state(folder / first) or any(part.startswith(".") for part in inside.parts)
+        if path.is_file() and str(inside) not in _UNSEALED and not elsewhere:
             hashes[inside.as_posix()] = file_hash(path)
-    text = json.dumps({"format": SEAL_FORMAT, "program": "slimllm", **more, "folders": folders, "files": hashes}, indent=1)
+    text = json.dumps({"format": SEAL_FORMAT, "program": "slimllm", "folders": folders, "files": hashes, **more}, indent=1, default=str)
     (folder / SEAL).write_text(text + "\n", encoding="utf-8")
     return hashes
 
@@ -130,10 +133,6 @@ def written_file(path: Path) -> bool:
 
 def _regular(path: Path) -> bool:
     return not path.is_symlink() and path.is_file()
-
-
-def _hidden(inside: Path) -> bool:
-    return any(part.startswith(".") for part in inside.parts)
 
 
 def _is_training_state(folder: Path) -> bool:
