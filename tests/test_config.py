@@ -85,3 +85,43 @@ def test_methods_set_what_the_user_left_open():
 def test_mistakes_of_method_and_samples(flags, said):
     with pytest.raises(UserError, match=said):
         config(*flags)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--ridge", "0.1"], "--ridge has no effect: recovery linear has no ridge"),
+        (["--alpha", "5", "--layer_ratio", "uniform"], "--alpha has no effect: layer_ratio uniform has no alpha"),
+        (["--method", "flap", "--pruned_layers", "1"], "--pruned_layers has no effect: layer_ratio ranking takes from every layer"),
+        (["--prune", "channels", "--no_greedy"], "--no_greedy has no effect: no head is chosen"),
+        (["--prune", "heads", "--channel_score", "wanda"], "--channel_score has no effect: no channel is chosen"),
+        (["--plan", "x", "--head_unit", "group"], "--head_unit has no effect: no head is chosen"),
+        (["--distill_examples", "8"], "--distill_examples has no effect: nothing is distilled"),
+        (["--calibration", "a.safetensors", "--num_examples", "8"], "--num_examples has no effect: a.safetensors holds the samples"),
+        (["--calibration", "self", "--self_share", "0.5"], "--self_share has no effect: the model writes all samples"),
+        (["--top_p", "0.5"], "--top_p has no effect: no continuations are printed"),
+        (["--public"], "--public has no effect: nothing is uploaded"),
+        (["--runtime", "transformers"], "layer ratio uniform, not importance: with --runtime transformers all layers lose the same"),
+        (["--runtime", "transformers", "--recipe", "best"], "layer ratio uniform, not auto: with --runtime transformers"),
+    ],
+)
+def test_what_changes_nothing_is_said(flags, said, caplog):
+    with caplog.at_level("INFO", logger="slimllm"):
+        found = config(*flags).resolved(make_shape())
+    assert [line for line in caplog.messages if line.startswith(said)] == caplog.messages != []
+    caplog.clear()
+    assert found.resolved(make_shape()) == found and not caplog.messages  # once
+
+
+def test_what_changes_something_is_not_remarked_on(caplog):
+    with caplog.at_level("INFO", logger="slimllm"):
+        config("--recipe", "distilled", "--ridge", "0.1", "--alpha", "5", "--distill_examples", "8", "--self_share", "0.2").resolved(
+            make_shape()
+        )
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("layer_ratio", ["importance", "middle", "auto"])
+def test_layers_that_must_be_alike_are_not_spread_over(layer_ratio):
+    with pytest.raises(UserError, match=f"--layer_ratio {layer_ratio} and --runtime transformers: all layers of this model lose the same"):
+        config("--layer_ratio", layer_ratio, "--runtime", "transformers").resolved(make_shape())

@@ -93,7 +93,7 @@ def run(config: EvalConfig) -> None:
 def evaluate(config: EvalConfig) -> dict:
     """Evaluates one model; the file is written anew after each result, so that a stopped run goes on. Returns the results."""
     output = Path(config.output)
-    with record.results_at(output):
+    with record.results_at(output, config.overwrite):
         return _evaluate(config, output)
 
 

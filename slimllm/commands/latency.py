@@ -90,7 +90,7 @@ def tables_of(sizes: dict, entries: list[dict], baseline: str | None) -> list[st
 
 
 def run(config: LatencyConfig) -> None:
-    with record.replaceable(config.json):
+    with record.results_at(config.json, True, "name another --json"):
         compare(config)
 
 

@@ -81,17 +81,21 @@ def _outputs(runner: LayerRunner, states: ActivationStore) -> dict[str, torch.Te
     return {name: torch.stack(values) for name, values in found.items()}
 
 
+def _reference(folder: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """What stands in :data:`REFERENCE`. Raises UserError for a folder without it."""
+    try:
+        return load_file(Path(folder) / REFERENCE)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: no readable {REFERENCE} ({error}); checkpoints of hf_prune.py and post_training.py have one") from None
+
+
 @torch.no_grad()
 def compare_with_reference(model, folder: str | os.PathLike) -> tuple[float, float]:
     """(largest difference, how much is allowed) between ``model``'s outputs and those that the saved model gave in memory.
 
     ``model`` may be a ModelSource. Raises UserError for a folder without :data:`REFERENCE`.
     """
-    try:
-        reference = load_file(Path(folder) / REFERENCE)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: no readable {REFERENCE} ({error}); checkpoints of hf_prune.py and post_training.py have one") from None
-    source = ModelSource.of(model)
+    reference, source = _reference(folder), ModelSource.of(model)
     runner = LayerRunner(source, reference["ids"], source.home, split=False)
     found = _outputs(runner, runner.last_states())
     difference = float(torch.stack([(found[name] - reference[name]).abs().max() for name in found]).max())  # not a number stays none
@@ -104,7 +108,7 @@ def covered_rows(source: ModelSource, folder: str | os.PathLike) -> tuple[int, i
     rows = len(embeddings)
     if embeddings is head:
         return rows, rows  # each is a row of the output head
-    return len(load_file(Path(folder) / REFERENCE)["ids"].unique()), rows
+    return len(_reference(folder)["ids"].unique()), rows
 
 
 class WeightFiles:

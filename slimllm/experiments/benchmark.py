@@ -199,7 +199,7 @@ def stream(name: str, recipes: tuple[str, ...], work_dir: str | None) -> list[di
 
 def run(config: BenchmarkConfig) -> None:
     """Runs the cases and prints their tables."""
-    with record.replaceable(config.json):
+    with record.results_at(config.json, True, "name another --json"):
         _run(config)
 
 

@@ -196,7 +196,7 @@ def measure(
     fingerprint = {"model": Path(config.base_model).name, "dtype": name_of(dtype), "calibration": config.calibration}
     fingerprint |= {"seed": config.seed, "eval_data": config.eval_data, "eval_limit": config.eval_limit, **(identity or {})}
     file = record.results_in(Path(config.output), "results.json")
-    with record.results_at(file):
+    with record.results_at(file, config.overwrite):
         return _measured(config, trials, also, unpruned, record.continued(file, fingerprint, config.overwrite), file, dtype, device)
 
 

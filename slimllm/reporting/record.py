@@ -226,27 +226,19 @@ def read_json(path: str | os.PathLike) -> dict:
 
 
 @contextmanager
-def results_at(path: Path, way: str = "name another --output"):
-    """Holds the name of a file of results while the block runs, where it is one or is not there; ``way``: the way out where not.
+def results_at(path: str | os.PathLike | None, overwrite: bool, way: str = "name another --output"):
+    """Holds the name of a file of results while the block runs; ``way``: the way out where it cannot be had. Without a path does nothing.
 
-    Raises UserError before anything is computed. Of several processes the first holds it for all.
+    Raises UserError before anything is computed, with ``overwrite`` also for a file that no run of this program wrote. Of several
+    processes the first holds it for all.
     """
-    if not processes.is_first():
+    if path is None or not processes.is_first():
         yield
         return
     check_kind(path, way)
+    if overwrite:
+        check_target(path, True, way)
     with taken(path, way):
-        yield
-
-
-@contextmanager
-def replaceable(path: str | None):
-    """:func:`results_at` a file, where one is named, that is made anew each time; one that holds no such results is refused."""
-    if path is None:
-        yield
-        return
-    check_target(Path(path), True, way := "name another --json")
-    with results_at(Path(path), way):
         yield
 
 
@@ -268,17 +260,12 @@ def save_results(results: dict, path: Path) -> None:
 def continued(path: Path, fingerprint: dict, overwrite: bool) -> dict:
     """The results that ``path`` holds, to be completed, or a new dict of them. ``fingerprint`` says what they are results of.
 
-    Raises UserError where the file is no such record or holds results of something else, and, with ``overwrite`` too, where no run
-    of this program wrote it.
+    Raises UserError where the file is no such record or holds results of something else.
     """
     fingerprint = json.loads(json.dumps(fingerprint))
-    way = "name another --output"
-    check_kind(path, way)
-    if overwrite:
-        check_target(path, True, way)
     if not path.exists() or overwrite:
         return {"format": FORMAT, "fingerprint": fingerprint}
-    way += ", or replace it with --overwrite"
+    way = "name another --output, or replace it with --overwrite"
     try:
         found = read_json(path)
     except (OSError, ValueError) as error:

@@ -105,10 +105,11 @@ def foreign(path: Path) -> Path | None:
             strange = foreign(entry)
         elif _is_training_state(entry):
             strange = None
-        else:
+        elif any(name.startswith(f"{entry.name}/") for name in known):
             inside = (file for file in sorted(entry.rglob("*")) if file.is_symlink() or not file.is_dir())
             strange = next((file for file in inside if not _regular(file) or file.relative_to(path).as_posix() not in known), None)
-            strange = strange or (None if any(name.startswith(f"{entry.name}/") for name in known) else entry)
+        else:
+            strange = entry
         if strange:
             return strange
     return None
