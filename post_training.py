@@ -98,7 +98,8 @@ def _train(config, output: Path, lines):
         lines.to_file(output / "log.txt")
     else:
         log.setLevel(logging.ERROR)
-    log.info("%s", command())
+    for line in (command(), *config.remarks()):
+        log.info("%s", line)
     teacher = None
     if config.teacher is not None:
         with timed("teacher"):

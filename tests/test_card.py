@@ -91,7 +91,11 @@ def test_the_card_names_what_made_the_model_and_no_folder_of_this_machine(prune,
     assert "method: Wanda-sp ([An et al. 2024]" in page and "SlimLLM](" not in page and "recipe" not in page
     page = (prune("--recipe", "best", "--overwrite") / "README.md").read_text()
     assert "method: [SlimLLM](https://arxiv.org/abs/2505.22689) (Guo et al. 2025), recipe best" in page
-    assert [line for line in page.splitlines() if str(tmp_path) in line] == [] and "--base_model base" in page and "--calibration text.txt" in page
+    assert (
+        [line for line in page.splitlines() if str(tmp_path) in line] == []
+        and "--base_model base" in page
+        and "--calibration text.txt" in page
+    )
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,19 @@ def test_settings_are_checked(wrong, said):
         settings(**wrong)
 
 
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (dict(tmp_dir="x"), "--tmp_dir has no effect: only a --teacher"),
+        (dict(no_instruction=True, train_on_inputs=True), "--train_on_inputs has no effect: with --no_instruction"),
+        (dict(eval_limit=3, extra_val_dataset=("none",)), "--eval_limit has no effect: no text is measured on"),
+    ],
+)
+def test_what_changes_nothing_is_said(flags, said):
+    (line,) = settings(**flags).remarks()
+    assert line.startswith(said) and not settings(teacher="x", tmp_dir="x", train_on_inputs=True, eval_limit=3).remarks()
+
+
 def test_unknown_target_modules_are_named():
     with pytest.raises(UserError, match="q_prj.*did you mean 'q_proj'"):
         trainer.target_modules(make_model(), settings(lora_target_modules="q_prj"))

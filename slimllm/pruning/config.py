@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
-from dataclasses import FrozenInstanceError, asdict, dataclass, fields
+from dataclasses import FrozenInstanceError, asdict, dataclass
 
 from .. import cli
-from ..cli import check_choices, check_range, flag
+from ..cli import check_choices, check_range, flag, given, without_effect
 from ..data.calibration import SampleSpec
 from ..errors import UserError
 from ..models.shape import RUNTIMES, ModelShape, limits_of
@@ -194,7 +194,7 @@ class PruneConfig:
         if not self.base_model:
             raise UserError("--base_model is required: a local folder, hub name or .gguf file")
         check_choices(self)
-        self._given = {f.name for f in fields(self) if getattr(self, f.name) not in (f.default, None)}
+        self._given = given(self)
         self._check_what_decides()
         if self.no_greedy:
             self.head_choice = "leave_one_out"
@@ -360,7 +360,7 @@ class PruneConfig:
             (not self.test_after_train, ("temperature", "top_p"), "no continuations are printed"),
             (not self.push_to_hub, ("public",), "nothing is uploaded"),
         ]
-        found = [f"--{name} has no effect: {why}" for holds, names, why in because if holds for name in names if name in self._given]
+        found = without_effect(self._given, because)
         usual = self._default("layer_ratio")
         if self.layer_ratio not in (None, usual) and "layer_ratio" not in self._given:
             found.append(f"layer ratio {self.layer_ratio}, not {usual}: with --runtime {self.runtime} all layers lose the same")
