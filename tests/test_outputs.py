@@ -225,6 +225,9 @@ FILES = {  # a command that would replace a file -> what it says
     ("evaluate", "{folder}", "--output", "/dev/full", "--tasks", "none"): "a device, pipe or socket",
     ("evaluate", "{folder}", "--output", "{folder}", "--overwrite", "--tasks", "none"): "no run of this program wrote",
     ("evaluate", "{folder}", "--output", "/proc/x.json", "--tasks", "none"): "cannot be written",
+    ("evaluate", "{folder}", "--output", "{folder}/mine.gguf", "--overwrite", "--tasks", "none"): "no run of this program wrote",
+    ("evaluate", "{folder}", "--output", "{folder}/sealed", "--overwrite", "--tasks", "none"): "no run of this program wrote",
+    ("export-gguf", "{folder}", "--output", "{folder}/eval.json", "--overwrite"): "no run of this program wrote",
     ("latency", "{folder}", "--json", "{folder}/config.json"): "no run of this program wrote",
     ("benchmark", "--json", "{folder}/figures/pruning.json"): "no run of this program wrote",
     ("compare", "--base_model", "{folder}", "--output", "{folder}", "--overwrite"): "not empty, and it holds no results.json",
@@ -237,6 +240,9 @@ def test_no_program_replaces_what_it_did_not_write(command, tiny_folder, tmp_pat
     monkeypatch.chdir(tmp_path)
     record = {"format": 1, "config": {}, "layers": [], "environment": {"slimllm": "0"}}
     write_text(tiny_folder / "figures" / "pruning.json", json.dumps(record))
+    write_text(tiny_folder / "eval.json", json.dumps({"format": 1, "environment": {"slimllm": "0"}}))
+    (tiny_folder / "mine.gguf").write_bytes(b"GGUF" + outputs.GGUF_MARK.encode())  # of other programs than those that would replace it
+    written(tiny_folder / "sealed")
     before = contents(tiny_folder)
     monkeypatch.setattr("slimllm.models.source.ModelSource.whole", lambda *_: pytest.fail("the work began"))
     assert slim([part.format(folder=tiny_folder) for part in command]) == 2

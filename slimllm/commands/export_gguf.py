@@ -11,7 +11,7 @@ from ..cli import check_choice, check_choices, flag
 from ..deploy.export_gguf import OUTTYPES, export
 from ..errors import UserError
 from ..reporting import card
-from ..utils.outputs import check_target, taken
+from ..utils.outputs import check_target, is_export, taken, unless
 
 log = logging.getLogger("slimllm")
 
@@ -54,7 +54,7 @@ def run(settings: ExportConfig) -> None:
     way = "name another --output"
     with contextlib.ExitStack() as names:
         for _, target in targets:
-            check_target(target, settings.overwrite, way, [settings.folder])
+            check_target(target, settings.overwrite, way, [settings.folder], unless(is_export))
             names.enter_context(taken(target, way))
         for name, target in targets:
             export(settings.folder, target, name, settings.arch)

@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..utils import processes
 from ..utils.files import file_hash, write_text
 from ..utils.memory import peak_memory
-from ..utils.outputs import check_kind, check_target, taken
+from ..utils.outputs import check_kind, check_target, is_results, taken, unless
 
 FORMAT = 1
 PACKAGES = ("torch", "transformers", "datasets", "safetensors", "numpy", "peft", "lm_eval")
@@ -237,7 +237,7 @@ def results_at(path: str | os.PathLike | None, overwrite: bool, way: str = "name
         return
     check_kind(path, way)
     if overwrite:
-        check_target(path, True, way)
+        check_target(Path(path), True, way, foreign=unless(is_results))
     with taken(path, way):
         yield
 

@@ -83,10 +83,9 @@ def altered(folder: Path) -> list[str] | None:
 
 
 def foreign(path: Path) -> Path | None:
-    """The first thing at or under ``path`` that no run of this program wrote; None where all of it may be replaced."""
-    path = Path(path)
+    """The first thing at or in the folder ``path`` that no run of this program wrote; None where all of it may be replaced."""
     if path.is_symlink() or not path.is_dir():
-        return None if written_file(path) else path
+        return path
     if not any(path.iterdir()):
         return None
     try:
@@ -100,7 +99,7 @@ def foreign(path: Path) -> Path | None:
         if _LEFTOVER.fullmatch(entry.name):
             continue
         if entry.is_symlink() or not entry.is_dir():
-            strange = None if _regular(entry) and (entry.name in known or written_file(entry)) else entry
+            strange = None if _regular(entry) and (entry.name in known or is_export(entry) or is_results(entry)) else entry
         elif entry.name in found["folders"]:
             strange = foreign(entry)
         elif _is_training_state(entry):
@@ -115,21 +114,27 @@ def foreign(path: Path) -> Path | None:
     return None
 
 
-def written_file(path: Path) -> bool:
-    """Whether this is a file of its own that a program of this package wrote: an exported .gguf file, or results in JSON."""
-    if not _regular(path):
+def is_export(path: Path) -> bool:
+    """Whether this is a .gguf file that ``export-gguf`` wrote."""
+    if path.suffix != ".gguf" or not _regular(path):
         return False
     try:
-        if path.suffix == ".gguf":
-            with path.open("rb") as file:
-                head = file.read(_HEAD)
-            return head.startswith(b"GGUF") and GGUF_MARK.encode() in head
-        if path.suffix == ".json":
-            found = json.loads(path.read_text(encoding="utf-8"))
-            return "slimllm" in found["environment"] and "config" not in found  # a run's record belongs to its folder
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+    except OSError:
+        return False
+    return head.startswith(b"GGUF") and GGUF_MARK.encode() in head
+
+
+def is_results(path: Path) -> bool:
+    """Whether this is a file of results that a program of this package wrote; the record of a run, which belongs to its folder, is none."""
+    if path.suffix != ".json" or not _regular(path):
+        return False
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return "slimllm" in found["environment"] and "config" not in found
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
-    return False
+        return False
 
 
 def _regular(path: Path) -> bool:
@@ -144,23 +149,36 @@ def _is_training_state(folder: Path) -> bool:
 # what may be replaced
 
 
-def check_target(target: Path, overwrite: bool, otherwise: str = "choose another name", inputs: Iterable = ()) -> None:
+def check_target(
+    target: Path,
+    overwrite: bool,
+    otherwise: str = "choose another name",
+    inputs: Iterable = (),
+    foreign: Callable[[Path], Path | None] = foreign,
+) -> None:
     """Raises UserError where ``target`` is there and may not be replaced.
 
     Replaced, with ``overwrite``, are only files and folders that a run of this program wrote, to the last thing inside, and none that
     is or holds one of ``inputs``: paths that this run reads (those that do not exist are hub names). ``otherwise``: the way out.
+    ``foreign``: what says so of what is written here, a folder or (:func:`unless`) a kind of file.
     """
+    target = Path(target)
     check_kind(target, otherwise)
     if not os.path.lexists(target):
         return
     if not overwrite:
         raise UserError(f"{target} exists: {otherwise}, or replace it with --overwrite")
     for name in inputs:
-        if name and os.path.exists(name) and _within(Path(name), Path(target)):
+        if name and os.path.exists(name) and _within(Path(name), target):
             holds = "is" if os.path.samefile(name, target) else "holds"
             raise UserError(f"--overwrite: {target} {holds} {name}, which this run reads; {otherwise}")
     if strange := foreign(target):
         raise UserError(f"--overwrite: no run of this program wrote {strange}; {otherwise}, or move it away")
+
+
+def unless(ours: Callable[[Path], bool]) -> Callable[[Path], Path | None]:
+    """The ``foreign`` of a program that writes files: what is none of them."""
+    return lambda path: None if ours(path) else path
 
 
 def check_kind(target: Path, otherwise: str = "choose another name") -> None:
