@@ -39,7 +39,9 @@ def test_a_run_s_own_folder_is_replaced_with_what_belongs_to_it(tmp_path):
     (target / "README.md").write_text("edited")
     (target / "run-f16.gguf").write_bytes(b"GGUF" + bytes(20) + outputs.GGUF_MARK.encode())
     write_text(target / "eval.json", json.dumps({"format": 1, "environment": {"slimllm": "0"}}))
-    (target / ".journal").mkdir()  # left by a kill at the worst moment
+    (target / ".journal").mkdir()  # these are left by kills at the worst moments
+    (target / ".adapter.lock").touch()
+    (target / ".adapter.abcd_123.partial").mkdir()
     with atomic_dir(target, overwrite=True) as folder:
         (folder / "a").touch()
     assert names(target) == ["a", outputs.SEAL] and names(tmp_path) == ["run"]
@@ -54,6 +56,7 @@ STRANGERS = {
     ".env": lambda folder: (folder / ".env").write_text("SECRET=1"),
     "checkpoint-900": lambda folder: write_text(folder / "checkpoint-900" / "model.bin", "mine"),
     "thesis.tex": lambda folder: (folder / "thesis.tex").write_text("x"),
+    ".mine.lock": lambda folder: (folder / ".mine.lock").write_text("x"),
     "mine.json": lambda folder: (folder / "mine.json").write_text("[1]"),
     "mine.gguf": lambda folder: (folder / "mine.gguf").write_bytes(b"GGUF" + bytes(5000)),
     "figures/mine.png": lambda folder: (folder / "figures" / "mine.png").touch(),

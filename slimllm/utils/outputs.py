@@ -33,8 +33,7 @@ SEAL_FORMAT = 1
 GGUF_MARK = "slimllm.version"  # a key near the start of every .gguf file that is exported
 _UNSEALED = ("README.md", "log.txt", SEAL)  # a card is brought up to date by later programs, and edited by people
 _MKDTEMP = "????????"  # the random part of a name made by tempfile.mkdtemp
-# what a run that was killed leaves in a folder: its journal, the lock of a name, something that it had begun to write
-_LEFTOVER = re.compile(r"\.journal|\..+\.(lock|\d+\.partial|[a-z0-9_]{8}\.(partial|old))")
+_LEFTOVER = re.compile(r"\.journal|\..+\.(\d+\.partial|[a-z0-9_]{8}\.(partial|old))")
 _HEAD = 4096  # bytes of a .gguf file in which its mark is looked for
 
 
@@ -66,7 +65,7 @@ def read_seal(folder: Path) -> dict | None:
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found["format"] == SEAL_FORMAT and all(isinstance(value, str) for value in found["files"].values()):
+        if found["format"] == SEAL_FORMAT and isinstance(found["folders"], list) and isinstance(found["files"], dict):
             return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
@@ -96,7 +95,7 @@ def foreign(path: Path) -> Path | None:
         return path
     known = {*found["files"], *_UNSEALED}
     for entry in sorted(path.iterdir()):
-        if _LEFTOVER.fullmatch(entry.name):
+        if _is_leftover(entry):
             continue
         if entry.is_symlink() or not entry.is_dir():
             strange = None if _regular(entry) and (entry.name in known or is_export(entry) or is_results(entry)) else entry
@@ -139,6 +138,13 @@ def is_results(path: Path) -> bool:
 
 def _regular(path: Path) -> bool:
     return not path.is_symlink() and path.is_file()
+
+
+def _is_leftover(path: Path) -> bool:
+    """What a run that was killed left inside a folder: its journal, the empty lock of a name, something that it had begun to write."""
+    if path.suffix == ".lock":
+        return path.name.startswith(".") and _regular(path) and not path.stat().st_size
+    return not path.is_symlink() and bool(_LEFTOVER.fullmatch(path.name))
 
 
 def _is_training_state(folder: Path) -> bool:
