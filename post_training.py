@@ -12,7 +12,7 @@ from pathlib import Path
 
 from slimllm.cli import guarded, logging_to_console
 
-PARTS = ("adapter", "merged")  # folders inside the output folder
+PARTS, FILES = ("adapter", "merged"), ("post_training.json", "figures/loss.png")  # what is written into the output folder, beside the log
 WAY = "choose another --output_dir"
 log = logging.getLogger("slimllm")
 
@@ -85,7 +85,10 @@ def _train(config, output: Path, lines):
     blocks = [blocks_of(text, tokenizer, 128, config.eval_limit, first_token(tokenizer, model_config)) for text in texts]
     identity = _identity(config, digest, arguments.world_size)
     if resume and main_process:
-        check_same((read_seal(resume.parent) or {}).get("identity", {}), identity, "--resume_from_checkpoint")
+        if before := (read_seal(resume.parent) or {}).get("identity"):
+            check_same(before, identity, "--resume_from_checkpoint")
+        else:
+            log.warning("%s: nothing there says of which run it is, so its data and model could not be compared", resume)
     with timed("loading"):
         model = loading.load_model(config.prune_model, dtype, "--prune_model")
     training.target_modules(model, config)
@@ -94,7 +97,7 @@ def _train(config, output: Path, lines):
             check_target(output, True, WAY, config.inputs())
             shutil.rmtree(output)
         output.mkdir(parents=True, exist_ok=True)
-        seal(output, PARTS, identity=identity)  # from now on it is known for this program's
+        seal(output, FILES, PARTS, identity=identity)  # from now on it is known for this program's
         lines.to_file(output / "log.txt")
     else:
         log.setLevel(logging.ERROR)
@@ -246,7 +249,7 @@ def _finish(output: Path, record) -> None:
     loss_curve(record, output / "figures")
     record.peak_memory = peak_memory()
     record.write(output)
-    seal(output, PARTS, identity=(read_seal(output) or {}).get("identity", {}))
+    seal(output, FILES, PARTS, identity=(read_seal(output) or {}).get("identity"))
     rows = [["text", "before", "after"]] + [[f["data"], f"{f['before']:.2f}", f"{f['after']:.2f}"] for f in record.evaluation]
     if record.validation:
         rows.append(["held-out rows", *(f"{record.validation[when]:.2f}" for when in ("before", "after"))])

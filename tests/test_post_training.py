@@ -392,7 +392,7 @@ def test_mistakes_are_one_line(pruned_folder, rows_file, tmp_path, here):
         status, _, err = here(*flags)
         assert status == 2 and said in err and len(err.strip().splitlines()) == 1, err
     (tmp_path / "out").mkdir()
-    outputs.seal(tmp_path / "out", post_training.PARTS)
+    outputs.seal(tmp_path / "out", post_training.FILES, post_training.PARTS)
     (tmp_path / "out" / "log.txt").write_text("old")
     assert here(*quick(pruned_folder, tmp_path / "no.json", "--overwrite"))[0] == 2
     assert (tmp_path / "out" / "log.txt").read_text() == "old"
@@ -406,9 +406,7 @@ def test_what_no_run_wrote_is_not_trained_over(pruned_folder, rows_file, tmp_pat
         path.write_text("{} ")
     status, _, err = here(*quick(pruned_folder, rows_file, *more))
     assert status == 2 and "no run of this program wrote" in err or "holds no finished checkpoint" in err
-    outputs.seal(tmp_path / "out", post_training.PARTS)  # a run's folder, in which someone put something
-    seal = json.loads((tmp_path / "out" / outputs.SEAL).read_text())
-    (tmp_path / "out" / outputs.SEAL).write_text(json.dumps(seal | {"files": {}}))
+    outputs.seal(tmp_path / "out", post_training.FILES, post_training.PARTS)  # a run's folder, in which someone put something
     if more == ["--overwrite"]:
         status, _, err = here(*quick(pruned_folder, rows_file, *more))
         assert status == 2 and err.count("\n") == 1 and f"no run of this program wrote out/{name.partition('/')[0]}" in err
@@ -420,7 +418,7 @@ def test_the_model_that_is_trained_is_not_deleted(pruned_folder, rows_file, tmp_
     (tmp_path / "out").mkdir()
     outputs.seal(pruned_folder)
     pruned_folder.rename(tmp_path / "out" / "merged")
-    outputs.seal(tmp_path / "out", post_training.PARTS)
+    outputs.seal(tmp_path / "out", post_training.FILES, post_training.PARTS)
     before = (tmp_path / "out/merged/model.safetensors").read_bytes()
     status, _, err = here(*quick("out/merged", rows_file, "--overwrite"))
     assert status == 2 and "out holds out/merged, which this run reads; choose another --output_dir" in err
@@ -473,6 +471,10 @@ def test_the_tokenizer_is_handed_on_as_it_came(pruned_folder, rows_file, tiny_to
 def test_a_dense_model_can_be_trained_too(tiny_folder, tmp_path, here):
     (tmp_path / "t.jsonl").write_text('{"text": "abc def ghi"}\n' * 8)
     assert here(*quick(tiny_folder, tmp_path / "t.jsonl", "--merge", "--num_epochs", 1))[0] == 0
+    assert outputs.foreign(tmp_path / "out") is None and not outputs.altered(tmp_path / "out") + outputs.altered(tmp_path / "out/merged")
+    (tmp_path / "out" / "mine.txt").touch()  # it is not taken for the run's, whatever that does
+    assert here(*quick(tiny_folder, tmp_path / "t.jsonl", "--num_epochs", 1, "--resume_from_checkpoint", "last"))[0] == 0
+    assert outputs.foreign(tmp_path / "out").name == "mine.txt"
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged").config.model_type == "llama"
     assert loading.load_model(str(tmp_path / "out" / "merged"), "auto").dtype == torch.float32
 

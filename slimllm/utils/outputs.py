@@ -40,19 +40,17 @@ _HEAD = 4096  # bytes of a .gguf file in which its mark is looked for
 # what a run wrote
 
 
-def seal(folder: Path, folders: tuple[str, ...] = (), **more) -> dict[str, str]:
-    """Writes the seal of ``folder``: the SHA-256 of each file in it but hidden ones and those that change later. Returns them, by path.
+def seal(folder: Path, names: Iterable[str] | None = None, folders: tuple[str, ...] = (), **more) -> dict[str, str]:
+    """Writes the seal of ``folder``, the SHA-256 of its files, and returns these by path inside.
 
-    ``folders``: names of folders inside that are, or will be, sealed themselves; ``more``: what the seal says besides. The states that
-    a training goes on from are no part of what was written.
+    ``names``: of the files, as far as they are there; by default all but hidden ones and those that change later. ``folders``: names of
+    folders inside that are, or will be, sealed themselves. ``more``: what the seal says besides.
     """
-    folder, hashes = Path(folder), {}
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        first = inside.parts[0]
-        elsewhere = first in folders or _is_training_state(folder / first) or any(part.startswith(".") for part in inside.parts)
-        if path.is_file() and str(inside) not in _UNSEALED and not elsewhere:
-            hashes[inside.as_posix()] = file_hash(path)
+    folder = Path(folder)
+    if names is None:
+        inside = (path.relative_to(folder) for path in sorted(folder.rglob("*")))
+        names = [path.as_posix() for path in inside if not any(part.startswith(".") for part in path.parts)]
+    hashes = {name: file_hash(folder / name) for name in names if name not in _UNSEALED and (folder / name).is_file()}
     text = json.dumps({"format": SEAL_FORMAT, "program": "slimllm", "folders": folders, "files": hashes, **more}, indent=1, default=str)
     (folder / SEAL).write_text(text + "\n", encoding="utf-8")
     return hashes
