@@ -290,7 +290,7 @@ class PruneConfig:
 
         Raises UserError for what this model cannot be given.
         """
-        found = self._with(**self._resolved_values(shape))
+        found = self.having(**self._resolved_values(shape))
         for line in [] if "_frozen" in vars(self) else found.remarks():
             log.info("%s", line)
         return found
@@ -299,9 +299,10 @@ class PruneConfig:
         """A copy that says how many calibration samples there are in fact, and how many of them the model wrote; itself where it does."""
         if samples == self.num_examples and own == round(self.self_share * samples):
             return self
-        return self._with(num_examples=samples, self_share=own / samples)
+        return self.having(num_examples=samples, self_share=own / samples)
 
-    def _with(self, **values) -> PruneConfig:
+    def having(self, **values) -> PruneConfig:
+        """A copy, frozen, with other values, which are not checked."""
         found = copy.copy(self)
         found.__dict__.update(values, _frozen=True)
         return found
