@@ -64,22 +64,23 @@ def run(config) -> None:
             if not processes.is_first():
                 log.setLevel(logging.ERROR)
                 with processes.other():
-                    _prune_into(processes.from_first(None), config, model_config, eval_device, dtype)
+                    _prune_into(processes.from_first(None), config, model_config, eval_device, dtype, takes)
                 return
             way = "choose another --save_ckpt_log_name"
             rules = dict(resume=config.resume, worth_keeping=journal.Journal.worth_keeping, inputs=config.inputs(), transient=journal.NAME)
             with atomic_dir(target, config.overwrite, way, **rules) as folder:
                 lines.to_file(folder / "log.txt")
                 processes.from_first(lambda: folder)
-                record = _prune_into(folder, config, model_config, eval_device, dtype)
+                record = _prune_into(folder, config, model_config, eval_device, dtype, takes)
         with complete(f"everything lies in {target}/"):
             log.info("\n%s\n\neverything lies in %s/", tables.table([(config.save_ckpt_log_name, record)]), target)
             if config.push_to_hub:
                 log.info("uploaded to %s", hub.push(target, config.push_to_hub, config.public))
 
 
-def _prune_into(folder: Path, config, model_config, eval_device, dtype):
-    """The run itself. Everything is written to ``folder``, and what a stopped run left there is not done again.
+def _prune_into(folder: Path, config, model_config, eval_device, dtype, takes):
+    """The run itself, which is expected to take ``takes``. Everything is written to ``folder``, and what a stopped run left there is
+    not done again.
 
     Returns the PruningRecord, in the first of several processes.
     """
@@ -158,6 +159,7 @@ def _prune_into(folder: Path, config, model_config, eval_device, dtype):
         )
         for text, ids, before, after in zip(measured, blocks, dense, pruned)
     )
+    of_run.predicted_memory = {"cpu_bytes": takes.host, "gpu_bytes": takes.device}
     of_run.write(folder)
     figures.layer_figure(of_run, folder / "figures")
     if config.save_model:

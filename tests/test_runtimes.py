@@ -14,7 +14,7 @@ from slimllm.errors import UserError
 from slimllm.models import families
 from slimllm.models import shape as shapes
 from slimllm.models.shape import RUNTIMES
-from slimllm.models.weights import Tensors
+from slimllm.models.weights import Tensors, weight_files
 from slimllm.pruning import pipeline
 from slimllm.pruning.allocation.plan import LayerPlan, removed_parameters
 from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model, make_shape, plan, prune_to
@@ -79,7 +79,7 @@ def test_vllm_form_is_what_decilm_reads(tmp_path, tiny_tokenizer):
         assert not (block.attention.no_op or block.ffn.no_op or hasattr(block.ffn, "ffn_mult"))
     assert len({block.ffn.intermediate_size for block in config.block_configs}) > 1
     # every bias that the config's flags make vLLM look for is there
-    tensors = Tensors(folder)
+    tensors = Tensors(weight_files(folder))
     for name in (
         "self_attn.q_proj",
         "self_attn.k_proj",
@@ -121,7 +121,7 @@ def test_qwen2_goes_to_vllm_with_its_own_biases_only(tmp_path, tiny_tokenizer):
     _, folder, _, _ = pruned("qwen2", "vllm", tmp_path, tiny_tokenizer)
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["DeciLMForCausalLM"] and config["qkv_bias"] and not config.get("attention_bias")
-    assert {name.split(".")[-2] for name in Tensors(folder).names if name.endswith("bias")} == {"q_proj", "k_proj", "v_proj"}
+    assert {name.split(".")[-2] for name in Tensors(weight_files(folder)).names if name.endswith("bias")} == {"q_proj", "k_proj", "v_proj"}
 
 
 def test_the_number_of_heads_is_one_that_the_stock_class_takes():

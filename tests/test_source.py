@@ -47,8 +47,10 @@ def test_shards_and_pickled_files_are_read_too(tmp_path):
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     model.config.save_pretrained(tmp_path / "pickled")
     names = list(model.state_dict())
-    for number, part in enumerate((names[:7], names[7:]), 1):
-        torch.save({name: model.state_dict()[name] for name in part}, tmp_path / "pickled" / f"pytorch_model-{number:05d}-of-00002.bin")
+    files = {name: f"pytorch_model-0000{1 + (i >= 7)}-of-00002.bin" for i, name in enumerate(names)}
+    for file in set(files.values()):
+        torch.save({name: model.state_dict()[name] for name in names if files[name] == file}, tmp_path / "pickled" / file)
+    (tmp_path / "pickled" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
     for folder in ("shards", "pickled"):
         assert same_weights(loading.load_model(str(tmp_path / folder), "auto"), model)
 
@@ -90,7 +92,7 @@ def test_a_hub_model_is_downloaded_and_read_as_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     source = loading.open_source("me/model", torch.float32, config=model.config)
     assert same_weights(source.whole(), model)
-    assert asked == [("me/model", ["model*.safetensors", "model*.safetensors.index.json", "generation_config.json"])]
+    assert asked == [("me/model", ["model.safetensors", "generation_config.json", "adapter_config.json"])]
 
 
 def test_a_layer_leaves_memory_when_the_next_one_comes(tmp_path):

@@ -104,6 +104,12 @@ COMMANDS = {
         "[flags]",
         "How much faster the package prunes than a plain transcription of the paper's equations.",
     ),
+    "gpu": Command(
+        "experiments.gpu",
+        "GpuConfig",
+        "[flags]",
+        "What pruning takes and gives on a GPU, on random models made on the spot; script/gpu.sh.",
+    ),
     "families": Command("commands.families", "NoSettings", "", "The supported model families, as Markdown: docs/families.md."),
     "flags": Command("commands.flags", "NoSettings", "", "Every flag of every program, as Markdown."),
 }

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from ..errors import UserError
 from ..models.loading import open_source
 from ..models.shape import limits_of, shape_of
-from ..models.source import ModelSource
+from ..models.source import ModelSource, stored_tensors
 from ..models.weights import INDEX, TensorFile
 from ..pruning import surgery
 from ..pruning.allocation.plan import LayerPlan
@@ -119,7 +119,7 @@ class WeightFiles:
 
     def __init__(self, folder: Path, model):
         folder.mkdir(parents=True, exist_ok=True)
-        self.layout = {name: (p.dtype, p.shape) for name, p in model.named_parameters()}  # tied ones once
+        self.layout = {name: (tensor.dtype, tensor.shape) for name, tensor in stored_tensors(model).items()}
         shards, size, total = [{}], 0, 0
         for name, (dtype, shape) in self.layout.items():
             tensor_bytes = dtype.itemsize * shape.numel()
@@ -155,8 +155,8 @@ def save(model, tokenizer, folder: Path, ids: torch.Tensor, base_model: str) -> 
     """
     _write_config(model, folder)
     files = WeightFiles(folder, model)
-    for name, parameter in model.named_parameters():
-        files.write(name, parameter)
+    for name, tensor in stored_tensors(model).items():
+        files.write(name, tensor)
     files.close()
     write_tokenizer(tokenizer, folder, base_model)
     runner = LayerRunner(model, ids, ModelSource.of(model).home, split=False)
@@ -206,12 +206,12 @@ class CheckpointSink:
             return
         self._states = self._runner.embed()
         layers = self.source.adapter.layers_name()
-        for name, _ in self.model.named_parameters():
+        for name in self._files.layout:
             if not name.startswith(layers):
                 self._files.write(name, self.source.tensor(name))
 
     def layer(self, index: int, layer: nn.Module) -> None:
-        prefix, tensors = self.source.adapter.layer_name(index), dict(layer.named_parameters())
+        prefix, tensors = self.source.adapter.layer_name(index), stored_tensors(layer)
         for name, (dtype, shape) in self._files.layout.items():
             if name.startswith(prefix):  # a bias that only the runtime asks for is zero
                 tensor = tensors.get(name.removeprefix(prefix))

@@ -12,10 +12,8 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import UserError
-from ..models.adapter import LayerAdapter
-from ..models.families import family_of
-from ..models.loading import load_config
-from ..models.weights import Tensors
+from ..models.loading import open_source
+from ..models.source import stored_tensors
 from ..utils.files import atomic_file
 from ..utils.outputs import GGUF_MARK
 from . import gguf_tokenizer
@@ -36,10 +34,10 @@ def export(folder: str | os.PathLike, target: Path, outtype: str = "f16", arch: 
     Raises UserError for a folder that is no checkpoint, a model or tokenizer that llama.cpp has no form for, a full disk.
     """
     folder = Path(folder)
-    config, tensors, arch = _described(folder, arch)
+    source, arch = _described(folder, arch)
     with atomic_file(target) as partial:
-        writer = _writer(partial, folder, config, arch, outtype)
-        _write_tensors(writer, tensors, config, arch, OUTTYPES[outtype][0])
+        writer = _writer(partial, folder, source.config, arch, outtype)
+        _write_tensors(writer, source, arch, OUTTYPES[outtype][0])
         writer.close()
     return target
 
@@ -47,16 +45,15 @@ def export(folder: str | os.PathLike, target: Path, outtype: str = "f16", arch: 
 def check(folder: str | os.PathLike) -> None:
     """Raises UserError where :func:`export` would, for the checkpoint's config or tokenizer; writes nothing."""
     folder = Path(folder)
-    config, _, arch = _described(folder, "auto")
-    _writer(None, folder, config, arch, "f16")
+    source, arch = _described(folder, "auto")
+    _writer(None, folder, source.config, arch, "f16")
 
 
 def _described(folder: Path, arch: str):
-    """(config, reader of the tensors, architecture in the file) of a checkpoint."""
-    config = load_config(str(folder), "DIR", pruned=True)
-    tensors = Tensors(folder)
-    biased = any(LayerAdapter(config).is_output_bias(name) for name in tensors.names)
-    return config, tensors, architecture_of(config, biased, arch)
+    """(ModelSource of a checkpoint, architecture in the file)."""
+    source = open_source(str(folder), "auto", "DIR")
+    biased = any(source.adapter.is_output_bias(name) for name in source.weights.names)
+    return source, architecture_of(source.config, biased, arch)
 
 
 def _writer(path: Path | None, folder: Path, config, arch: str, outtype: str) -> gguf.GGUFWriter:
@@ -74,11 +71,12 @@ def _writer(path: Path | None, folder: Path, config, arch: str, outtype: str) ->
     return writer
 
 
-def _write_tensors(writer, tensors, config, arch: str, quantization) -> None:
+def _write_tensors(writer, source, arch: str, quantization) -> None:
+    config, tensors = source.config, source.weights
     by_name = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
     places = gguf.get_tensor_name_map(by_name[arch], config.num_hidden_layers)
-    head, factors, listed = family_of(config).head, rope_factors(config), []
-    stored = [name for name in tensors.names if not (config.tie_word_embeddings and name.startswith(f"{head}."))]  # the embedding serves
+    factors, listed = rope_factors(config), []
+    stored = list(stored_tensors(source.model))
     arrangement = Arrangement(config, arch, {name: tensors.shape(name) for name in stored})
     for name in arrangement.pieces:
         stem, _, suffix = name.rpartition(".")

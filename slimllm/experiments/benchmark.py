@@ -26,9 +26,11 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from tqdm.auto import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..cli import check_choice, check_range, flag
 from ..data.calibration import PROBE_SAMPLES, Calibration
@@ -137,23 +139,34 @@ def compare(name: str, make_model, ids: torch.Tensor, repeats: int, opponent_rep
     return {"case": name, "plain": opponent, "slimllm": ours, "floor": least, "speedup": ratio}
 
 
-def write_random_model(folder: Path, sizes: dict) -> None:
-    """A Llama of this config with random bfloat16 weights, written one layer at a time, with a tokenizer and calibration tokens."""
-    config = LlamaConfig(**sizes, dtype="bfloat16")
+def write_random_model(folder: Path, sizes: dict, model_type: str = "llama", device="cpu") -> None:
+    """A model of this config with random bfloat16 weights, written one tensor at a time, with a tokenizer and calibration tokens.
+
+    The tokenizer has a token for each byte. ``device``: where the random numbers are drawn.
+    """
+    config = AutoConfig.for_model(model_type, **sizes, dtype="bfloat16")
     with init_empty_weights():
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    config.architectures = ["LlamaForCausalLM"]
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.tie_weights()
+    config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
-    words = WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>")
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="<unk>", bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
+    _byte_tokenizer().save_pretrained(folder)
+    generator = torch.Generator(device).manual_seed(0)
     files = WeightFiles(folder, model)
     for name, (dtype, shape) in tqdm(files.layout.items(), desc="random weights", unit="tensor", leave=False, disable=None):
-        tensor = torch.ones(shape) if len(shape) == 1 else torch.empty(shape).normal_(0, 0.02, generator=generator)
+        tensor = torch.ones(shape) if len(shape) == 1 else torch.empty(shape, device=device).normal_(0, 0.02, generator=generator)
         files.write(name, tensor.to(dtype))
     files.close()
+    generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, config.vocab_size, (SAMPLES + PROBE_SAMPLES, LENGTH), generator=generator)
     Calibration(ids[:SAMPLES], "random", probe_ids=ids[SAMPLES:]).save(folder)
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    symbols = sorted(ByteLevel.alphabet())
+    backend = Tokenizer(BPE({symbol: i for i, symbol in enumerate(["<unk>", "<s>", "</s>", *symbols])}, []))
+    backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def stream(name: str, recipes: tuple[str, ...], work_dir: str | None) -> list[dict]:

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import get_session, validate_repo_id
 
 from ..errors import UserError, first_line
+from .weights import ADAPTER, WEIGHTS, listed_in
 
 _TIMEOUT_SECONDS = 5
 
@@ -61,16 +62,19 @@ def rows(path: str, column: str | None = None, stream: bool = False, **kwargs):
         raise OSError(f"hub data set {path}: {first_line(error)}") from error
 
 
-def download_weights(name: str) -> str:
-    """The local snapshot of a hub model with its weights: safetensors or, where it has none, PyTorch's own files.
+def download_weights(name: str, named: str | None = None) -> str:
+    """The local snapshot of a hub model with the files of its weights, as :func:`weights.weight_files` knows them.
 
-    Raises OSError where the model cannot be had.
+    ``named``: what its config names in place of the usual ones. Raises OSError where the model cannot be had.
     """
-    for kind in ("model*.safetensors", "pytorch_model*.bin"):
-        folder = huggingface_hub.snapshot_download(name, allow_patterns=[kind, f"{kind}.index.json", "generation_config.json"])
-        if list(Path(folder).glob(kind)):
+    beside = ["generation_config.json", ADAPTER]
+    for wanted in (named,) if named else WEIGHTS:
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=[wanted, *beside]))
+        if (folder / wanted).is_file():
             break
-    return folder
+    if wanted.endswith(".index.json") and (folder / wanted).is_file():
+        huggingface_hub.snapshot_download(name, allow_patterns=[wanted, *listed_in(folder / wanted), *beside])
+    return str(folder)
 
 
 def check_push(name: str) -> None:

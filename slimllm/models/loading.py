@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
+import re
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from ..errors import UserError, first_line
 from ..utils.device import evaluation_dtype
 from ..utils.memory import free_memory, return_free_memory
 from . import hub
+from .checked import check_config
 from .families import dense_family_of, family_of
-from .source import ModelSource
-from .weights import GgufTensors, PickledTensors, Tensors, parsed_once
+from .shape import shape_of
+from .source import ModelSource, stored_tensors
+from .weights import ADAPTER, GgufTensors, PickledTensors, Tensors, gguf_reader, parsed_once, weight_files
+
+# Tensors that old files hold besides the model's, which follow from the config. The model's class may name more.
+_FOLLOWS = r"rotary_emb\.inv_freq$|(^|\.)position_ids$"
 
 log = logging.getLogger("slimllm")
 
@@ -39,11 +43,23 @@ def _source(base_model: str, option_name: str) -> tuple[str, dict]:
     if is_gguf(base_model):
         if not os.path.isfile(base_model):
             raise UserError(f"{option_name} {base_model}: no such file")
+        gguf_reader(base_model)
         folder, name = os.path.split(os.path.abspath(base_model))
         return folder, {"gguf_file": name}
     if os.path.isdir(base_model):
+        adapter = os.path.isfile(os.path.join(base_model, ADAPTER))
         if not os.path.isfile(os.path.join(base_model, "config.json")):
+            if adapter:
+                raise UserError(
+                    f"{option_name} {base_model}: an adapter, not a model; post_training.py --merge writes the model with the adapter "
+                    "in its weights, as does merge_and_unload of peft"
+                )
             raise UserError(f"{option_name} {base_model}: the folder has no config.json")
+        if adapter:
+            raise UserError(
+                f"{option_name} {base_model}: the folder holds an adapter ({ADAPTER}), which transformers applies whenever it reads the "
+                "model; merge it into the weights first (merge_and_unload of peft), or move it elsewhere"
+            )
     elif os.path.exists(base_model):
         raise UserError(f"{option_name} {base_model}: not a model folder, a hub name or a .gguf file")
     elif base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
@@ -62,25 +78,32 @@ def _read(what: str, base_model: str, option_name: str, read):
         raise
     except SafetensorError as error:
         raise UserError(f"{option_name} {base_model}: a safetensors file is broken ({error}); copy or download it again") from None
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except Exception as error:  # what a file may hold has no end, nor have the errors that the libraries make of it
         if "gated repo" in str(error):
             raise UserError(
                 f"{option_name} {base_model}: the model is gated; accept its terms on its page of the hub, then log in with: hf auth login"
             ) from None
-        raise UserError(f"{option_name} {base_model}: cannot read the {what}: {first_line(error)}") from None
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise UserError(f"{option_name} {base_model}: cannot read the {what}: {kind}{first_line(error)}") from None
 
 
 def load_config(base_model: str, option_name: str = "--base_model", pruned: bool = False):
     """The model's transformers config, of a model of text and images that of its text model; ``option_name`` is what errors name it by.
 
-    Raises UserError for a missing, unsupported or quantized model, and for one that is pruned already unless ``pruned`` allows it.
+    Raises UserError for a missing, broken, unsupported or quantized model, and for one that is pruned already unless ``pruned`` allows it.
     """
     source, kwargs = _source(base_model, option_name)
     config = _read("config", base_model, option_name, lambda: AutoConfig.from_pretrained(source, **kwargs))
     quantization = getattr(config, "quantization_config", None)
     if text := getattr(config, "text_config", None):
-        text.dtype, config = text.dtype or config.dtype, text
-    (family_of if pruned else dense_family_of)(config)
+        if not isinstance(text, PreTrainedConfig):
+            raise UserError(f"{option_name} {base_model}: config.json: text_config is {text!r}, not the settings of a model")
+        text.dtype, text.tie_word_embeddings = text.dtype or config.dtype, config.tie_word_embeddings  # the head is the outer model's
+        config = text
+    family = (family_of if pruned else dense_family_of)(config)
+    config._attn_implementation = None  # how attention is computed is not the file's to choose
+    check_config(config, f"{option_name} {base_model}: config.json" if not kwargs else f"{option_name} {base_model}")
+    _read("config", base_model, option_name, lambda: shape_of(config, family))
     if quantization is not None and not kwargs:
         settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
         raise UserError(
@@ -106,38 +129,100 @@ def open_source(base_model: str, dtype: torch.dtype | str, option_name: str = "-
         del config.quantization_config  # its weights are dequantized as they are read; the label would forbid saving
     if dtype == "auto":
         dtype = own_dtype(base_model, config) or torch.float32
+    where, (source, kwargs) = f"{option_name} {base_model}", _source(base_model, option_name)
+    skeleton = _read("config", base_model, option_name, lambda: _skeleton(config, dtype))
+    names = list(stored_tensors(skeleton))
+    weights = _read("weights", base_model, option_name, lambda: _weights(base_model, source, config, names))
+    if _settle_head(config, skeleton, weights):
+        skeleton = _skeleton(config, dtype)
+    _check_tensors(skeleton, weights, where)
+    if not kwargs:
+        with contextlib.suppress(FileNotFoundError):  # it may have none
+            skeleton.generation_config = _generation_config(source, base_model, option_name)
+    return ModelSource(skeleton, weights, dtype)
+
+
+def _skeleton(config, dtype: torch.dtype):
+    """The model of a config, without its weights."""
     with init_empty_weights(include_buffers=False):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
     skeleton.tie_weights()
-    source, kwargs = _source(base_model, option_name)
-    if not kwargs:
-        with contextlib.suppress(OSError):  # it may have none
-            skeleton.generation_config = GenerationConfig.from_pretrained(source)
-    names = [name for name, _ in skeleton.named_parameters()]
-    weights = _read("weights", base_model, option_name, lambda: _weights(base_model, source, config, names))
-    known = set(weights.names)
-    missing = [name for name in names if name not in known]
+    return skeleton
+
+
+def _generation_config(source: str, base_model: str, option_name: str):
+    if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "generation_config.json")):
+        raise FileNotFoundError
+
+    def read():
+        found = GenerationConfig.from_pretrained(source)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = getattr(found, name)
+            if not all(isinstance(index, int) for index in (ids if isinstance(ids, list) else [] if ids is None else [ids])):
+                raise ValueError(f"{name} is {ids}, neither a token id nor a list of them")
+        return found
+
+    try:
+        return _read("generation_config.json", base_model, option_name, read)
+    except UserError:
+        if os.path.isdir(source):
+            raise
+        raise FileNotFoundError from None  # the hub's may have none
+
+
+def _settle_head(config, skeleton, weights) -> bool:
+    """Whether the output head is the embeddings is what the files say, as in transformers; returns whether the config was wrong.
+
+    It says that they are one: files with two different ones keep both, and files with a head alone mean both by it.
+    """
+    family = family_of(config)
+    head, embeddings = f"{family.head}.weight", f"{family.decoder}.{family.embedding}.weight"
+    if not config.tie_word_embeddings or head not in weights.names:
+        return False
+    if embeddings not in weights.names:
+        weights.call(embeddings, head)
+    elif not weights.equal(head, embeddings):
+        config.tie_word_embeddings = False
+    return not config.tie_word_embeddings
+
+
+def _check_tensors(skeleton, weights, where: str) -> None:
+    """Raises UserError where the files do not hold the model of the config: tensors missing, of another shape, of no use, or unknown."""
+    wanted, known = stored_tensors(skeleton), set(weights.names)
+    missing = [name for name in wanted if name not in known]
     if missing:
-        raise UserError(f"{option_name} {base_model}: {len(missing)} weights are missing, the first {min(missing)}")
-    wrong = [name for name, p in skeleton.named_parameters() if list(p.shape) != list(weights.shape(name))]
+        raise UserError(f"{where}: {len(missing)} weights are missing, the first {min(missing)}")
+    patterns = "|".join([_FOLLOWS, *(getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or [])])
+    strange = [name for name in known - set(skeleton.state_dict()) if not re.search(patterns, name)]
+    if strange:
+        more = f", and {len(strange) - 1} more" if len(strange) > 1 else ""
+        raise UserError(
+            f"{where}: the files hold {min(strange)}{more}, of which the model that config.json describes has none; "
+            "transformers would leave it away and compute another model: correct config.json, or remove the tensors"
+        )
+    wrong = [name for name, tensor in wanted.items() if list(tensor.shape) != list(weights.shape(name))]
     if wrong:
         name = min(wrong)
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise UserError(
-            f"{option_name} {base_model}: {name} is {list(weights.shape(name))} in the weights and "
-            f"{list(skeleton.get_parameter(name).shape)} by config.json{more}; the two do not belong together"
+            f"{where}: {name} is {list(weights.shape(name))} in the weights and "
+            f"{list(wanted[name].shape)} by config.json{more}; the two do not belong together"
         )
-    return ModelSource(skeleton, weights, dtype)
+    odd = [name for name, tensor in wanted.items() if tensor.is_floating_point() and not weights.is_number(name)]
+    if odd:
+        raise UserError(
+            f"{where}: {min(odd)} is {weights.dtype_name(min(odd))}, as in quantized weights; name the unquantized model it was made from"
+        )
 
 
 def _weights(base_model: str, source: str, config, names: list[str]):
     """The reader of a model's files; a hub model is downloaded first, where it is not in the cache."""
     if is_gguf(base_model):
         return GgufTensors(base_model, config, names)
-    folder = source if os.path.isdir(source) else hub.download_weights(source)
-    if list(Path(folder).glob("model*.safetensors")):
-        return Tensors(folder)
-    return PickledTensors(folder)
+    named = getattr(config, "transformers_weights", None)
+    folder = source if os.path.isdir(source) else hub.download_weights(source, named)
+    files = weight_files(folder, named)
+    return (Tensors if files[0].suffix == ".safetensors" else PickledTensors)(files)
 
 
 def load_model(base_model: str, dtype: torch.dtype | str, option_name: str = "--base_model"):

@@ -14,8 +14,18 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ..errors import UserError
+from ..utils.device import name_of, resolved
 from ..utils.memory import return_free_memory
 from .adapter import LayerAdapter
+
+_CHECKED = 1 << 22  # numbers that are looked at together
+
+
+def stored_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of a module: its parameters, tied ones once, and its persistent buffers, by name."""
+    kept = module.state_dict(keep_vars=True)
+    return {**dict(module.named_parameters()), **{name: buffer for name, buffer in module.named_buffers() if name in kept}}
 
 
 class ModelSource:
@@ -31,10 +41,11 @@ class ModelSource:
         self.dtype = dtype or model.dtype
         self.home = torch.device("cpu") if weights else next(model.parameters()).device
         self._canonical = {}  # name of a tied tensor -> the name that it has in the files
+        self._finite: set[tuple[str, torch.dtype | None]] = set()  # what was read before
         if weights:
             first: dict[int, str] = {}
-            for name, parameter in model.named_parameters(remove_duplicate=False):
-                self._canonical[name] = first.setdefault(id(parameter), name)
+            for name, tensor in model.state_dict(keep_vars=True).items():
+                self._canonical[name] = first.setdefault(id(tensor), name)
 
     @classmethod
     def of(cls, model) -> ModelSource:
@@ -104,16 +115,16 @@ class ModelSource:
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor ``name`` of the model, such as its embeddings."""
         if not self.streams:
-            return self.model.get_parameter(name).data
-        return self.weights.read(self._canonical[name], self.dtype)
+            return self.model.get_parameter_or_buffer(name).data
+        return self._tensor(name, self.dtype)
 
     def whole(self, dtype: torch.dtype | None = None):
         """The whole model in memory, in ``dtype`` or its own; the one that was given, where one was."""
         if not self.streams:
             return self.model
         model = copy.deepcopy(self.model)
-        names = {self._canonical[name] for name, _ in self.model.named_parameters()}
-        model.load_state_dict({name: self.weights.read(name, dtype or self.dtype) for name in names}, strict=False, assign=True)
+        tensors = {name: self._tensor(name, dtype or self.dtype) for name in stored_tensors(self.model)}
+        model.load_state_dict(tensors, strict=False, assign=True)
         model.tie_weights()
         return model.eval()
 
@@ -124,22 +135,43 @@ class ModelSource:
     def _part(self, module: nn.Module, name: str, device, dtype: torch.dtype | None) -> nn.Module:
         if self.streams:
             return self._read(self._copy(module), name, dtype or self.dtype).to(device)
-        same = module.weight.device == torch.device(device) and dtype in (None, self.dtype)
+        same = module.weight.device == resolved(device) and dtype in (None, self.dtype)
         return module if same else self._copy(module).to(device=device, dtype=dtype)
 
     def _read(self, module: nn.Module, prefix: str, dtype: torch.dtype) -> nn.Module:
         """``module``, a part of the skeleton, with its weights."""
         return_free_memory()  # embeddings and head are the largest tensors
-        return self._fill(module, {name: self.weights.read(self._canonical[prefix + name], dtype) for name, _ in module.named_parameters()})
+        return self._fill(module, {name: self._tensor(prefix + name, dtype) for name in stored_tensors(module)})
 
     def _read_layer(self, index: int) -> dict[str, torch.Tensor]:
         prefix, layer = self.adapter.layer_name(index), self.adapter.layers(self.model)[index]
-        return {name: self.weights.read(prefix + name) for name, _ in layer.named_parameters()}
+        return {name: self._tensor(prefix + name) for name in stored_tensors(layer)}
 
     def _filled(self, layer: nn.Module, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
-        for name in tensors:  # one at a time, so that only one is there in two dtypes
-            tensors[name] = tensors[name].to(dtype)
+        for name, tensor in tensors.items():  # one at a time, so that only one is there in two dtypes
+            if tensor.is_floating_point() and tensor.dtype != dtype:
+                tensors[name] = tensor.to(dtype)
+                if dtype == torch.float16:
+                    self._check_finite(name, tensors[name], tensor.dtype)
         return self._fill(self._copy(layer), tensors)
+
+    def _tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """One tensor from the files, in ``dtype`` if it holds numbers. Raises UserError where some of them are not finite."""
+        known = self._canonical[name]
+        tensor = self.weights.read(known, dtype if self.weights.is_number(known) else None)
+        if (known, dtype) not in self._finite:
+            self._check_finite(known, tensor, None)
+            self._finite.add((known, dtype))
+        return tensor
+
+    def _check_finite(self, name: str, tensor: torch.Tensor, before: torch.dtype | None) -> None:
+        """``before``: the dtype in which its numbers are known to be finite, if any."""
+        if not tensor.is_floating_point() or all(bool(part.isfinite().all()) for part in tensor.flatten().split(_CHECKED)):
+            return
+        fits = before is not None or (tensor.dtype == torch.float16 and bool(self.weights.read(name, torch.float32).isfinite().all()))
+        if fits:
+            raise UserError(f"{name}: some of its numbers are too large for {name_of(tensor.dtype)}; use --dtype bfloat16 or float32")
+        raise UserError(f"{name}: some of its numbers are not finite in the file; copy, download or train the model again")
 
     def _copy(self, module: nn.Module, *shared) -> nn.Module:
         """A copy of a part, with the same config and the same ``shared`` objects."""

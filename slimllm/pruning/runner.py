@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..models.adapter import Block
 from ..models.source import ModelSource
 from ..utils import processes
+from ..utils.device import resolved
 from .importance.layers import cosine_sum
 from .recovery import RECOVERIES
 from .statistics import ActivationMemory, ActivationStore, Covariance, PairMoments, SquareSum
@@ -40,7 +41,7 @@ class LayerRunner:
     def __init__(
         self, source, ids: torch.Tensor, device="cpu", progress: Progress = no_progress, dtype=None, tmp_dir: str | None = None, split=True
     ):
-        self.source, self.device, self.progress = ModelSource.of(source), torch.device(device), progress
+        self.source, self.device, self.progress = ModelSource.of(source), resolved(device), progress
         self.ids, self.tokens = processes.share(ids) if split else ids, ids.numel()
         self.adapter, self.dtype = self.source.adapter, dtype or self.source.dtype
         self.batch = max(1, TOKENS_PER_BATCH // ids.shape[1])

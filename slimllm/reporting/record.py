@@ -159,6 +159,7 @@ class PruningRecord(_Record):
 
     ``config``: the PruneConfig. ``evaluation``: one entry per text, as EvalText.figure makes it, with perplexities ``dense``,
     ``pruned`` and ``tuned``. ``layers``: one LayerReport each. ``distillation``: a Distillation, where there was one.
+    ``predicted_memory``: what was expected of ``peak_memory`` before the run began.
     """
 
     FILE: ClassVar[str] = "pruning.json"
@@ -172,6 +173,7 @@ class PruningRecord(_Record):
     layers: list[dict]
     distillation: dict | None = None
     post_training: dict | None = None
+    predicted_memory: dict[str, int] | None = None
     command: str = field(default_factory=command)
     environment: dict = field(default_factory=environment)
     peak_memory: dict[str, int] = field(default_factory=peak_memory)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from ..pruning.footprint import DISTILLED_ROWS, DISTILLED_TOKENS
 from ..pruning.runner import MIN_ACTIVATION_BYTES, LayerRunner, Progress, no_progress
 from ..pruning.statistics import ActivationMemory, ActivationStore
 from ..utils import processes
-from ..utils.device import evaluation_dtype
+from ..utils.device import distillation_dtype, resolved
 from ..utils.memory import return_free_memory
 
 log = logging.getLogger("slimllm")
@@ -63,8 +63,8 @@ class Teacher:
 
     @torch.no_grad()
     def __init__(self, source, ids: torch.Tensor, device="cpu", progress: Progress = no_progress, tmp_dir: str | None = None):
-        source, self.device, self.total = ModelSource.of(source), torch.device(device), len(ids)
-        self.dtype = evaluation_dtype(source.dtype, self.device)
+        source, self.device, self.total = ModelSource.of(source), resolved(device), len(ids)
+        self.dtype = distillation_dtype(source.dtype, self.device)
         runner = LayerRunner(source, ids, self.device, progress, self.dtype, tmp_dir)
         self.ids, self.states = runner.ids, runner.store()
         hidden = runner.last_states("the dense model's states")
@@ -74,9 +74,14 @@ class Teacher:
                 self.states.append(states)
         hidden.close()
 
+    @property
+    def shared(self) -> bool:
+        """Whether each process has some of the samples, rather than all of them, as where there are fewer than processes."""
+        return len(self.ids) < self.total
+
     def own(self, samples: torch.Tensor) -> torch.Tensor:
         """Which rows of ``ids`` the given numbers of samples are, as far as this process has them."""
-        count = processes.count() if len(self.ids) < self.total else 1
+        count = processes.count() if self.shared else 1
         return samples[samples % count == (processes.rank() if count > 1 else 0)] // count
 
     def close(self) -> None:
@@ -91,6 +96,7 @@ def distil(
     learning_rate: float | None = None,
     seed: int = 42,
     progress: Progress = no_progress,
+    saved: torch.dtype | None = None,
 ) -> Distillation:
     """Trains ``student``, a pruned model in memory, in place. The last HELD_OUT samples (at most a quarter) are not trained on.
 
@@ -98,6 +104,7 @@ def distil(
         mode: "all", every weight of the decoder; or "scales", its biases and norms, and a factor for each input column of the output
             projections, which is folded into their weights at the end. Neither adds parameters.
         learning_rate: at its peak; by default what measured best (:func:`_default_rate`).
+        saved: the dtype that it will be saved in, by default its own: what was trained is rounded to it before it is measured.
     Where the divergence does not fall, the student is left as it was, and the log says so; it is so too where anything raises.
     Raises UserError for fewer than two samples.
     """
@@ -107,19 +114,18 @@ def distil(
     numbers = torch.arange(teacher.total)
     train, rest = numbers[:-held_out], numbers[-held_out:]
     batches = [part for epoch in range(epochs) for part in _shuffled(train, seed + epoch).split(BATCH_SAMPLES)]
-    home = next(student.parameters()).device
-    with _trainable(student.to(teacher.device), mode, teacher.dtype) as parameters, ExitStack() as ending:
+    home, names = next(student.parameters()).device, trained_names(student, mode)
+    student.to(teacher.device)
+    start = {name: student.get_parameter(name).detach().clone() for name in names}
+    with _as_before(student, start, home), _trainable(student, mode, teacher.dtype) as parameters:
         loss = _Loss(student, teacher)
         before = loss.mean(rest)
         learning_rate = learning_rate or _default_rate(mode, parameters, before)
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, len(batches)))
-        start = [parameter.detach().clone() for parameter in parameters]
-        ending.push(lambda error, *_: error and _put_back(parameters, start))
         for step, batch in enumerate(batches, 1):
             value = loss.backward(batch)
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            processes.add(*gradients)
+            _add_gradients(parameters)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
@@ -129,11 +135,16 @@ def distil(
                 log.info("distillation: step %d of %d, divergence %.4f nats per token", step, len(batches), value)
             if not math.isfinite(value):
                 break
-        after = loss.mean(rest)
-        kept = after < before
-        if not kept:
-            _put_back(parameters, start)
         trained = sum(parameter.numel() for parameter in parameters)
+        del optimizer, loss
+    for name in names:
+        parameter = student.get_parameter(name)
+        parameter.data = parameter.data.to(saved or parameter.dtype).to(parameter.dtype)
+    with _as_before(student, start, home), _trainable(student, mode, teacher.dtype):
+        after = _Loss(student, teacher).mean(rest)
+    kept = after < before
+    if not kept:
+        _put_back(student, start)
     student.to(home)
     return_free_memory()
     log.info("distillation: divergence on held-out samples %.4f -> %.4f nats per token", before, after)
@@ -143,9 +154,30 @@ def distil(
     return Distillation(mode, len(train), held_out, epochs, learning_rate, len(batches), trained, before, after, kept)
 
 
-def _put_back(parameters: list[nn.Parameter], start: list[torch.Tensor]) -> None:
-    for parameter, values in zip(parameters, start):
-        parameter.data.copy_(values)
+def _put_back(student, start: dict[str, torch.Tensor]) -> None:
+    for name, values in start.items():
+        student.get_parameter(name).data.copy_(values)
+
+
+@contextmanager
+def _as_before(student, start: dict[str, torch.Tensor], home: torch.device):
+    """Puts the student back as it was, where the block raises."""
+    try:
+        yield
+    except BaseException:
+        _put_back(student, start)
+        student.to(home)
+        raise
+
+
+def _add_gradients(parameters: list[nn.Parameter]) -> None:
+    """Sums the gradients over the processes; one that had no row of a batch has zeros, so that all reduce the same tensors."""
+    if processes.count() == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    processes.add(*(parameter.grad for parameter in parameters))
 
 
 def _default_rate(mode: str, parameters: list[nn.Parameter], divergence: float) -> float:
@@ -181,9 +213,9 @@ def trained_names(model, mode: str) -> list[str]:
 
 @contextmanager
 def _trainable(model, mode: str, compute: torch.dtype):
-    """The parameters to train, in float32, as are the others where that is what the model ``compute``s in.
+    """The parameters to train, in float32; the others are in the dtype that the model ``compute``s in, where it is not their own.
 
-    Afterwards all are as they were in dtype, and the scales are folded into the weights.
+    Afterwards all are as they were in dtype, those not trained also in value, and the scales are folded into the weights.
     """
     adapter, hooks, scales = LayerAdapter(model.config), [], []
     flags = [(parameter, parameter.requires_grad, parameter.dtype) for parameter in model.parameters()]
@@ -195,15 +227,20 @@ def _trainable(model, mode: str, compute: torch.dtype):
             scale = nn.Parameter(torch.ones(block.output.in_features, device=block.output.weight.device))
             scales.append((block.output, scale))
             hooks.append(block.output.register_forward_pre_hook(lambda _, args, scale=scale: (args[0] * scale,)))
-    for parameter in model.parameters() if compute == torch.float32 else chosen:
-        parameter.data = parameter.data.float()
     for parameter in chosen:
+        parameter.data = parameter.data.float()
         parameter.requires_grad_()
+    untrained = [(parameter, parameter.data) for parameter in model.parameters() if not parameter.requires_grad]
+    for parameter, values in untrained:
+        if values.dtype != torch.float32:  # which autocast takes as it is
+            parameter.data = values.to(compute)
     try:
         yield [*chosen, *(scale for _, scale in scales)]
     finally:
         for hook in hooks:
             hook.remove()
+        for parameter, values in untrained:
+            parameter.data = values
         for linear, scale in scales:
             linear.weight.data = (linear.weight.data.float() * scale.data).to(linear.weight.dtype)
         for parameter, wanted, dtype in flags:
@@ -231,7 +268,7 @@ class _Loss:
 
     def _of(self, samples: torch.Tensor, with_gradient: bool) -> float:
         teacher, total = self.teacher, 0.0
-        tokens = len(samples) * teacher.ids.shape[1]
+        tokens = len(samples) * teacher.ids.shape[1] * (1 if teacher.shared else processes.count())  # of all processes
         for rows in teacher.own(samples).split(self.passes):
             if not len(rows):
                 continue

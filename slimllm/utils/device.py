@@ -27,6 +27,12 @@ def device_of(option_name: str, name: str) -> torch.device:
     return device
 
 
+def resolved(device: torch.device | str) -> torch.device:
+    """The device with its number: ``cuda`` is the current GPU, as a tensor that lies there says."""
+    device = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
+
+
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -63,6 +69,14 @@ def evaluation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.bfloat16 if cpu_is_fast_in_bfloat16() else torch.float32
     return dtype
+
+
+def distillation_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
+    """What a model of dtype ``own`` is distilled in: the evaluation's, but on a GPU never float16, in which small gradients vanish."""
+    dtype = evaluation_dtype(own, device)
+    if dtype != torch.float16:
+        return dtype
+    return torch.bfloat16 if gpu_has_bfloat16() else torch.float32
 
 
 def training_dtype(device: torch.device, own: torch.dtype) -> torch.dtype:

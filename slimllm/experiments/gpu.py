@@ -1,0 +1,243 @@
+"""Everything that a GPU changes, once, on random models made on the spot: ``python -m slimllm gpu``, which script/gpu.sh starts.
+
+Each step is a program as a user runs it, in a process of its own; what it took is read from the record that it wrote, beside what
+was predicted before it began. The table is kept as one JSON file, written anew after each step.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pydoc_data.topics
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..cli import check_choice, check_range, flag
+from ..reporting import record
+from ..reporting.record import PruningRecord, TrainingRecord
+from ..reporting.tables import aligned
+from ..utils.device import device_of
+from .benchmark import LLAMA_7B, write_random_model
+
+log = logging.getLogger("slimllm")
+
+ROOT = Path(__file__).parents[2]
+_QWEN3 = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True}
+# size -> model -> (model_type, what its config says); "small" is for decisions to compare, the others have the shape of a known model
+MODELS = {
+    "full": {
+        "small": ("llama", dict(hidden_size=512, intermediate_size=1408, num_attention_heads=8, num_hidden_layers=6, vocab_size=2000)),
+        "LLaMA-7B": ("llama", dict(LLAMA_7B, num_hidden_layers=32, vocab_size=32000)),
+        "Qwen3-0.6B": ("qwen3", dict(_QWEN3, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, vocab_size=151936)),
+    },
+    "tiny": {
+        "small": ("llama", dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_hidden_layers=2, vocab_size=300)),
+        "LLaMA-7B": ("llama", dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_hidden_layers=2, vocab_size=300)),
+        "Qwen3-0.6B": (
+            "qwen3",
+            dict(_QWEN3, head_dim=8, hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=300),
+        ),
+    },
+}
+TRAINING_ROWS = 256
+
+
+@dataclass
+class GpuConfig:
+    """Settings of the check. Raises UserError where a value makes no sense."""
+
+    device: str = flag("check", "what is checked against the CPU; auto takes a GPU if there is one", "auto")
+    size: str = flag("check", "full, or tiny: models of a few thousand parameters, to rehearse it", "full", choices=MODELS)
+    minutes: float = flag("check", "a step that would begin later than this is left out, and one that is running then is stopped", 8.0)
+    work_dir: str | None = flag("check", "folder for models and results, 35 GB, removed afterwards [TMPDIR, or the system's]")
+    output: str = flag("output", "file for the results", "eval_log/gpu.json")
+
+    def __post_init__(self):
+        check_choice("size", self.size, MODELS)
+        check_range(self, "minutes", 0, left_open=True)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One program: what it shows, of which model, and in which dtype; its command line; and what is read from what it wrote.
+
+    ``outcome(folder)``: a dict of ``seconds``, ``peak_memory``, ``predicted_memory`` and ``said``, as far as the program tells.
+    """
+
+    name: str
+    model: str
+    dtype: str
+    argv: list[str]
+    outcome: Callable[[Path], dict]
+
+
+def _run_of(step: str, model: str, dtype: str) -> str:
+    """The name of the pruning run of a step."""
+    return f"{model}_{step}_{dtype}".replace(", ", "_").replace(" ", "_")
+
+
+def _pruning(name: str, model: str, dtype: str, device: str, *flags: str, said: Callable[[PruningRecord], str] = lambda run: "") -> Step:
+    argv = [str(ROOT / "hf_prune.py"), "--base_model", model, "--dtype", dtype, "--device", device, "--eval_device", device]
+    folder = f"prune_log/{_run_of(name, model, dtype)}"
+
+    def outcome(scratch: Path) -> dict:
+        run = PruningRecord.read(scratch / folder)
+        found = {"seconds": run.seconds, "peak_memory": run.peak_memory, "predicted_memory": run.predicted_memory}
+        return found | {"said": said(run), "folder": folder}
+
+    return Step(name, model, dtype, [*argv, "--target_sparsity", "0.2", *flags, "--save_ckpt_log_name", Path(folder).name], outcome)
+
+
+def steps(device: str, size: str) -> list[Step]:
+    """All of them, in order; each finds what those before it wrote."""
+    tokens, text = ("--calibration", "small/calibration.safetensors"), ("--calibration", "text.txt")
+    measured = ("--eval_data", "python_manual", "--eval_limit", "16")
+    found = []
+    for recipe in ("paper", "best"):
+        flags = ("--recipe", recipe, *tokens, "--eval_data", "none")
+        found.append(_pruning(f"{recipe}, on the CPU", "small", "float32", "cpu", *flags))
+        found.append(_pruning(recipe, "small", "float32", device, *flags, said=_compared_with_cpu))
+    for dtype in ("bfloat16", "float16"):
+        found.append(_pruning("paper", "LLaMA-7B", dtype, device, "--recipe", "paper", *text, *measured, said=_perplexity))
+    pruned, tiny = f"prune_log/{_run_of('paper', 'LLaMA-7B', 'bfloat16')}", size == "tiny"
+    shape = ("--batch_size", "1", "8", "--length", "32" if tiny else "512", "--new_tokens", "8", "--repeats", "2" if tiny else "5")
+    argv = ["-m", "slimllm", "latency", pruned, "--baseline", "LLaMA-7B", "--device", device, *shape, "--json", "latency.json"]
+    found.append(Step("latency", "LLaMA-7B", "bfloat16", argv, _latency))
+    argv = ["-m", "slimllm", "evaluate", pruned, "--device", device, "--tasks", "none", *measured, "--output", "evaluation.json"]
+    found.append(Step("evaluate", "LLaMA-7B", "bfloat16", argv, _evaluation))
+    found.append(_pruning("best", "LLaMA-7B", "bfloat16", device, "--recipe", "best", *text, *measured, said=_perplexity))
+    samples = ("--distill_examples", "16", "--num_examples", "8") if tiny else ("--distill_examples", "128")
+    for dtype in ("bfloat16", "float16"):
+        flags = ("--recipe", "distilled", *samples, *text, *measured)
+        found.append(_pruning("distilled", "Qwen3-0.6B", dtype, device, *flags, said=_divergence))
+    argv = [str(ROOT / "post_training.py"), "--prune_model", f"prune_log/{_run_of('distilled', 'Qwen3-0.6B', 'bfloat16')}"]
+    argv += ["--data_path", "rows.json", "--num_epochs", "1", "--device", device, "--output_dir", "tuned", "--merge"]
+    argv += ["--extra_val_dataset", "python_manual", "--eval_limit", "16", "--val_set_size", "16", "--batch_size", "16"]
+    return [*found, Step("LoRA, merged", "Qwen3-0.6B", "bfloat16", argv, _training)]
+
+
+def _compared_with_cpu(run: PruningRecord) -> str:
+    """How many of the kept heads and channels are those that the CPU keeps; its record lies beside this one's."""
+    cpu = PruningRecord.read(f"prune_log/{_run_of(run.config['recipe'] + ', on the CPU', 'small', 'float32')}")
+    shares = []
+    for part in ("heads", "channels"):
+        pairs = [(set(a[part]), set(b[part])) for a, b in zip(run.layers, cpu.layers)]
+        shares.append(f"{part} as on the CPU {sum(len(a & b) for a, b in pairs) / sum(len(b) for _, b in pairs):.3%}")
+    return ", ".join(shares)
+
+
+def _perplexity(run: PruningRecord) -> str:
+    return ", ".join(f"perplexity {f['dense']:.0f} -> {f['pruned']:.0f}" for f in run.evaluation)
+
+
+def _divergence(run: PruningRecord) -> str:
+    found = run.distillation
+    return f"divergence {found['before']:.4f} -> {found['after']:.4f}, {'kept' if found['kept'] else 'not kept'}"
+
+
+def _latency(folder: Path) -> dict:
+    found = json.loads((folder / "latency.json").read_text())
+    of = {(e["model"] == "dense", e["batch_size"]): e for e in found["measurements"]}
+    said = []
+    for batch in (1, 8):
+        for kind in ("prefill", "decode"):
+            dense, pruned = (min(of[which, batch][kind]) for which in (True, False))
+            said.append(f"{kind} of {batch} {1000 * dense:.1f} -> {1000 * pruned:.1f} ms")
+    return {"peak_memory": found["peak_memory"], "said": ", ".join(said)}
+
+
+def _evaluation(folder: Path) -> dict:
+    found = json.loads((folder / "evaluation.json").read_text())
+    return {"peak_memory": found["peak_memory"], "said": f"perplexity {found['perplexity'][0]['perplexity']:.0f}"}
+
+
+def _training(folder: Path) -> dict:
+    found = TrainingRecord(**{k: v for k, v in record.read_json(folder / "tuned" / TrainingRecord.FILE).items() if k != "format"})
+    [text] = found.evaluation
+    return {"seconds": found.seconds, "peak_memory": found.peak_memory, "said": f"perplexity {text['before']:.0f} -> {text['after']:.0f}"}
+
+
+def run(config: GpuConfig) -> int:
+    """Makes the models, runs the steps, and prints their table. Returns the exit status: 1 where a step failed or was left out."""
+    device, started = device_of("device", config.device), time.perf_counter()
+    results = {"format": record.FORMAT, "size": config.size, "device": str(device), "steps": []}
+    output = Path(config.output).absolute()
+    with tempfile.TemporaryDirectory(prefix="slimllm-", dir=config.work_dir) as scratch:
+        folder = Path(scratch)
+        _write_texts(folder)
+        todo = steps(str(device), config.size)
+        for number, step in enumerate(todo, 1):
+            left = 60 * config.minutes - (time.perf_counter() - started)
+            if left > 0 and not (folder / step.model).is_dir():
+                begun = time.perf_counter()
+                model_type, sizes = MODELS[config.size][step.model]
+                (folder / step.model).mkdir()
+                write_random_model(folder / step.model, sizes, model_type, device)
+                log.info("%s: made in %.0f s", step.model, time.perf_counter() - begun)
+            entry = {"step": step.name, "model": step.model, "dtype": step.dtype, "argv": step.argv}
+            entry |= _taken(step, folder, left) if left > 0 else {"failed": "left out: the time is up"}
+            results["steps"].append(entry)
+            log.info("%s", "\n".join(table([entry])[2:]))
+            if "folder" in entry and not any(entry["folder"] in later.argv for later in todo[number:]) and step.model != "small":
+                shutil.rmtree(folder / entry["folder"])  # its checkpoint is large
+            record.save_results(results, output)
+    log.info("\n%s\n\nin %s", "\n".join(table(results["steps"])), output)
+    return int(any("failed" in entry for entry in results["steps"]))
+
+
+def _write_texts(folder: Path) -> None:
+    """Text to calibrate on and rows to train on: the Python manual, which every interpreter has."""
+    topics = [text for _, text in sorted(pydoc_data.topics.topics.items())]
+    (folder / "text.txt").write_text("\n".join(topics), encoding="utf-8")
+    paragraphs = [part for text in topics for part in text.split("\n\n") if len(part) > 200]
+    (folder / "rows.json").write_text(json.dumps([{"text": part} for part in paragraphs[:TRAINING_ROWS]]), encoding="utf-8")
+
+
+def _taken(step: Step, folder: Path, limit: float) -> dict:
+    """What a step took and came to; where it failed, what it said last."""
+    begun = time.perf_counter()
+    status, output = program(step.argv, folder, limit)
+    entry = {"wall_seconds": round(time.perf_counter() - begun, 1)}
+    if status:
+        return entry | {"failed": output[-2000:]}
+    here = os.getcwd()
+    try:
+        os.chdir(folder)
+        return entry | step.outcome(Path())
+    finally:
+        os.chdir(here)
+
+
+def program(argv: list[str], folder: Path, limit: float) -> tuple[int, str]:
+    """(exit status, what it printed) of a Python program run in ``folder``, for at most ``limit`` seconds."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    try:
+        done = subprocess.run(
+            [sys.executable, *argv], cwd=folder, env=environment, capture_output=True, text=True, timeout=limit, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired:
+        return 124, "stopped: the time is up"
+    return done.returncode, done.stdout + done.stderr
+
+
+def table(entries: list[dict]) -> list[str]:
+    """Markdown, one row per step: seconds in all and of pruning, peaks of memory with what was predicted, what came of it."""
+    rows = [["step", "model", "dtype", "seconds", "of them", "GPU memory, GB (predicted)", "host memory, GB (predicted)", "outcome"]]
+    for entry in entries:
+        peaks, predicted = entry.get("peak_memory") or {}, entry.get("predicted_memory") or {}
+        memory = []
+        for kind in ("gpu_bytes", "cpu_bytes"):
+            expected = f" ({predicted[kind] / 1e9:.2f})" if predicted.get(kind) else ""
+            memory.append(f"{peaks[kind] / 1e9:.2f}{expected}" if kind in peaks else "")
+        parts = ", ".join(f"{name} {seconds:.0f}" for name, seconds in (entry.get("seconds") or {}).items())
+        said = entry.get("said") if "failed" not in entry else "FAILED: " + " ".join(entry["failed"].split())[-300:]
+        seconds = f"{entry['wall_seconds']:.0f}" if "wall_seconds" in entry else ""
+        rows.append([entry["step"], entry["model"], entry["dtype"], seconds, parts, *memory, said or ""])
+    return aligned(rows)

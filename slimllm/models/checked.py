@@ -1,0 +1,62 @@
+"""What a config.json may say: values that would be a traceback further on, or a model without sense, are named here."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from transformers.activations import ACT2FN
+
+from ..errors import UserError, nearest
+
+MOST_LAYERS = 10_000
+_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
+_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "sliding_window")
+_FLAGS = ("attention_bias", "mlp_bias", "tie_word_embeddings")
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def check_config(config, where: str) -> None:
+    """Raises UserError, naming ``where``, for a value of a wrong type, one that is impossible, or two that contradict each other."""
+    for name in (*_SIZES, *_OPTIONAL_SIZES):
+        value = getattr(config, name, None)
+        if value is None and name in _OPTIONAL_SIZES:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{where}: {name} is {value!r}, not a whole number of at least 1")
+    for name in _FLAGS:
+        if not isinstance(value := getattr(config, name, False), bool):
+            raise UserError(f"{where}: {name} is {value!r}, neither true nor false")
+    if not isinstance(config.dtype, torch.dtype | None):
+        raise UserError(f"{where}: dtype is {config.dtype!r}, which torch does not know")
+    if config.num_hidden_layers > MOST_LAYERS:
+        raise UserError(f"{where}: num_hidden_layers is {config.num_hidden_layers}, which no model has")
+    heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if heads % kv_heads:
+        raise UserError(f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+    if getattr(config, "head_dim", None) is None and config.hidden_size % heads:
+        raise UserError(
+            f"{where}: hidden_size {config.hidden_size} is no multiple of num_attention_heads {heads}, and there is no head_dim"
+        )
+    pad = getattr(config, "pad_token_id", None)
+    if pad is not None and (not isinstance(pad, int) or not -config.vocab_size <= pad < config.vocab_size):
+        raise UserError(f"{where}: pad_token_id is {pad!r}, and the vocabulary has {config.vocab_size} tokens")
+    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    if not isinstance(activation, str) or activation not in ACT2FN:
+        raise UserError(f"{where}: hidden_act is {activation!r}, which transformers does not know{nearest(str(activation), ACT2FN)}")
+    _check_layer_types(config, where)
+    epsilon = getattr(config, "rms_norm_eps", 0.0)
+    if not isinstance(epsilon, int | float) or not math.isfinite(epsilon) or epsilon < 0:
+        raise UserError(f"{where}: rms_norm_eps is {epsilon!r}, not a number of at least 0")
+
+
+def _check_layer_types(config, where: str) -> None:
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return
+    if not isinstance(types, list | tuple) or len(types) != config.num_hidden_layers:
+        shown = f"{len(types)} entries" if isinstance(types, list | tuple) else repr(types)
+        raise UserError(f"{where}: layer_types is {shown}, and num_hidden_layers {config.num_hidden_layers}")
+    unknown = [kind for kind in types if kind not in _LAYER_TYPES]
+    if unknown:
+        raise UserError(f"{where}: layer_types holds {unknown[0]!r}; known are {' and '.join(_LAYER_TYPES)}")
