@@ -233,6 +233,7 @@ FILES = {  # a command that would replace a file -> what it says
     ("export-gguf", "{folder}", "--output", "{folder}/eval.json", "--overwrite"): "no run of this program wrote",
     ("latency", "{folder}", "--json", "{folder}/config.json"): "no run of this program wrote",
     ("benchmark", "--json", "{folder}/figures/pruning.json"): "no run of this program wrote",
+    ("gpu", "--output", "{folder}/config.json"): "no run of this program wrote",
     ("compare", "--base_model", "{folder}", "--output", "{folder}", "--overwrite"): "not empty, and it holds no results.json",
     ("ablation", "--base_model", "{folder}", "--output", "{folder}", "--overwrite"): "not empty, and it holds no results.json",
 }
