@@ -32,19 +32,20 @@ def run(config) -> None:
     from slimllm.data import calibration
     from slimllm.models import hub, loading
     from slimllm.models.shape import shape_of
+    from slimllm.pruning import journal
     from slimllm.pruning.allocation.layer_ratios import without_scores
     from slimllm.pruning.footprint import check_room, footprint, sizes_of
-    from slimllm.pruning.journal import Journal
     from slimllm.reporting import tables
     from slimllm.utils import processes
     from slimllm.utils.device import device_of, pruning_dtype
-    from slimllm.utils.files import atomic_dir
     from slimllm.utils.memory import memory_errors
+    from slimllm.utils.outputs import atomic_dir, complete
 
     with logging_to_console() as lines, memory_errors("use --device cpu, --eval_device cpu or --dtype bfloat16"):
         calibration.check_source(config.calibration)
         model_config = loading.load_config(config.base_model)
         shape = shape_of(model_config)
+        config = config.resolved(shape)
         plans = api.plans_of(config, shape)
         device, eval_device = device_of("device", config.device), device_of("eval_device", config.eval_device)
         own = loading.own_dtype(config.base_model, model_config)
@@ -66,15 +67,19 @@ def run(config) -> None:
                     _prune_into(processes.from_first(None), config, model_config, eval_device, dtype, takes)
                 return
             way = "choose another --save_ckpt_log_name"
-            kept = (bool(config.resume), lambda folder: config.resume is not False and Journal.worth_keeping(folder))
-            with atomic_dir(target, config.overwrite, way, *kept) as folder:
+            rules = dict(resume=bool(config.resume), inputs=config.inputs(), transient=journal.NAME)
+            if config.resume is not False:
+                rules["worth_keeping"] = journal.Journal.worth_keeping
+            with atomic_dir(target, config.overwrite, way, **rules) as folder:
                 lines.to_file(folder / "log.txt")
                 processes.from_first(lambda: folder)
                 record = _prune_into(folder, config, model_config, eval_device, dtype, takes)
-            Journal.of_run(target).remove()  # only now: a run killed before this goes on without doing anything twice
-        log.info("\n%s\n\neverything lies in %s/", tables.table([(config.save_ckpt_log_name, record)]), target)
-        if config.push_to_hub:
-            log.info("uploaded to %s", hub.push(target, config.push_to_hub, config.public))
+            if config.tmp_dir is not None:
+                journal.clear_orphans(config.tmp_dir)
+        with complete(f"everything lies in {target}/"):
+            log.info("\n%s\n\neverything lies in %s/", tables.table([(config.save_ckpt_log_name, record)]), target)
+            if config.push_to_hub:
+                log.info("uploaded to %s", hub.push(target, config.push_to_hub, config.public))
 
 
 def _prune_into(folder: Path, config, model_config, eval_device, dtype, takes):
@@ -107,7 +112,7 @@ def _prune_into(folder: Path, config, model_config, eval_device, dtype, takes):
         source = loading.open_source(config.base_model, dtype, config=model_config)
     size = source.model.num_parameters() / 1e6
     log.info("%s: %s, %d layers, %.1f M parameters, %s", config.base_model, model_config.model_type, len(source), size, dtype)
-    processes.from_first(lambda: journal.check(record.identity(config, source.weights.files, measured)))
+    processes.from_first(lambda: journal.check(record.identity(config, source.weights.files, measured, (config.calibration, config.plan))))
     with timed("calibration"):
         calibrate = functools.partial(api.calibrate, source, tokenizer, config, config.calibration, eval_device)
         samples = processes.from_first(lambda: _calibrated(folder, journal, calibrate))

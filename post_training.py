@@ -7,10 +7,13 @@ import math
 import os
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 from slimllm.cli import guarded, logging_to_console
 
+PARTS, FILES = ("adapter", "merged"), ("post_training.json", "figures/loss.png")  # what is written into the output folder, beside the log
+WAY = "choose another --output_dir"
 log = logging.getLogger("slimllm")
 
 
@@ -32,7 +35,7 @@ def run(config) -> None:
 
     output = Path(config.output_dir)
     advice = "lower --micro_batch_size or --cutoff_len"
-    with logging_to_console() as lines, writing(output), memory_errors(advice):
+    with logging_to_console() as lines, _held(output), writing(output), memory_errors(advice):
         record, ids = _train(config, output, lines)
         if record is None:
             return  # not the first of several processes
@@ -42,6 +45,19 @@ def run(config) -> None:
         _finish(output, record)
 
 
+@contextmanager
+def _held(output: Path):
+    """Holds the name of the output folder while the block runs; the first of several processes holds it for all."""
+    from slimllm.utils.outputs import check_kind, taken
+
+    if int(os.environ.get("RANK", 0)):
+        yield
+        return
+    check_kind(output, WAY)
+    with taken(output, WAY):
+        yield
+
+
 def _train(config, output: Path, lines):
     """The run up to the adapter. Returns (TrainingRecord, token ids [1, length] of a row), or (None, None) but for the first process."""
     import torch
@@ -49,11 +65,12 @@ def _train(config, output: Path, lines):
     from slimllm.data.texts import blocks_of, first_token, load_texts
     from slimllm.evaluation.perplexity import perplexity
     from slimllm.models import loading
+    from slimllm.pruning.journal import check_same
     from slimllm.reporting.record import Stopwatch, TrainingRecord, command
     from slimllm.training import trainer as training
     from slimllm.training.data import load_data
     from slimllm.utils.device import device_of, name_of, training_dtype
-    from slimllm.utils.files import atomic_dir
+    from slimllm.utils.outputs import atomic_dir, check_target, read_seal, seal
 
     device = device_of("device", config.device)
     model_config = loading.load_config(config.prune_model, "--prune_model", pruned=True)
@@ -66,17 +83,26 @@ def _train(config, output: Path, lines):
     main_process = arguments.process_index == 0
     texts = load_texts(config.extra_val_dataset, "--extra_val_dataset")
     blocks = [blocks_of(text, tokenizer, 128, config.eval_limit, first_token(tokenizer, model_config)) for text in texts]
+    identity = _identity(config, digest, arguments.world_size)
+    if resume and main_process:
+        if before := (read_seal(resume.parent) or {}).get("identity"):
+            check_same(before, identity, "--resume_from_checkpoint")
+        else:
+            log.warning("%s: nothing there says of which run it is, so its data and model could not be compared", resume)
     with timed("loading"):
         model = loading.load_model(config.prune_model, dtype, "--prune_model")
     training.target_modules(model, config)
     if main_process:
         if config.overwrite and output.exists():  # not before everything that can be wrong was read
+            check_target(output, True, WAY, config.inputs())
             shutil.rmtree(output)
         output.mkdir(parents=True, exist_ok=True)
+        seal(output, FILES, PARTS, identity=identity)  # from now on it is known for this program's
         lines.to_file(output / "log.txt")
     else:
         log.setLevel(logging.ERROR)
-    log.info("%s", command())
+    for line in (command(), *config.remarks()):
+        log.info("%s", line)
     teacher = None
     if config.teacher is not None:
         with timed("teacher"):
@@ -121,32 +147,44 @@ def _train(config, output: Path, lines):
     return record, torch.tensor([train[0]["input_ids"][:64]])
 
 
+def _identity(config, digest: str, processes: int) -> dict:
+    """All that a run's results follow from; ``digest``: of the training data's tokens."""
+    from slimllm.models import loading
+    from slimllm.reporting import record
+
+    models = [loading.open_source(name, "auto", option) for name, option in config.models()]
+    files = [path for model in models for path in model.weights.files]
+    return record.identity(config, files, []) | {"the training data": digest, "the number of processes": processes}
+
+
 def _resume_point(config, output: Path) -> Path | None:
-    """The checkpoint to go on from. Raises UserError where there is none, or where a new run would mix with an old one."""
+    """The checkpoint to go on from. Raises UserError where there is none, or where a new run would mix with, or destroy, something."""
     from slimllm.errors import UserError
     from slimllm.training.trainer import last_checkpoint
+    from slimllm.utils.outputs import check_target, read_seal
 
+    first, filled = not int(os.environ.get("RANK", 0)), output.exists() and any(output.iterdir())
     if config.resume_from_checkpoint == "last":
         point = last_checkpoint(output)
         if point is None:
             raise UserError(f"--resume_from_checkpoint last: {output} holds no finished checkpoint; start without the flag")
-        return point
-    if config.resume_from_checkpoint:
+    elif config.resume_from_checkpoint:
         point = Path(config.resume_from_checkpoint)
         if not (point / "trainer_state.json").is_file():
             raise UserError(f"--resume_from_checkpoint {point}: not a finished checkpoint folder (checkpoint-N) or last")
-        return point
-    if int(os.environ.get("RANK", 0)):
-        return None  # the first process looks at the folder
-    if output.exists() and any(output.iterdir()) and not config.overwrite:
-        way = "go on with --resume_from_checkpoint last, " if last_checkpoint(output) else ""
-        raise UserError(f"--output_dir {output}: not empty; {way}choose another, or replace it with --overwrite")
-    if config.overwrite and output.exists():
-        known = {"adapter", "merged", "figures", "log.txt", "post_training.json"}
-        strange = [path.name for path in output.iterdir() if path.name not in known and not path.name.startswith(("checkpoint-", "."))]
-        if strange:
-            raise UserError(f"--overwrite: {output} holds {strange[0]}, which no run of this program wrote; choose another --output_dir")
-    return None
+    else:
+        if first and config.overwrite:
+            check_target(output, True, WAY, config.inputs())
+        elif first and filled:
+            way = "go on with --resume_from_checkpoint last, " if last_checkpoint(output) else ""
+            raise UserError(f"--output_dir {output}: not empty; {way}choose another, or replace it with --overwrite")
+        return None
+    if first and filled:
+        if read_seal(output) is None:  # the Trainer removes older checkpoints of the folder as it writes new ones
+            raise UserError(f"--output_dir {output}: not empty, and no run of this program wrote it; {WAY}")
+        for part in PARTS:
+            check_target(output / part, True, WAY, config.inputs())
+    return point
 
 
 def _losses(log_history: list[dict]) -> dict:
@@ -155,9 +193,16 @@ def _losses(log_history: list[dict]) -> dict:
     for entry in history:
         if not math.isfinite(entry.get("grad_norm", 0.0)):
             entry["grad_norm"] = None  # a step that float16 skipped
-    validation = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    perplexity = {"before": math.exp(validation[0]), "after": math.exp(min(validation))} if validation else None
-    return {"validation": perplexity, "history": history}
+    validation = [entry for entry in history if "eval_loss" in entry]
+    if not validation:
+        return {"validation": None, "history": history}
+    # the text's own loss, where a teacher's divergence is part of the one that is trained on
+    before, after = (entry.get("eval_text_loss", entry["eval_loss"]) for entry in (validation[0], min(validation, key=_eval_loss)))
+    return {"validation": {"before": math.exp(before), "after": math.exp(after)}, "history": history}
+
+
+def _eval_loss(entry: dict) -> float:
+    return entry["eval_loss"]
 
 
 def _write_merged(output: Path, config, record, ids) -> None:
@@ -165,12 +210,12 @@ def _write_merged(output: Path, config, record, ids) -> None:
     from slimllm.deploy import checkpoint
     from slimllm.models import loading
     from slimllm.training.trainer import merged
-    from slimllm.utils.files import atomic_dir
+    from slimllm.utils.outputs import atomic_dir
 
     with atomic_dir(output / "merged", overwrite=True) as folder:
         model = merged(loading.load_model(config.prune_model, "auto", "--prune_model"), output / "adapter", ids)
         checkpoint.save(model, loading.load_tokenizer(config.prune_model, "--prune_model"), folder, ids, config.prune_model)
-        checkpoint.reload_and_compare(model, folder)
+        checkpoint.reload_and_compare(folder, model.dtype)
         _describe_merged(folder, output.name, config, record)
     log.info("merged model: %s (the same logits as model and adapter)", output / "merged")
 
@@ -199,10 +244,12 @@ def _finish(output: Path, record) -> None:
     from slimllm.reporting.figures import loss_curve
     from slimllm.reporting.tables import aligned
     from slimllm.utils.memory import peak_memory
+    from slimllm.utils.outputs import read_seal, seal
 
     loss_curve(record, output / "figures")
     record.peak_memory = peak_memory()
     record.write(output)
+    seal(output, FILES, PARTS, identity=(read_seal(output) or {}).get("identity"))
     rows = [["text", "before", "after"]] + [[f["data"], f"{f['before']:.2f}", f"{f['after']:.2f}"] for f in record.evaluation]
     if record.validation:
         rows.append(["held-out rows", *(f"{record.validation[when]:.2f}" for when in ("before", "after"))])

@@ -6,7 +6,9 @@ slimllm.save(result, "my-smaller-model")
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from .deploy import checkpoint
 from .deploy.runtimes import convert_for_runtime
 from .errors import UserError, nearest
 from .models import loading
+from .models.adapter import LayerAdapter
 from .models.families import dense_family_of
 from .models.shape import shape_of
 from .models.source import ModelSource
@@ -37,7 +40,9 @@ from .reporting.record import ModelInfo, Parameters, PruningRecord, Stopwatch
 from .training import distillation
 from .training.distillation import Distillation, Teacher
 from .utils.device import device_of, name_of
-from .utils.files import atomic_dir
+from .utils.outputs import atomic_dir
+
+log = logging.getLogger("slimllm")
 
 # Flags that are settings of prune() too; the others concern the model, texts to measure on, or where things go.
 _SETTINGS = {
@@ -100,7 +105,9 @@ def prune(
 ) -> PruneResult:
     """Prunes ``model``, in place where it is in memory; then distils it, where ``config.distill`` says so.
 
-    A ModelSource is only pruned: :func:`distil` takes the model that comes of it.
+    A ModelSource is only pruned: :func:`distil` takes the model that comes of it. A model in memory is changed when all layers are done:
+    where anything raises before, a callback or Ctrl-C too, it is as it was; while it is distilled, it is the pruned one. So its layers
+    are in memory twice for as long as it takes.
 
     Args:
         model: a dense causal LM of a supported family, as from_pretrained gives it, or a ModelSource that reads one layer at a time.
@@ -109,7 +116,8 @@ def prune(
             folder); by default Bookcorpus, or samples of the model itself where the hub is out of reach.
         on_layer: called with each LayerReport as it is ready. progress: called with (what is done, layers done, layers).
         settings: ``target_sparsity=0.2``, ``recipe="best"`` and every other flag of ``hf_prune.py`` that concerns the sparsity, the
-            method, the samples or the device. ``config``: all of them at once, instead.
+            method, the samples or the device. ``config``: all of them at once, instead; it is not written to, and the result's
+            ``config`` is a frozen copy with all that was left open.
         timed: where the seconds of each phase are added up. sink: where the layers go as they are done, which a ModelSource needs;
             journal: what keeps a run that is stopped (pipeline.prune).
     Raises:
@@ -124,6 +132,7 @@ def prune(
         raise UserError(f"config and {next(iter(settings))}: give one of them")
     source = ModelSource.of(model)
     shape = shape_of(source.config, dense_family_of(source.config))
+    config = config.resolved(shape)
     plans = plans_of(config, shape)
     device, timed = device_of("device", config.device), timed or Stopwatch()
     info = ModelInfo(
@@ -138,19 +147,49 @@ def prune(
     if not isinstance(calibration, Calibration):
         with timed("calibration"):
             calibration = calibrate(source, tokenizer, config, calibration, device_of("eval_device", config.eval_device))
+    config = _as_drawn(config, calibration)
     teacher = None if source.streams else teach(source, calibration, config, progress, timed)
+    model = source.model
+    pruned = source if source.streams else ModelSource.of(_twin(model))
     with timed("pruning"):
-        layers = pipeline.prune(source, calibration.ids, config, device, on_layer, calibration.probe_ids, progress, plans, sink, journal)
+        layers = pipeline.prune(pruned, calibration.ids, config, device, on_layer, calibration.probe_ids, progress, plans, sink, journal)
     if source.streams:
         widths = [(len(layer.heads), len(layer.kv_heads), len(layer.channels)) for layer in layers]
         model = checkpoint.pruned_skeleton(source, widths, config)
     else:
+        _take_over(source.adapter, pruned.model, model)
         convert_for_runtime(model, config.runtime)
     parameters = Parameters.of(size, model.num_parameters(), shape.decoder_parameters)
     distillation = teacher and distil(model, teacher, config, progress, timed)
     if teacher:
         teacher.close()
     return PruneResult(model, tokenizer, config, calibration, layers, info, parameters, timed.seconds, distillation)
+
+
+def _twin(model):
+    """A copy of ``model`` with parameters of its own over the same memory: what prunes it leaves ``model`` as it is."""
+    own = {id(p): torch.nn.Parameter(p.data, requires_grad=p.requires_grad) for p in model.parameters()}
+    shared = {id(thing): thing for thing in (model.config, *model.buffers())}
+    return copy.deepcopy(model, own | shared)
+
+
+def _take_over(adapter: LayerAdapter, pruned, model) -> None:
+    """Gives the layers of ``model`` what surgery changed in those of its :func:`_twin`: parameters, numbers and config of each module."""
+    for source, target in zip(adapter.layers(pruned), adapter.layers(model), strict=True):
+        for theirs, own in zip(source.modules(), target.modules(), strict=True):
+            own._parameters = theirs._parameters
+            vars(own).update({name: value for name, value in vars(theirs).items() if isinstance(value, int) or name == "config"})
+
+
+def _as_drawn(config: PruneConfig, calibration: Calibration) -> PruneConfig:
+    """The settings with the samples that there are, where they are not those that were asked for; says so."""
+    if calibration.source == "self":
+        return config
+    found, own = config.as_drawn(len(calibration.ids), calibration.own), round(config.self_share * config.num_examples)
+    if found is not config:
+        asked = f"{config.num_examples} samples, {own} of the model's own, were asked for"
+        log.info("calibration: %s; %s gives %d, %d of its own", asked, calibration.source, len(calibration.ids), calibration.own)
+    return found
 
 
 def teach(source: ModelSource, calibration: Calibration, config: PruneConfig, progress: Progress, timed: Stopwatch) -> Teacher | None:
@@ -170,11 +209,7 @@ def distil(model, teacher: Teacher, config: PruneConfig, progress: Progress, tim
 
 
 def plans_of(config: PruneConfig, shape):
-    """The plans of ``--plan``, or None where the layers' importance decides; resolves ``config``.
-
-    Raises UserError early for a sparsity that cannot be met.
-    """
-    config.resolve(shape)
+    """The plans of ``--plan``, or None where the layers' importance decides. Raises UserError early for a sparsity that cannot be met."""
     if config.plan is not None:
         return read_plan(config.plan, shape, config.runtime)
     without_scores(shape, config)
@@ -246,26 +281,20 @@ def _of_ids(ids: torch.Tensor, vocab_size: int) -> Calibration:
     return Calibration(ids.cpu().long(), "token ids")
 
 
-def write_checkpoint(result: PruneResult, folder: Path) -> None:
-    """Writes model and tokenizer into ``folder`` and loads the model again: ``result.model`` is then the one that was loaded.
-
-    Raises RuntimeError where the two give different logits.
-    """
-    ids = result.calibration.ids[:2, :64]
-    checkpoint.save(result.model, result.tokenizer, folder, ids, result.config.base_model)
-    result.model = checkpoint.reload_and_compare(result.model, folder)
-
-
 def save(result: PruneResult, folder: str | os.PathLike, overwrite: bool = False) -> None:
     """Writes the checkpoint with its calibration samples, record and model card; ``folder`` appears when all of it is complete.
 
-    The model is loaded again and compared, and ``result.model`` is then the one that was loaded.
-    Raises UserError where ``folder`` exists (without ``overwrite``) or cannot be written, RuntimeError where the comparison fails.
+    It is read again, layer by layer, and compared; ``result`` stays as it is.
+    Raises UserError where ``folder`` exists (without ``overwrite``, which replaces only what this function or ``hf_prune.py`` wrote) or
+    cannot be written, RuntimeError where the comparison fails.
     """
-    with atomic_dir(Path(folder), overwrite, "choose another folder") as staging:
-        result.config.save_ckpt_log_name = Path(folder).name
-        write_checkpoint(result, staging)
-        result.calibration.save(staging)
+    config, samples = result.config, result.calibration
+    inputs = [config.base_model, config.calibration, samples.source, config.plan]
+    with atomic_dir(Path(folder), overwrite, "choose another folder", inputs=inputs) as staging:
+        checkpoint.save(result.model, result.tokenizer, staging, samples.ids[:2, :64], config.base_model)
+        checkpoint.reload_and_compare(staging, result.model.dtype)
+        samples.save(staging)
         record = result.record()
+        record.config["save_ckpt_log_name"] = Path(folder).name
         record.write(staging)
         card.write(staging, record)

@@ -52,6 +52,16 @@ def check_range(settings, name: str, low: float, high: float = math.inf, right_o
         raise UserError(f"--{name} {value}: must be {bound if not math.isfinite(value) or high != math.inf else least}")
 
 
+def given(settings) -> set[str]:
+    """The fields whose value is not their default."""
+    return {f.name for f in fields(settings) if getattr(settings, f.name) not in (f.default, None)}
+
+
+def without_effect(names: set[str], because: list[tuple[bool, tuple[str, ...], str]]) -> list[str]:
+    """A line for each of the flags ``names`` that changes nothing; ``because``: (whether it holds, for which flags, why)."""
+    return [f"--{name} has no effect: {why}" for holds, flags, why in because if holds for name in flags if name in names]
+
+
 @dataclass
 class NoSettings:
     """Settings of a program that has none."""

@@ -140,8 +140,7 @@ def make_config(layers=2, shape=None, **settings):
     config = PruneConfig(
         base_model="test", **{"pruning_ratio": None if "target_sparsity" in settings else 0.5, "pruned_layers": layers, **settings}
     )
-    config.resolve(shape or make_shape(num_hidden_layers=layers))
-    return config
+    return config.resolved(shape or make_shape(num_hidden_layers=layers))
 
 
 def plan(shape, layer_scores, config):

@@ -95,6 +95,105 @@ def test_an_existing_folder_is_replaced_only_on_request(tmp_path, tiny_tokenizer
     assert torch.equal(logits(checkpoint.load(tmp_path / "a"), make_ids()), logits(result.model, make_ids()))
 
 
+SAVED = ("architectures", "dtype", "auto_map")  # what transformers notes in a config as it saves it
+
+
+def state_of(model):
+    """What tells one model from another, and whether it was moved or given away."""
+    config = {name: value for name, value in model.config.to_dict().items() if name not in SAVED}
+    return type(model), config, [*model.modules()], {name: p.clone() for name, p in model.named_parameters()}
+
+
+def same(before, after):
+    modules = all(a is b for a, b in zip(before[2], after[2], strict=True))
+    weights = before[3].keys() == after[3].keys() and all(torch.equal(before[3][name], after[3][name]) for name in before[3])
+    return before[:2] == after[:2] and modules and weights
+
+
+@pytest.mark.parametrize("case", ["llama_tied", "phi3"])
+@pytest.mark.parametrize("when", ["pruning", "layer importance", "on_layer"])
+def test_what_is_stopped_leaves_the_model_as_it_was(case, when):
+    model = make_model(case)
+    before, seen = state_of(model), []
+
+    def stop(*what):
+        seen.append(what)
+        if when == "on_layer" and len(seen) == 2 or what[0] == when:
+            raise KeyboardInterrupt
+
+    arguments = {"on_layer": stop} if when == "on_layer" else {"progress": stop}
+    if when == "pruning":
+        arguments = {"on_layer": lambda report: report.index and stop("pruning")}
+    with pytest.raises(KeyboardInterrupt):
+        slimllm.prune(model, calibration=make_ids(), pruning_ratio=0.5, pruned_layers=2, **arguments)
+    assert same(before, state_of(model))
+    parts = [*model.modules()]
+    result = slimllm.prune(model, calibration=make_ids(), pruning_ratio=0.5, pruned_layers=2)  # in place, module by module
+    assert (
+        result.model is model
+        and all(a is b for a, b in zip(parts, model.modules(), strict=True))
+        and logits(model, make_ids()).isfinite().all()
+    )
+
+
+def test_a_distillation_that_is_stopped_leaves_the_pruned_model(tiny_tokenizer):
+    settings = dict(calibration=make_ids(), pruning_ratio=0.5, distill_examples=10)
+    pruned = slimllm.prune(make_model(), **settings).model
+
+    def stop(stage, done, total):
+        if stage == "distilling":
+            raise KeyboardInterrupt
+
+    for mode in ("scales", "all"):
+        model = make_model()
+        with pytest.raises(KeyboardInterrupt):
+            slimllm.prune(model, distill=mode, progress=stop, **settings)
+        assert torch.equal(logits(model, make_ids()), logits(pruned, make_ids())) and not any(
+            p.grad is not None for p in model.parameters()
+        )
+
+
+def test_saving_leaves_the_model_and_the_settings_as_they_are(tmp_path, tiny_tokenizer):
+    given = configs.PruneConfig(base_model="m", recipe="best", calibration="self", pruning_ratio=0.5, num_examples=4, seq_len=16)
+    untouched = copy.deepcopy(given)
+    result = slimllm.prune(make_model(), tiny_tokenizer, calibration=make_ids(), config=given)
+    before, expected = state_of(result.model), logits(result.model, make_ids())
+    settings = result.config
+    slimllm.save(result, tmp_path / "first")
+    slimllm.save(result, tmp_path / "second")
+    assert same(before, state_of(result.model)) and torch.equal(logits(result.model, make_ids()), expected)
+    assert result.config is settings and vars(given) == vars(untouched)
+    names = [json.loads((tmp_path / name / "pruning.json").read_text())["config"]["save_ckpt_log_name"] for name in ("first", "second")]
+    assert names == ["first", "second"]
+    with pytest.raises(AttributeError, match="seed: settings that are resolved stay as they are"):
+        result.config.seed = 1
+    deeper = make_model(num_hidden_layers=4)
+    again = slimllm.prune(deeper, tiny_tokenizer, calibration=make_ids(), config=given)  # a second use, of another model
+    assert again.config.pruned_layers != result.config.pruned_layers and len(again.layers) == 4
+
+
+def test_the_record_says_how_many_samples_there_were(tiny_tokenizer, tmp_path):
+    result = slimllm.prune(make_model(), tiny_tokenizer, calibration=make_ids(6), recipe="best", pruning_ratio=0.5)
+    config = result.record().config
+    assert (config["num_examples"], config["self_share"], result.record().calibration["samples"]) == (6, 0.0, 6)
+    result.calibration.save(tmp_path)
+    file = str(tmp_path / "calibration.safetensors")
+    found = slimllm.prune(make_model(), tiny_tokenizer, calibration=file, recipe="best", pruning_ratio=0.5).config
+    assert (found.num_examples, found.self_share) == (6, 0.0)
+    half = dict(calibration=TEXT.splitlines(), self_share=0.3, pruning_ratio=0.5)
+    assert slimllm.prune(make_model(), tiny_tokenizer, **half, **SMALL).config.self_share == 0.3  # as asked for: 2 of 8
+
+
+def test_the_tokenizer_is_saved_as_it_came(tmp_path, tiny_tokenizer):
+    tiny_tokenizer.backend_tokenizer.enable_truncation(77, stride=3)
+    tiny_tokenizer.backend_tokenizer.enable_padding(length=9, pad_id=2, pad_token="</s>", direction="left")
+    tiny_tokenizer.save_pretrained(tmp_path / "before")
+    result = slimllm.prune(make_model(), tiny_tokenizer, calibration=TEXT.splitlines(), recipe="best", pruning_ratio=0.5, **SMALL)
+    slimllm.save(result, tmp_path / "after")
+    before, after = (json.loads((tmp_path / name / "tokenizer.json").read_text()) for name in ("before", "after"))
+    assert after == before and after["truncation"]["max_length"] == 77 and after["padding"]["pad_id"] == 2
+
+
 # the seams: each of the three choices is one function and one entry
 
 

@@ -4,6 +4,8 @@ import base64
 import hashlib
 import json
 import re
+import shlex
+import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -17,7 +19,7 @@ import post_training
 import slimllm
 from slimllm.__main__ import main as slim
 from slimllm.data import calibration
-from slimllm.reporting import card, tables
+from slimllm.reporting import card, record, tables
 from slimllm.reporting.record import PruningRecord
 from tests.conftest import TEXT, make_ids, make_model, run_cli
 from tests.test_export_gguf import bpe_tokenizer, save
@@ -62,7 +64,7 @@ def test_the_card_says_where_the_model_comes_from_and_how_good_it_is(prune):
     assert found.data.license == "llama3.2" and found.data.library_name == "transformers" and "slimllm" in found.data.tags
     page, figure = found.text, run["evaluation"][0]
     for said in (
-        run["command"],
+        card.portable(run["command"]),
         run["calibration"]["sha256"],
         f"{figure['dense']:.2f}",
         f"{figure['pruned']:.2f}",
@@ -71,7 +73,7 @@ def test_the_card_says_where_the_model_comes_from_and_how_good_it_is(prune):
         assert said in page
     assert "**Warning:** calibration samples share" in page and figure["calibration_overlap"] == 4  # it was made of the same text
     for path in folder.iterdir():
-        if path.is_file() and path.name not in ("README.md", "log.txt"):
+        if path.is_file() and path.name not in ("README.md", "log.txt", "slimllm.json"):
             assert hashlib.sha256(path.read_bytes()).hexdigest() in page, path
     assert slim(["export-gguf", str(folder)]) == 0
     assert hashlib.sha256((folder / "small-f16.gguf").read_bytes()).hexdigest() in (folder / "README.md").read_text()
@@ -81,6 +83,65 @@ def test_each_form_says_how_it_is_loaded(prune):
     for runtime, code, vllm in (("transformers", False, "vllm serve small\n"), ("vllm", True, "vllm serve small --trust-remote-code")):
         page = (prune("--runtime", runtime, "--overwrite") / "README.md").read_text()
         assert ("trust_remote_code" in page) is code and vllm in page
+
+
+def test_the_card_names_what_made_the_model_and_no_folder_of_this_machine(prune, base, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["hf_prune.py", *flags_of(base, text)])
+    page = (prune("--method", "wanda_sp", "--recovery", "least_squares", "--overwrite") / "README.md").read_text()
+    assert "method: Wanda-sp ([An et al. 2024]" in page and "SlimLLM](" not in page and "recipe" not in page
+    page = (prune("--recipe", "best", "--overwrite") / "README.md").read_text()
+    assert "method: [SlimLLM](https://arxiv.org/abs/2505.22689) (Guo et al. 2025), recipe best" in page
+    assert (
+        [line for line in page.splitlines() if str(tmp_path) in line] == []
+        and "--base_model base" in page
+        and "--calibration text.txt" in page
+    )
+
+
+@pytest.mark.parametrize(
+    "command, said",
+    [
+        (["/home/me/hf_prune.py", "--base_model", "/data/my models/llama/"], "python hf_prune.py --base_model llama"),
+        (["hf_prune.py", "--eval_data=wikitext2=/x y/wiki.raw"], "python hf_prune.py --eval_data=wikitext2=wiki.raw"),
+        (["hf_prune.py", "--calibration", "~/texts/a b.txt"], "python hf_prune.py --calibration 'a b.txt'"),
+        (["hf_prune.py", "--base_model", "org/model", "--ridge", "0.5"], "python hf_prune.py --base_model org/model --ridge 0.5"),
+        (["/venv/lib/slimllm/__main__.py", "verify", "a b"], "python -m slimllm verify 'a b'"),
+    ],
+)
+def test_commands_are_quoted_and_cards_hold_no_local_paths(command, said, monkeypatch):
+    monkeypatch.setattr("sys.argv", command)
+    assert shlex.split(record.command())[-1] == command[-1] and card.portable(record.command()) == said
+
+
+def test_the_commit_is_the_program_s_own(tmp_path, monkeypatch):
+    """And not that of a repository that its environment happens to lie in."""
+
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@y.z", *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    installed = tmp_path / "venv" / "site-packages" / "slimllm" / "reporting" / "record.py"
+    installed.parent.mkdir(parents=True)
+    installed.touch()
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "another project's")
+    monkeypatch.setattr(record, "__file__", str(installed))
+    assert record._commit() is None
+    monkeypatch.setattr(record, "__file__", str(tmp_path / "slimllm" / "reporting" / "record.py"))
+    commit = record._commit()
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))
+    assert record._commit() == commit
+    installed.write_text("changed")
+    assert record._commit() == f"{commit} with changes"
+
+
+@pytest.mark.parametrize("case, offered", [("llama_gqa", True), ("gemma3", False)])
+def test_only_exports_that_the_checkpoint_allows_are_offered(case, offered, tmp_path):
+    result = slimllm.prune(make_model(case, vocab_size=320), bpe_tokenizer(), calibration=make_ids(vocab=300), pruned_layers=1)
+    slimllm.save(result, tmp_path / "small")
+    assert ("export-gguf" in (tmp_path / "small" / "README.md").read_text()) is offered
+    assert slim(["export-gguf", str(tmp_path / "small")]) == (0 if offered else 2)
 
 
 def test_overlap_is_runs_of_the_same_tokens():

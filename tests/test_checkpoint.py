@@ -13,7 +13,7 @@ from slimllm.errors import UserError
 from slimllm.models.families import family_of
 from slimllm.pruning import pipeline
 from slimllm.pruning.recovery import RECOVERIES
-from slimllm.utils import files
+from slimllm.utils import outputs
 from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model, make_shape
 
 
@@ -162,26 +162,26 @@ def spoil(folder):
 def test_a_checkpoint_that_is_another_model_fails_the_run(tmp_path, tiny_tokenizer):
     model = pruned()
     checkpoint.save(model, tiny_tokenizer, tmp_path, make_ids(2), "dense")
-    checkpoint.reload_and_compare(copy.deepcopy(model), tmp_path)
+    checkpoint.reload_and_compare(tmp_path, model.dtype)
     spoil(tmp_path)
     with pytest.raises(RuntimeError, match="does not load as the model that was saved"):
-        checkpoint.reload_and_compare(model, tmp_path)
+        checkpoint.reload_and_compare(tmp_path, model.dtype)
 
 
 def test_staged_moves_into_place_and_leaves_nothing_behind(tmp_path):
     target = tmp_path / "log" / "run"
-    with files.atomic_dir(target, overwrite=False) as folder:
+    with outputs.atomic_dir(target, overwrite=False) as folder:
         (folder / "a").write_text("1")
         assert not target.exists()
     assert [p.name for p in target.parent.iterdir()] == ["run"] and (target / "a").read_text() == "1"
     with pytest.raises(UserError, match="--overwrite"):
-        with files.atomic_dir(target, overwrite=False):
+        with outputs.atomic_dir(target, overwrite=False):
             pass
     with pytest.raises(KeyboardInterrupt):
-        with files.atomic_dir(target, overwrite=True) as folder:
+        with outputs.atomic_dir(target, overwrite=True) as folder:
             (folder / "a").write_text("2")
             raise KeyboardInterrupt
     assert [p.name for p in target.parent.iterdir()] == ["run"] and (target / "a").read_text() == "1"
-    with files.atomic_dir(target, overwrite=True) as folder:
+    with outputs.atomic_dir(target, overwrite=True) as folder:
         (folder / "a").write_text("3")
     assert [p.name for p in target.parent.iterdir()] == ["run"] and (target / "a").read_text() == "3"

@@ -125,7 +125,7 @@ def test_an_existing_checkpoint_is_replaced_only_on_request(cli):
 def test_no_save_model_leaves_the_record_only(cli):
     assert cli("--no_save_model", "--eval_data", "none")[0] == 0
     names = {p.name for p in (cli.folder / "prune_log/llama_prune").iterdir()}
-    assert names == {"pruning.json", "calibration.safetensors", "log.txt", "figures"}
+    assert names == {"pruning.json", "calibration.safetensors", "log.txt", "figures", "slimllm.json"}
 
 
 def test_dry_run_reads_no_weights_and_writes_nothing(cli, tiny_folder):

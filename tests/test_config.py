@@ -10,8 +10,7 @@ def config(*flags):
 
 
 def test_defaults_are_the_paper_s():
-    c = config()
-    c.resolve(make_shape(num_hidden_layers=32))
+    c = config().resolved(make_shape(num_hidden_layers=32))
     assert (c.pruning_ratio, c.pruned_layers, c.alpha, c.num_examples, c.seq_len, c.max_seq_len) == (0.25, 26, 10.0, 32, 128, 128)
     assert (c.recovery, c.keep_lowest, c.layer_ratio, c.no_greedy) == ("linear", 0.01, "importance", False)
 
@@ -41,8 +40,7 @@ def test_a_recipe_sets_only_what_the_user_left_open(flags, recovery, keep_lowest
     ],
 )
 def test_a_recipe_s_layer_ratio_waits_for_the_runtime(flags, layer_ratio):
-    c = config(*flags)
-    c.resolve(make_shape())
+    c = config(*flags).resolved(make_shape())
     assert c.layer_ratio == layer_ratio
 
 
@@ -58,8 +56,7 @@ def test_flags_are_not_abbreviated():
 @pytest.mark.parametrize("channels, samples", [(1536, 192), (4864, 512), (11008, 512)])
 def test_best_calibrates_on_more_samples_of_a_wider_model(channels, samples):
     for flags, wanted in ((["--recipe", "best"], samples), (["--recipe", "best", "--num_examples", "7"], 7), ([], 32)):
-        c = config(*flags)
-        c.resolve(make_shape(intermediate_size=channels))
+        c = config(*flags).resolved(make_shape(intermediate_size=channels))
         assert c.num_examples == wanted
 
 
@@ -69,12 +66,10 @@ def test_the_ridge_falls_with_the_tokens_unless_it_is_given():
 
 
 def test_methods_set_what_the_user_left_open():
-    c = config("--method", "flap")
-    c.resolve(make_shape())
+    c = config("--method", "flap").resolved(make_shape())
     assert (c.head_choice, c.channel_score, c.layer_ratio, c.recovery) == ("fluctuation", "fluctuation", "ranking", "bias")
     assert (c.keep_lowest, c.pruned_layers, c.dense_stream) == (0.0, 2, True)
-    c = config("--method", "flap", "--recovery", "least_squares", "--layer_ratio", "uniform")
-    c.resolve(make_shape())
+    c = config("--method", "flap", "--recovery", "least_squares", "--layer_ratio", "uniform").resolved(make_shape())
     assert (c.recovery, c.layer_ratio, c.dense_stream) == ("least_squares", "uniform", False)
 
 
@@ -90,3 +85,43 @@ def test_methods_set_what_the_user_left_open():
 def test_mistakes_of_method_and_samples(flags, said):
     with pytest.raises(UserError, match=said):
         config(*flags)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--ridge", "0.1"], "--ridge has no effect: recovery linear has no ridge"),
+        (["--alpha", "5", "--layer_ratio", "uniform"], "--alpha has no effect: layer_ratio uniform has no alpha"),
+        (["--method", "flap", "--pruned_layers", "1"], "--pruned_layers has no effect: layer_ratio ranking takes from every layer"),
+        (["--prune", "channels", "--no_greedy"], "--no_greedy has no effect: no head is chosen"),
+        (["--prune", "heads", "--channel_score", "wanda"], "--channel_score has no effect: no channel is chosen"),
+        (["--plan", "x", "--head_unit", "group"], "--head_unit has no effect: no head is chosen"),
+        (["--distill_examples", "8"], "--distill_examples has no effect: nothing is distilled"),
+        (["--calibration", "a.safetensors", "--num_examples", "8"], "--num_examples has no effect: a.safetensors holds the samples"),
+        (["--calibration", "self", "--self_share", "0.5"], "--self_share has no effect: the model writes all samples"),
+        (["--top_p", "0.5"], "--top_p has no effect: no continuations are printed"),
+        (["--public"], "--public has no effect: nothing is uploaded"),
+        (["--runtime", "transformers"], "layer ratio uniform, not importance: with --runtime transformers all layers lose the same"),
+        (["--runtime", "transformers", "--recipe", "best"], "layer ratio uniform, not auto: with --runtime transformers"),
+    ],
+)
+def test_what_changes_nothing_is_said(flags, said, caplog):
+    with caplog.at_level("INFO", logger="slimllm"):
+        found = config(*flags).resolved(make_shape())
+    assert [line for line in caplog.messages if line.startswith(said)] == caplog.messages != []
+    caplog.clear()
+    assert found.resolved(make_shape()) == found and not caplog.messages  # once
+
+
+def test_what_changes_something_is_not_remarked_on(caplog):
+    with caplog.at_level("INFO", logger="slimllm"):
+        config("--recipe", "distilled", "--ridge", "0.1", "--alpha", "5", "--distill_examples", "8", "--self_share", "0.2").resolved(
+            make_shape()
+        )
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("layer_ratio", ["importance", "middle", "auto"])
+def test_layers_that_must_be_alike_are_not_spread_over(layer_ratio):
+    with pytest.raises(UserError, match=f"--layer_ratio {layer_ratio} and --runtime transformers: all layers of this model lose the same"):
+        config("--layer_ratio", layer_ratio, "--runtime", "transformers").resolved(make_shape())

@@ -2,16 +2,19 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
 import gguf
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import slimllm
 from slimllm.__main__ import main as slim
 from slimllm.data import texts
 from slimllm.deploy import checkpoint, export_gguf, gguf_tokenizer, runtimes, verify
@@ -19,7 +22,7 @@ from slimllm.deploy.llama_cpp import LlamaCpp
 from slimllm.errors import UserError
 from slimllm.models.families import FAMILIES
 from slimllm.pruning import pipeline
-from tests.conftest import FAMILY_CASES, ROOT, TEXT, make_config, make_ids, make_model, make_shape
+from tests.conftest import FAMILY_CASES, ROOT, TEXT, make_config, make_ids, make_model, make_shape, tiny_tokenizer_of
 
 VOCAB = 320
 SIZES = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=3)
@@ -310,6 +313,88 @@ def test_verify_passes_what_is_the_same_and_fails_what_is_not(tmp_path, capsys, 
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     assert run_verify(folder, *options) == 1
     assert re.search(r"in memory: logits +\| .*FAILED", capsys.readouterr().out)
+
+
+def altered(path, name, change):
+    """Changes one tensor of a file of tensors, in place."""
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+    change(tensors[name])
+    save_file(tensors, path, metadata)
+
+
+def spare_rows(folder):
+    """Rows of the embeddings that the reference's text does not have."""
+    used = load_file(folder / checkpoint.REFERENCE)["ids"].unique()
+    return torch.tensor([row for row in range(97) if row not in used])
+
+
+def flip_bit(tensor):
+    tensor.view(torch.int16).view(-1)[5] ^= 1
+
+
+def alter_heads(path):
+    record = json.loads(path.read_text())
+    record["layers"][0]["heads"] = record["layers"][0]["heads"][:-1]
+    path.write_text(json.dumps(record))
+
+
+WEIGHTS, DOWN = "model.safetensors", "model.layers.0.mlp.down_proj.weight"
+ALTERATIONS = {  # what was altered -> (file, how)
+    "rows": (WEIGHTS, lambda f: altered(f / WEIGHTS, "model.embed_tokens.weight", lambda w: w.index_fill_(0, spare_rows(f), 0))),
+    "bit": (WEIGHTS, lambda f: altered(f / WEIGHTS, DOWN, flip_bit)),
+    "sign": (WEIGHTS, lambda f: altered(f / WEIGHTS, DOWN, lambda w: w.view(-1)[:1].neg_())),
+    "scale": (WEIGHTS, lambda f: altered(f / WEIGHTS, DOWN, lambda w: w.mul_(1.02))),
+    "reference": (checkpoint.REFERENCE, lambda f: altered(f / checkpoint.REFERENCE, "last_logits", lambda w: w[0, :1].fill_(torch.inf))),
+    "plan": ("pruning.json", lambda f: alter_heads(f / "pruning.json")),
+}
+
+
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory):
+    """A saved checkpoint in bfloat16."""
+    model = make_model()
+    for parameter in model.parameters():  # the position frequencies stay float32, as from_pretrained leaves them
+        parameter.data = parameter.data.bfloat16()
+    result = slimllm.prune(model, tiny_tokenizer_of(), calibration=make_ids(), pruning_ratio=0.5, pruned_layers=2)
+    slimllm.save(result, tmp_path_factory.mktemp("sealed") / "m")
+    return tmp_path_factory.getbasetemp() / "sealed0" / "m"
+
+
+@pytest.mark.parametrize("what", ALTERATIONS)
+def test_verify_finds_every_alteration_and_says_where(what, sealed, tmp_path, capsys, text_file):
+    folder = shutil.copytree(sealed, tmp_path / "m")
+    name, alter = ALTERATIONS[what]
+    before = (folder / name).read_bytes()
+    alter(folder)
+    assert (folder / name).read_bytes() != before
+    assert run_verify(folder, "--text", text_file, "--seq_len", 16, "--blocks", 1) == 1
+    table = capsys.readouterr().out
+    assert (
+        re.search(rf"files with the SHA-256 that slimllm.json holds: not {name} +\| 1 differ .*FAILED", table)
+        and table.count("FAILED") == 1
+    )
+    (folder / "slimllm.json").unlink()  # a checkpoint of before there were seals
+    status = run_verify(folder, "--text", text_file, "--seq_len", 16, "--blocks", 1)
+    table = capsys.readouterr().out
+    assert "it has no slimllm.json, so its files cannot be compared" in table
+    if what in ("reference", "plan"):
+        assert (
+            status == 1
+            and table.count("FAILED") == 1
+            and ("widths of the layers that pruning.json says: not layer 0" in table) is (what == "plan")
+        )
+
+
+def test_verify_passes_what_was_saved_and_says_what_its_text_does_not_reach(sealed, capsys, text_file):
+    assert run_verify(sealed, "--text", text_file, "--seq_len", 16, "--blocks", 1) == 0
+    table, covered = capsys.readouterr().out, 97 - len(spare_rows(sealed))
+    assert table.count(" ok ") == 5 and f"the saved outputs follow from {covered} of 97 rows of the embeddings" in table
+
+
+@pytest.mark.parametrize("measured, allowed", [(float("inf"), float("inf")), (1.0, float("inf")), (float("nan"), 1.0), (0.0, float("nan"))])
+def test_what_is_not_finite_proves_nothing(measured, allowed):
+    assert not verify.Check("x", measured, allowed).passed and verify.Check("x", 1.0, 1.0).passed
 
 
 @pytest.mark.parametrize("case", ["truncated", "empty", "missing", "no reference", "no folder"])

@@ -16,9 +16,7 @@ CASES = ("llama_mha", "llama_gqa", "qwen2")
 
 
 def settings(method, case="llama_gqa", **more):
-    config = PruneConfig(base_model="test", method=method, **more)
-    config.resolve(make_shape(case))
-    return config
+    return PruneConfig(base_model="test", method=method, **more).resolved(make_shape(case))
 
 
 def inputs_of(model, ids):
@@ -49,8 +47,7 @@ def keep_highest(scores, removed, groups):
 @pytest.mark.parametrize("recovery", [None, "least_squares"])
 def test_every_method_meets_the_sparsity_and_gives_a_model_that_runs(method, case, recovery):
     shape, model = make_shape(case), make_model(case)
-    config = PruneConfig(base_model="test", method=method, target_sparsity=0.3, recovery=recovery, **_all_layers(method))
-    config.resolve(shape)
+    config = PruneConfig(base_model="test", method=method, target_sparsity=0.3, recovery=recovery, **_all_layers(method)).resolved(shape)
     pipeline.prune(model, make_ids(), config)
     left = sum(p.numel() for p in model.model.layers.parameters())
     assert abs(shape.decoder_parameters * 0.7 - left) <= 3 * 32 + 2 * 48  # a channel, and the biases that could not be foreseen
@@ -102,8 +99,7 @@ def test_gradients_layer_by_layer_are_those_of_one_backward_pass():
 def test_llm_pruner_leaves_the_first_and_last_layers_whole():
     shape = make_shape("llama_mha", num_hidden_layers=32)
     for ratio, first, last in ((0.25, 4, 2), (0.55, 1, 1)):
-        config = PruneConfig(base_model="test", method="llm_pruner", pruning_ratio=ratio)
-        config.resolve(shape)
+        config = PruneConfig(base_model="test", method="llm_pruner", pruning_ratio=ratio).resolved(shape)
         ratios = [plan.ratio for plan in without_scores(shape, config)]
         assert ratios == [0] * first + [ratio] * (32 - first - last) + [0] * last
 

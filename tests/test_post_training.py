@@ -22,6 +22,7 @@ from slimllm.training import config, data, distillation, trainer
 from slimllm.training.config import TrainConfig
 from slimllm.training.data import IGNORED
 from slimllm.utils import device as devices
+from slimllm.utils import outputs
 from tests.conftest import ROOT, make_ids, make_model, prune_to
 
 ROWS = [{"instruction": f"say {i}", "input": "now" if i % 3 else "", "output": f"the number {i} it is, {i}."} for i in range(24)]
@@ -210,6 +211,19 @@ def test_settings_are_checked(wrong, said):
         settings(**wrong)
 
 
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (dict(tmp_dir="x"), "--tmp_dir has no effect: only a --teacher"),
+        (dict(no_instruction=True, train_on_inputs=True), "--train_on_inputs has no effect: with --no_instruction"),
+        (dict(eval_limit=3, extra_val_dataset=("none",)), "--eval_limit has no effect: no text is measured on"),
+    ],
+)
+def test_what_changes_nothing_is_said(flags, said):
+    (line,) = settings(**flags).remarks()
+    assert line.startswith(said) and not settings(teacher="x", tmp_dir="x", train_on_inputs=True, eval_limit=3).remarks()
+
+
 def test_unknown_target_modules_are_named():
     with pytest.raises(UserError, match="q_prj.*did you mean 'q_proj'"):
         trainer.target_modules(make_model(), settings(lora_target_modules="q_prj"))
@@ -378,17 +392,89 @@ def test_mistakes_are_one_line(pruned_folder, rows_file, tmp_path, here):
         status, _, err = here(*flags)
         assert status == 2 and said in err and len(err.strip().splitlines()) == 1, err
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "post_training.json").write_text("old")
+    outputs.seal(tmp_path / "out", post_training.FILES, post_training.PARTS)
+    (tmp_path / "out" / "log.txt").write_text("old")
     assert here(*quick(pruned_folder, tmp_path / "no.json", "--overwrite"))[0] == 2
-    assert (tmp_path / "out" / "post_training.json").read_text() == "old"
-    (tmp_path / "out" / "thesis.tex").write_text("x")
-    status, _, err = here(*quick(pruned_folder, rows_file, "--overwrite"))
-    assert status == 2 and "thesis.tex" in err and (tmp_path / "out" / "thesis.tex").exists()
+    assert (tmp_path / "out" / "log.txt").read_text() == "old"
+
+
+@pytest.mark.parametrize("name", [".git/HEAD", ".env", "checkpoint-900/model.bin", "thesis.tex", "adapter/mine.txt"])
+@pytest.mark.parametrize("more", [["--overwrite"], ["--resume_from_checkpoint", "last"]])
+def test_what_no_run_wrote_is_not_trained_over(pruned_folder, rows_file, tmp_path, here, name, more):
+    for path in (tmp_path / "out" / name, tmp_path / "out" / "checkpoint-2" / "trainer_state.json"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{} ")
+    status, _, err = here(*quick(pruned_folder, rows_file, *more))
+    assert status == 2 and "no run of this program wrote" in err or "holds no finished checkpoint" in err
+    outputs.seal(tmp_path / "out", post_training.FILES, post_training.PARTS)  # a run's folder, in which someone put something
+    if more == ["--overwrite"]:
+        status, _, err = here(*quick(pruned_folder, rows_file, *more))
+        assert status == 2 and err.count("\n") == 1 and f"no run of this program wrote out/{name.partition('/')[0]}" in err
+    assert (tmp_path / "out" / name).read_text() == "{} "
+
+
+def test_the_model_that_is_trained_is_not_deleted(pruned_folder, rows_file, tmp_path, here):
+    """``--prune_model out/merged --output_dir out --overwrite``."""
+    (tmp_path / "out").mkdir()
+    outputs.seal(pruned_folder)
+    pruned_folder.rename(tmp_path / "out" / "merged")
+    outputs.seal(tmp_path / "out", post_training.FILES, post_training.PARTS)
+    before = (tmp_path / "out/merged/model.safetensors").read_bytes()
+    status, _, err = here(*quick("out/merged", rows_file, "--overwrite"))
+    assert status == 2 and "out holds out/merged, which this run reads; choose another --output_dir" in err
+    assert (tmp_path / "out/merged/model.safetensors").read_bytes() == before
+
+
+def test_a_run_is_gone_on_with_only_with_its_own_data_and_model(pruned_folder, rows_file, tmp_path, here, monkeypatch, tiny_tokenizer):
+    def stop(self, args, state, control, **_):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.Watch, "on_step_end", stop, raising=False)
+    flags = quick(pruned_folder, rows_file)
+    assert here(*flags)[0] == 130
+    resume = ["--resume_from_checkpoint", "last"]
+    for change, said in ((["--seed", 7], "--seed 42, this one has 7"), (["--lora_r", 4], "--lora_r 8, this one has 4")):
+        status, _, err = here(*flags, *resume, *change)
+        assert status == 2 and f"--resume_from_checkpoint: the stopped run had {said}" in err and err.count("\n") == 1
+    rows_file.write_text(json.dumps(ROWS[::-1]))
+    status, _, err = here(*flags, *resume)
+    assert status == 2 and "the stopped run had the training data" in err
+    rows_file.write_text(json.dumps(ROWS))
+    prune_to(pruned_folder, tiny_tokenizer, max_position_embeddings=512, seed=1)
+    status, _, err = here(*flags, *resume)
+    assert status == 2 and "the stopped run had the file model.safetensors" in err
+    assert (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").is_file()
+
+
+def test_the_perplexity_beside_a_teacher_is_the_text_s_own(pruned_folder, rows_file, tmp_path, here, tiny_folder, monkeypatch):
+    monkeypatch.setattr(distillation, "evaluation_dtype", lambda dtype, device: torch.float32)
+    monkeypatch.setattr(devices, "training_dtype", lambda device, dtype: torch.float32)
+    found = {}
+    for name, more in (("alone", []), ("taught", ["--teacher", tiny_folder])):
+        flags = quick(pruned_folder, rows_file, "--val_set_size", 5, "--num_epochs", 1, *more)
+        assert here(*flags, "--output_dir", name)[0] == 0
+        found[name] = json.loads((tmp_path / name / "post_training.json").read_text())
+    alone, taught = found["alone"]["validation"]["before"], found["taught"]["validation"]
+    assert taught["before"] == pytest.approx(alone, rel=1e-5)
+    first = next(entry for entry in found["taught"]["history"] if "eval_loss" in entry)
+    assert first["eval_loss"] > first["eval_text_loss"] + 0.1
+
+
+def test_the_tokenizer_is_handed_on_as_it_came(pruned_folder, rows_file, tiny_tokenizer):
+    tiny_tokenizer.backend_tokenizer.enable_truncation(33)
+    before = tiny_tokenizer.backend_tokenizer.to_str()
+    data.load_data(settings(data_path=str(rows_file)), tiny_tokenizer)
+    assert tiny_tokenizer.backend_tokenizer.to_str() == before
 
 
 def test_a_dense_model_can_be_trained_too(tiny_folder, tmp_path, here):
     (tmp_path / "t.jsonl").write_text('{"text": "abc def ghi"}\n' * 8)
     assert here(*quick(tiny_folder, tmp_path / "t.jsonl", "--merge", "--num_epochs", 1))[0] == 0
+    assert outputs.foreign(tmp_path / "out") is None and not outputs.altered(tmp_path / "out") + outputs.altered(tmp_path / "out/merged")
+    (tmp_path / "out" / "mine.txt").touch()  # it is not taken for the run's, whatever that does
+    assert here(*quick(tiny_folder, tmp_path / "t.jsonl", "--num_epochs", 1, "--resume_from_checkpoint", "last"))[0] == 0
+    assert outputs.foreign(tmp_path / "out").name == "mine.txt"
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged").config.model_type == "llama"
     assert loading.load_model(str(tmp_path / "out" / "merged"), "auto").dtype == torch.float32
 

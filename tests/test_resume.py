@@ -149,6 +149,7 @@ def test_a_disk_that_fills_up_in_the_middle_and_is_given_room(folder, text_file,
         (["--recovery", "linear"], "--recovery least_squares, this one has linear"),
         (["--seed", "1"], "--seed 42, this one has 1"),
         ("model", "the file model.safetensors"),
+        ("config", "the file config.json"),
         ("text", "text.txt"),
     ],
 )
@@ -160,6 +161,9 @@ def test_another_run_is_not_gone_on_with(folder, text_file, change, said, monkey
     more = []
     if change == "model":
         make_model(num_hidden_layers=8, seed=1).save_pretrained("model")
+    elif change == "config":
+        config = json.loads(Path("model/config.json").read_text())
+        Path("model/config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
     elif change == "text":
         text_file.write_text(text_file.read_text() + "More.\n")
     else:

@@ -93,6 +93,11 @@ def run(config: EvalConfig) -> None:
 def evaluate(config: EvalConfig) -> dict:
     """Evaluates one model; the file is written anew after each result, so that a stopped run goes on. Returns the results."""
     output = Path(config.output)
+    with record.results_at(output, config.overwrite):
+        return _evaluate(config, output)
+
+
+def _evaluate(config: EvalConfig, output: Path) -> dict:
     device = device_of("device", config.device)
     model_config = loading.load_config(config.model, "MODEL", pruned=True)
     results = record.continued(output, _identity(config, model_config, device), config.overwrite)

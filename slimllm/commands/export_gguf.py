@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from ..cli import check_choice, check_choices, flag
 from ..deploy.export_gguf import OUTTYPES, export
 from ..errors import UserError
 from ..reporting import card
+from ..utils.outputs import check_target, is_export, taken, unless
 
 log = logging.getLogger("slimllm")
 
@@ -49,10 +51,12 @@ class ExportConfig:
 def run(settings: ExportConfig) -> None:
     """Writes every file that the settings ask for."""
     targets = [(name, settings.target(name)) for name in settings.outtypes]
-    for _, target in targets:
-        if target.exists() and not settings.overwrite:
-            raise UserError(f"{target} exists: name another --output, or replace it with --overwrite")
-    for name, target in targets:
-        export(settings.folder, target, name, settings.arch)
-        log.info("%s  %.1f MB", target, target.stat().st_size / 1e6)
+    way = "name another --output"
+    with contextlib.ExitStack() as names:
+        for _, target in targets:
+            check_target(target, settings.overwrite, way, [settings.folder], unless(is_export))
+            names.enter_context(taken(target, way))
+        for name, target in targets:
+            export(settings.folder, target, name, settings.arch)
+            log.info("%s  %.1f MB", target, target.stat().st_size / 1e6)
     card.update_files(Path(settings.folder))

@@ -13,7 +13,7 @@ from ..deploy import checkpoint
 from ..deploy.runtimes import as_stock_model
 from ..errors import UserError
 from ..models import loading
-from ..utils.files import atomic_dir
+from ..utils.outputs import atomic_dir
 
 log = logging.getLogger("slimllm")
 
@@ -36,12 +36,12 @@ def run(settings: StockConfig) -> None:
     Raises UserError for layers that differ, naming them and the flag that would have avoided it, and as saving does.
     """
     source, target = settings.folders
-    model = loading.load_model(source, "auto", "DIR")
-    if not (Path(source) / checkpoint.REFERENCE).is_file():
-        raise UserError(f"{source}: it has no {checkpoint.REFERENCE}; name a checkpoint of hf_prune.py or post_training.py")
-    ids = load_file(Path(source) / checkpoint.REFERENCE)["ids"]
-    as_stock_model(model)
-    with atomic_dir(Path(target), settings.overwrite) as folder:
+    with atomic_dir(Path(target), settings.overwrite, "name another folder", inputs=[source]) as folder:
+        model = loading.load_model(source, "auto", "DIR")
+        if not (Path(source) / checkpoint.REFERENCE).is_file():
+            raise UserError(f"{source}: it has no {checkpoint.REFERENCE}; name a checkpoint of hf_prune.py or post_training.py")
+        ids = load_file(Path(source) / checkpoint.REFERENCE)["ids"]
+        as_stock_model(model)
         checkpoint.save(model, loading.load_tokenizer(source, "DIR"), folder, ids, source)
-        checkpoint.reload_and_compare(model, folder)
+        checkpoint.reload_and_compare(folder, model.dtype)
     log.info("%s: %s, the same logits", target, type(model).__name__)

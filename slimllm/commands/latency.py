@@ -90,7 +90,8 @@ def tables_of(sizes: dict, entries: list[dict], baseline: str | None) -> list[st
 
 
 def run(config: LatencyConfig) -> None:
-    compare(config)
+    with record.results_at(config.json, True, "name another --json"):
+        compare(config)
 
 
 def compare(config: LatencyConfig) -> dict:

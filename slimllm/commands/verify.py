@@ -11,7 +11,7 @@ import torch
 from ..cli import check_range, flag
 from ..data.texts import blocks_of, first_token, load_texts
 from ..deploy import vllm
-from ..deploy.verify import GREEDY_TOKENS, Check, checks_of_file, checks_of_folder, checks_of_vllm
+from ..deploy.verify import GREEDY_TOKENS, Check, checks_of_bytes, checks_of_file, checks_of_folder, checks_of_vllm
 from ..errors import UserError
 from ..models import loading
 from ..reporting.tables import aligned
@@ -59,12 +59,15 @@ def checks(config: VerifyConfig) -> list[Check]:
     for path in config.files:
         if not Path(path).is_file():
             raise UserError(f"{path}: no such file")
+    found = checks_of_bytes(config.folder)
+    if not all(check.passed for check in found):
+        return found  # what other files compute proves nothing of those that were written
     model = loading.load_model(config.folder, torch.float32, "DIR")
     tokenizer = loading.load_tokenizer(config.folder, "DIR")
     (text,) = load_texts((config.text or "python_manual",), "--text")
     length = min(config.seq_len, model.config.max_position_embeddings - GREEDY_TOKENS - 1)
     blocks = blocks_of(text, tokenizer, max(4, length), config.blocks, first_token(tokenizer, model.config))
-    found = checks_of_folder(config.folder, model, tokenizer, blocks)
+    found += checks_of_folder(config.folder, model, tokenizer, blocks)
     for path in config.files:
         found += checks_of_file(path, model, tokenizer, text.text, blocks)
     if config.vllm:

@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import pydoc_data.topics
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,15 +135,28 @@ def _named_text(item: str, option_name: str) -> EvalText:
     return _file_text(name or None, Path(path), option_name)
 
 
+@contextmanager
+def as_it_came(tokenizer):
+    """Puts back how the tokenizer truncates and pads: to use it changes both, and it is saved with them."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    truncation, padding = (backend.truncation, backend.padding) if backend else (None, None)
+    try:
+        yield backend
+    finally:
+        if backend:
+            backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
+            backend.no_padding() if padding is None else backend.enable_padding(**padding)
+
+
 def token_ids(text: str, tokenizer, special: bool = True) -> torch.Tensor:
     """Token ids [tokens] int64 of a text, with the tokenizer's ``special`` tokens before or after it or without."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        ids = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
-    else:  # the same without positions in the text, which take more room than the rest of a run
-        backend.no_truncation()
-        backend.no_padding()
-        ids = backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
+    with as_it_came(tokenizer) as backend:
+        if backend is None:
+            ids = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
+        else:  # the same without positions in the text, which take more room than the rest of a run
+            backend.no_truncation()
+            backend.no_padding()
+            ids = backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
     return_free_memory()
     return torch.tensor(ids, dtype=torch.long)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from ..pruning.config import PruneConfig
 from ..pruning.journal import Journal
 from ..pruning.runner import LayerRunner
 from ..pruning.statistics import ActivationStore
-from ..utils.memory import return_free_memory
 from . import gguf_tokenizer
 from .runtimes import convert_for_runtime
 
@@ -37,25 +37,19 @@ def load(folder: str | os.PathLike, dtype: torch.dtype | str = "auto", **kwargs)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs).eval()
 
 
-def reload_and_compare(model, folder: str | os.PathLike):
-    """The model loaded again from ``folder``, after it was compared with what was written of ``model``'s outputs.
+def reload_and_compare(folder: str | os.PathLike, dtype: torch.dtype) -> None:
+    """Reads the model in ``folder`` again, layer by layer, and compares it with what was written of its outputs in memory.
 
-    ``model`` loses its weights on the way, so that the two are never in memory together.
     Raises RuntimeError where they differ by more than :func:`tolerance`.
     """
-    dtype = model.dtype
-    model.to("meta")
-    return_free_memory()
-    reloaded = load(folder, dtype)
-    check(reloaded, folder)
-    return reloaded
-
-
-def check(model, folder: str | os.PathLike) -> None:
-    """Raises RuntimeError where ``model``, or a source of one, is not the one that was saved in ``folder``."""
-    difference, limit = compare_with_reference(model, folder)
-    if not difference <= limit:
+    difference, limit = compare_with_reference(open_source(str(folder), dtype, "DIR"), folder)
+    if not agrees(difference, limit):
         raise RuntimeError(f"the checkpoint does not load as the model that was saved: logits differ by {difference:.3g}")
+
+
+def agrees(difference: float, limit: float) -> bool:
+    """Whether a difference is allowed; where one of the two is no finite number, it proves nothing and is not."""
+    return math.isfinite(difference) and math.isfinite(limit) and difference <= limit
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -87,21 +81,34 @@ def _outputs(runner: LayerRunner, states: ActivationStore) -> dict[str, torch.Te
     return {name: torch.stack(values) for name, values in found.items()}
 
 
+def _reference(folder: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """What stands in :data:`REFERENCE`. Raises UserError for a folder without it."""
+    try:
+        return load_file(Path(folder) / REFERENCE)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: no readable {REFERENCE} ({error}); checkpoints of hf_prune.py and post_training.py have one") from None
+
+
 @torch.no_grad()
 def compare_with_reference(model, folder: str | os.PathLike) -> tuple[float, float]:
     """(largest difference, how much is allowed) between ``model``'s outputs and those that the saved model gave in memory.
 
     ``model`` may be a ModelSource. Raises UserError for a folder without :data:`REFERENCE`.
     """
-    try:
-        reference = load_file(Path(folder) / REFERENCE)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: no readable {REFERENCE} ({error}); checkpoints of hf_prune.py and post_training.py have one") from None
-    source = ModelSource.of(model)
+    reference, source = _reference(folder), ModelSource.of(model)
     runner = LayerRunner(source, reference["ids"], source.home, split=False)
     found = _outputs(runner, runner.last_states())
-    difference = max(float((found[name] - reference[name]).abs().max()) for name in found)
+    difference = float(torch.stack([(found[name] - reference[name]).abs().max() for name in found]).max())  # not a number stays none
     return difference, tolerance(runner.dtype) * float(reference["last_logits"].abs().max())
+
+
+def covered_rows(source: ModelSource, folder: str | os.PathLike) -> tuple[int, int]:
+    """(how many rows of the embeddings the outputs in :data:`REFERENCE` follow from, how many there are)."""
+    embeddings, head = source.model.get_input_embeddings().weight, source.adapter.head(source.model).weight
+    rows = len(embeddings)
+    if embeddings is head:
+        return rows, rows  # each is a row of the output head
+    return len(_reference(folder)["ids"].unique()), rows
 
 
 class WeightFiles:
@@ -238,7 +245,7 @@ class CheckpointSink:
         self._check()
 
     def _check(self) -> None:
-        check(open_source(str(self.folder), self.source.dtype, "DIR"), self.folder)
+        reload_and_compare(self.folder, self.source.dtype)
 
 
 def pruned_skeleton(source: ModelSource, widths: list[tuple[int, int, int]], config: PruneConfig):

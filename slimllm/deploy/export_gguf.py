@@ -12,10 +12,10 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import UserError
-from ..models.adapter import LayerAdapter
 from ..models.loading import open_source
 from ..models.source import stored_tensors
 from ..utils.files import atomic_file
+from ..utils.outputs import GGUF_MARK
 from . import gguf_tokenizer
 from .gguf_architecture import Arrangement, add_settings, architecture_of, rope_factors
 
@@ -34,21 +34,41 @@ def export(folder: str | os.PathLike, target: Path, outtype: str = "f16", arch: 
     Raises UserError for a folder that is no checkpoint, a model or tokenizer that llama.cpp has no form for, a full disk.
     """
     folder = Path(folder)
-    source = open_source(str(folder), "auto", "DIR")
-    config, tensors = source.config, source.weights
-    biased = any(LayerAdapter(config).is_output_bias(name) for name in tensors.names)
-    arch = architecture_of(config, biased, arch)
+    source, arch = _described(folder, arch)
     with atomic_file(target) as partial:
-        writer = gguf.GGUFWriter(partial, arch)
-        writer.add_type("model")
-        writer.add_name(folder.resolve().name)
-        writer.add_file_type(OUTTYPES[outtype][1])
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        add_settings(writer, config)
-        gguf_tokenizer.add(writer, folder, config.vocab_size)
+        writer = _writer(partial, folder, source.config, arch, outtype)
         _write_tensors(writer, source, arch, OUTTYPES[outtype][0])
         writer.close()
     return target
+
+
+def check(folder: str | os.PathLike) -> None:
+    """Raises UserError where :func:`export` would, for the checkpoint's config or tokenizer; writes nothing."""
+    folder = Path(folder)
+    source, arch = _described(folder, "auto")
+    _writer(None, folder, source.config, arch, "f16")
+
+
+def _described(folder: Path, arch: str):
+    """(ModelSource of a checkpoint, architecture in the file)."""
+    source = open_source(str(folder), "auto", "DIR")
+    biased = any(source.adapter.is_output_bias(name) for name in source.weights.names)
+    return source, architecture_of(source.config, biased, arch)
+
+
+def _writer(path: Path | None, folder: Path, config, arch: str, outtype: str) -> gguf.GGUFWriter:
+    """A writer that has all but the tensors."""
+    import slimllm
+
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_string(GGUF_MARK, slimllm.__version__)  # first, where it is looked for
+    writer.add_type("model")
+    writer.add_name(folder.resolve().name)
+    writer.add_file_type(OUTTYPES[outtype][1])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_settings(writer, config)
+    gguf_tokenizer.add(writer, folder, config.vocab_size)
+    return writer
 
 
 def _write_tensors(writer, source, arch: str, quantization) -> None:

@@ -1,23 +1,29 @@
 """Proves that what was written is the model that was pruned.
 
-The checkpoint against what the model gave in memory before it was saved; cached against uncached generation; a padded batch
-against single texts; and each GGUF file in llama.cpp, and the checkpoint in vLLM, against the checkpoint in transformers: tokens,
-log-probabilities of real text, greedy continuations.
+The files against their hashes, and the widths against the record's plan; the checkpoint against what the model gave in memory before it
+was saved; cached against uncached generation; a padded batch against single texts; and each GGUF file in llama.cpp, and the checkpoint in
+vLLM, against the checkpoint in transformers: tokens, log-probabilities of real text, greedy continuations.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..models.loading import open_source
+from ..utils import outputs
 from . import checkpoint, vllm
 from .llama_cpp import LlamaCpp
 
+log = logging.getLogger("slimllm")
+
+PLAN = "pruning.json"  # the record of a pruning run: what it kept of each layer
 # Mean |difference| of a token's log-probability, in nats, that the type of a GGUF file's weights explains.
 GGUF_TOLERANCE = {"F32": 1e-3, "F16": 2e-2, "BF16": 2e-1, "Q8_0": 2e-1}
 OTHER_TOLERANCE = 0.5  # smaller types
@@ -36,7 +42,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        return self.measured <= self.allowed  # not where it is not a number
+        return checkpoint.agrees(self.measured, self.allowed)
 
     def row(self) -> list[str]:
         return [self.what, f"{self.measured:.3g} {self.unit}".strip(), f"{self.allowed:.3g}", "ok" if self.passed else "FAILED"]
@@ -51,9 +57,43 @@ def greedy(model, ids: torch.Tensor, tokens: int, banned: list[int], cached: boo
     return output[0, len(ids) :].tolist()
 
 
+def checks_of_bytes(folder: str) -> list[Check]:
+    """Whether the files are those that were written, by their seal, and the widths those that the record says; loads no weight.
+
+    A folder from before there were seals has no check of its files, and the log says so.
+    """
+    checks, wrong = [], outputs.altered(Path(folder))
+    if wrong is None:
+        log.warning("%s: it has no %s, so its files cannot be compared with those that were written", folder, outputs.SEAL)
+    else:
+        named = f": not {', '.join(wrong)}" if wrong else ""
+        checks.append(Check(f"files with the SHA-256 that {outputs.SEAL} holds{named}", len(wrong), 0, "differ"))
+    if (planned := _planned_widths(Path(folder))) is not None and not wrong:
+        source = open_source(folder, "auto", "DIR")  # which refuses weights of other widths than the config's
+        found = source.adapter.all_widths(source.model)
+        differing = [index for index, (a, b) in enumerate(zip(planned, found)) if a != b] + [len(found)] * (len(planned) != len(found))
+        named = f": not layer {', '.join(map(str, differing))}" if differing else ""
+        checks.append(Check(f"widths of the layers that {PLAN} says{named}", len(differing), 0, "differ"))
+    return checks
+
+
+def _planned_widths(folder: Path) -> list[tuple[int, int, int]] | None:
+    """(heads, KV heads, channels) of each layer by the run's record; None where the folder has none. Raises UserError for a broken one."""
+    try:
+        layers = json.loads((folder / PLAN).read_text(encoding="utf-8"))["layers"]
+        return [tuple(len({int(i) for i in layer[name]}) for name in ("heads", "kv_heads", "channels")) for layer in layers]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / PLAN}: not the record of a pruning run ({first_line(error)})") from None
+
+
 def checks_of_folder(folder: str, model, tokenizer, blocks: torch.Tensor) -> list[Check]:
     """The checks that need transformers only. ``model`` is the one of ``folder`` in float32, ``blocks`` [n, length] text."""
     own = open_source(folder, "auto", "DIR")  # in the dtype that it was saved in
+    covered, rows = checkpoint.covered_rows(own, folder)
+    if covered < rows:
+        log.info("the saved outputs follow from %d of %d rows of the embeddings; the others are compared by SHA-256 alone", covered, rows)
     checks = [Check("saved model against the model in memory: logits", *checkpoint.compare_with_reference(own, folder))]
     prompt = blocks[0, : blocks.shape[1] // 2]
     cached, plain = (greedy(model, prompt, GREEDY_TOKENS, tokenizer.all_special_ids, use) for use in (True, False))

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from ..data.texts import as_it_came
 from ..errors import UserError
 from ..models.source import ModelSource
 from ..pruning.runner import LOGIT_ROWS, MIN_ACTIVATION_BYTES, LayerRunner, Progress, no_progress
@@ -84,7 +85,7 @@ def continuations(model, tokenizer, seed: int = 42, temperature: float = 1.0, to
     )
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
     texts = []
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+    with as_it_came(tokenizer), torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         for prompt in prompts:
             inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)

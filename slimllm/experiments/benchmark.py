@@ -94,9 +94,7 @@ def llama_7b_layer():
 
 def settings(model_config) -> PruneConfig:
     """The paper's settings for 20 %: ratio 0.25, 26 of 32 layers, alpha 10."""
-    config = PruneConfig(base_model="benchmark", pruning_ratio=0.25)
-    config.resolve(shape_of(model_config))
-    return config
+    return PruneConfig(base_model="benchmark", pruning_ratio=0.25).resolved(shape_of(model_config))
 
 
 def seconds(run, *args) -> float:
@@ -214,6 +212,11 @@ def stream(name: str, recipes: tuple[str, ...], work_dir: str | None) -> list[di
 
 def run(config: BenchmarkConfig) -> None:
     """Runs the cases and prints their tables."""
+    with record.results_at(config.json, True, "name another --json"):
+        _run(config)
+
+
+def _run(config: BenchmarkConfig) -> None:
     streamed = [entry for case in config.stream for entry in stream(STREAM_NAMES[case], config.recipe, config.work_dir)]
     results = compared(config)
     rows = [["case", "recipe", "in all, s", "pruning, s", "a pruned layer, s", "floor, s", "peak memory, GB"]]

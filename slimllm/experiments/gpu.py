@@ -170,7 +170,7 @@ def run(config: GpuConfig) -> int:
     device, started = device_of("device", config.device), time.perf_counter()
     results = {"format": record.FORMAT, "size": config.size, "device": str(device), "steps": []}
     output = Path(config.output).absolute()
-    with tempfile.TemporaryDirectory(prefix="slimllm-", dir=config.work_dir) as scratch:
+    with record.results_at(output, True), tempfile.TemporaryDirectory(prefix="slimllm-", dir=config.work_dir) as scratch:
         folder = Path(scratch)
         _write_texts(folder)
         _make("small", config.size, folder, device)

@@ -106,9 +106,7 @@ class Bench:
         """All settings of a pruning, defaults resolved. Raises UserError where they cannot be met."""
         shared = {"base_model": self.config.base_model, "calibration": self.config.calibration, "seed": self.config.seed}
         shared |= {"seq_len": SEQ_LEN, "device": self.config.device, "target_sparsity": trial.share}
-        settings = PruneConfig(**{**shared, **trial.settings})
-        settings.resolve(self.shape)
-        return settings
+        return PruneConfig(**{**shared, **trial.settings}).resolved(self.shape)
 
     def samples(self, settings: PruneConfig) -> calibration.Calibration:
         """The calibration that these settings ask for; the same tokens wherever two trials ask for the same."""
@@ -197,8 +195,13 @@ def measure(
     dtype = pruning_dtype(config.dtype, device, loading.own_dtype(config.base_model, model_config))
     fingerprint = {"model": Path(config.base_model).name, "dtype": name_of(dtype), "calibration": config.calibration}
     fingerprint |= {"seed": config.seed, "eval_data": config.eval_data, "eval_limit": config.eval_limit, **(identity or {})}
-    file = Path(config.output) / "results.json"
-    results = record.continued(file, fingerprint, config.overwrite)
+    file = record.results_in(Path(config.output), "results.json")
+    with record.results_at(file, config.overwrite):
+        return _measured(config, trials, also, unpruned, record.continued(file, fingerprint, config.overwrite), file, dtype, device)
+
+
+def _measured(config: TrialsConfig, trials: list[Trial], also, unpruned, results: dict, file: Path, dtype, device) -> dict:
+    """The results with all ``trials``, written anew after each that was missing."""
     rows = results.setdefault("rows", [])
     done = {(row["name"], row["variant"], row["share"]) for row in rows}
     missing = [trial for trial in trials if trial.key not in done]

@@ -6,18 +6,22 @@ A field's metadata is its command-line flag: help text (with unit), group and al
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass
+import copy
+import logging
+from dataclasses import FrozenInstanceError, asdict, dataclass
 
 from .. import cli
-from ..cli import check_choices, check_range, flag
+from ..cli import check_choices, check_range, flag, given, without_effect
 from ..data.calibration import SampleSpec
 from ..errors import UserError
 from ..models.shape import RUNTIMES, ModelShape, limits_of
 from ..utils.device import DTYPES
-from .allocation.layer_ratios import LAYER_RATIOS, NEEDS_PROBE_IDS
+from .allocation.layer_ratios import LAYER_RATIOS, NEEDS_PROBE_IDS, USES_ALPHA
 from .importance.channels import CHANNEL_SCORES
 from .importance.heads import HEAD_CHOICES
 from .recovery import RECOVERIES
+
+log = logging.getLogger("slimllm")
 
 PUBLISHED_EXAMPLES = 32  # calibration samples of the paper
 BEST_EXAMPLES, CHANNELS_PER_EXAMPLE = (192, 512), 8  # those of the best recipe: fewest and most, and what sets them in between
@@ -25,6 +29,7 @@ RIDGE_TOKENS = 4096  # calibration tokens up to which the ridge is the median in
 HEAD_UNITS = ("group", "query")
 PARTS = ("both", "heads", "channels")
 DISTILLATIONS = ("none", "scales", "all")
+_PLANNED = ("pruning_ratio", "target_sparsity", "pruned_layers", "alpha", "layer_ratio", "prune")  # what --plan says in their place
 GGUF_BLOCK = 32  # rows of quantized tensors come in blocks of this
 LONGEST_NAME = 200  # bytes of a file name; what is written beside a folder while it is made needs a few more, and 255 are allowed
 
@@ -67,7 +72,8 @@ PAPER_SETTINGS = ((0.4, 26, 10.0), (1.0, 30, 7.0))
 class PruneConfig:
     """Settings of one run. Raises UserError where a value, or two together, make no sense.
 
-    Fields that default to None are resolved in ``__post_init__`` or, where they depend on the model, by :meth:`resolve`.
+    Fields that default to None are resolved in ``__post_init__`` or, where they depend on the model, in the copy that
+    :meth:`resolved` gives.
     """
 
     base_model: str | None = flag("model", "local folder, hub name or .gguf file (required)")
@@ -192,6 +198,7 @@ class PruneConfig:
         if not self.base_model:
             raise UserError("--base_model is required: a local folder, hub name or .gguf file")
         check_choices(self)
+        self._given = given(self)
         self._check_what_decides()
         if self.no_greedy:
             self.head_choice = "leave_one_out"
@@ -248,7 +255,7 @@ class PruneConfig:
                 f"--method {self.method} and --recipe {self.recipe}: the recipe is SlimLLM's; give one of them, or single flags of "
                 "the recipe such as --recovery least_squares"
             )
-        for name in ("pruning_ratio", "target_sparsity", "pruned_layers", "alpha", "layer_ratio", "prune"):
+        for name in _PLANNED:
             if self.plan is not None and getattr(self, name) is not None:
                 raise UserError(f"--plan and --{name} both say what to remove: give one of them")
 
@@ -278,39 +285,96 @@ class PruneConfig:
 
     @property
     def needs_probe_ids(self) -> bool:
-        """Whether costs are measured on text that no calibration uses; after :meth:`resolve`."""
+        """Whether costs are measured on text that no calibration uses; of :meth:`resolved` settings."""
         return self.plan is None and self.layer_ratio in NEEDS_PROBE_IDS
 
-    def resolve(self, shape: ModelShape) -> None:
-        """Sets what depends on the model: pruned_layers and alpha where the user gave none (the paper's, scaled to its depth),
-        layer_ratio: the recipe's, or uniform where the runtime wants all layers alike, and prune: channels, where no head can go.
+    def resolved(self, shape: ModelShape) -> PruneConfig:
+        """A copy, frozen, with what depends on the model: pruned_layers and alpha where the user gave none (the paper's, scaled to its
+        depth), layer_ratio: the recipe's, or uniform where the runtime wants all layers alike, and prune: channels, where no head can go.
+
+        Raises UserError for what this model cannot be given.
         """
+        found = self.having(**self._resolved_values(shape))
+        for line in [] if "_frozen" in vars(self) else found.remarks():
+            log.info("%s", line)
+        return found
+
+    def as_drawn(self, samples: int, own: int) -> PruneConfig:
+        """A copy that says how many calibration samples there are in fact, and how many of them the model wrote; itself where it does."""
+        if samples == self.num_examples and own == round(self.self_share * samples):
+            return self
+        return self.having(num_examples=samples, self_share=own / samples)
+
+    def having(self, **values) -> PruneConfig:
+        """A copy, frozen, with other values, which are not checked."""
+        found = copy.copy(self)
+        found.__dict__.update(values, _frozen=True)
+        return found
+
+    def __setattr__(self, name, value):
+        if self.__dict__.get("_frozen"):
+            raise FrozenInstanceError(f"{name}: settings that are resolved stay as they are; change those they were made from")
+        super().__setattr__(name, value)
+
+    def _resolved_values(self, shape: ModelShape) -> dict:
+        found = {}
         if self.num_examples is None:
             fewest, most = BEST_EXAMPLES
-            self.num_examples = min(max(round(shape.channels / CHANNELS_PER_EXAMPLE), fewest), most)
+            found["num_examples"] = min(max(round(shape.channels / CHANNELS_PER_EXAMPLE), fewest), most)
         if self.plan is not None:
-            return
-        if limits_of(self.runtime, shape).whole_heads and self.prune in ("both", "heads"):
+            return found
+        limits = limits_of(self.runtime, shape)
+        if limits.whole_heads and self.prune in ("both", "heads"):
             why = "queries and keys are normed over all heads together" if shape.qk_norm == "all" else f"with --runtime {self.runtime}"
             raise UserError(f"--prune {self.prune}: no head of this model can go ({why}); --prune channels")
         if self.prune is None:
-            self.prune = "channels" if limits_of(self.runtime, shape).whole_heads else "both"
+            found["prune"] = "channels" if limits.whole_heads else "both"
         amount = self.pruning_ratio if self.target_sparsity is None else self.target_sparsity
         layers, alpha = next((n, a) for limit, n, a in PAPER_SETTINGS if amount < limit)
         if self.pruned_layers is None:
-            self.pruned_layers = shape.layers if METHODS[self.method].all_layers else max(1, round(layers * shape.layers / 32))
-        if self.alpha is None:
-            self.alpha = alpha
-        if self.pruned_layers > shape.layers:
+            found["pruned_layers"] = shape.layers if METHODS[self.method].all_layers else max(1, round(layers * shape.layers / 32))
+        elif self.pruned_layers > shape.layers:
             raise UserError(f"--pruned_layers {self.pruned_layers}: the model has {shape.layers} layers")
-        if limits_of(self.runtime, shape).same_channels:
-            if self.layer_ratio == "auto":
+        if self.alpha is None:
+            found["alpha"] = alpha
+        if limits.same_channels:
+            if self.layer_ratio not in (None, "uniform"):
                 raise UserError(
-                    f"--layer_ratio auto and --runtime {self.runtime}: all layers of this model lose the same there; leave one away"
+                    f"--layer_ratio {self.layer_ratio} and --runtime {self.runtime}: all layers of this model lose the same there; "
+                    "leave one away"
                 )
-            self.layer_ratio = "uniform"
-        if self.layer_ratio is None:
-            self.layer_ratio = self._default("layer_ratio")
+            found["layer_ratio"] = "uniform"
+        elif self.layer_ratio is None:
+            found["layer_ratio"] = self._default("layer_ratio")
+        return found
+
+    def remarks(self) -> list[str]:
+        """A line for each setting that was given and changes nothing, or that another one decided; of :meth:`resolved` settings."""
+        planned = self.plan is not None
+        file = str(self.calibration or "").endswith(".safetensors")
+        because = [
+            (self.recovery != "least_squares", ("ridge",), f"recovery {self.recovery} has no ridge"),
+            (self.layer_ratio not in USES_ALPHA, ("alpha",), f"layer_ratio {self.layer_ratio} has no alpha"),
+            (self.layer_ratio == "ranking", ("pruned_layers",), "layer_ratio ranking takes from every layer"),
+            (planned or self.prune == "channels", ("no_greedy", "head_choice", "head_unit"), "no head is chosen"),
+            (planned or self.prune == "heads", ("channel_score", "keep_lowest"), "no channel is chosen"),
+            (planned, ("round_to",), "--plan says what stays"),
+            (self.distill == "none", ("distill_examples", "distill_epochs", "distill_learning_rate"), "nothing is distilled"),
+            (file, ("num_examples", "seq_len", "self_share"), f"{self.calibration} holds the samples"),
+            (self.calibration == "self", ("self_share",), "the model writes all samples"),
+            (not self.test_after_train, ("temperature", "top_p"), "no continuations are printed"),
+            (not self.push_to_hub, ("public",), "nothing is uploaded"),
+        ]
+        found = without_effect(self._given, because)
+        usual = self._default("layer_ratio")
+        if self.layer_ratio not in (None, usual) and "layer_ratio" not in self._given:
+            found.append(f"layer ratio {self.layer_ratio}, not {usual}: with --runtime {self.runtime} all layers lose the same")
+        return found
+
+    def inputs(self) -> list[str | None]:
+        """The files and folders that a run reads, where these are no names on the hub."""
+        texts = [item.rpartition("=")[2] for item in self.eval_data or ()]
+        return [self.base_model, self.calibration, self.plan, self.tmp_dir, *texts]
 
     def to_dict(self) -> dict:
         return asdict(self)

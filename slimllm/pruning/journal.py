@@ -31,7 +31,7 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         elsewhere = self.folder / f"{_ELSEWHERE}{processes.rank()}"
         if tmp_dir is not None and not elsewhere.is_file():
-            _clear_orphans(Path(tmp_dir))
+            clear_orphans(tmp_dir)
             self.states = Path(tempfile.mkdtemp(prefix=_STATES, dir=tmp_dir)).resolve()
             write_text(self.states / _OF, str(self.folder.resolve()))
             write_text(elsewhere, str(self.states))
@@ -48,11 +48,6 @@ class Journal:
         """Whether the run whose folder this is has finished anything."""
         return any(path.name != "identity.json" for path in (Path(folder) / NAME).glob("*.json"))
 
-    def remove(self) -> None:
-        for elsewhere in self.folder.glob(f"{_ELSEWHERE}*"):
-            shutil.rmtree(elsewhere.read_text(encoding="utf-8"), ignore_errors=True)
-        shutil.rmtree(self.folder)
-
     def check(self, identity: dict) -> None:
         """Keeps what a run is, or raises UserError, naming the difference, where the finished part is of another one."""
         identity = json.loads(json.dumps(identity, default=str))
@@ -60,13 +55,7 @@ class Journal:
         if found is None:
             self.put("identity", identity)
             return
-        for name in [*identity, *found]:
-            before, now = found.get(name), identity.get(name)
-            if before != now:
-                raise UserError(
-                    f"--resume: the stopped run had {name} {_short(before)}, this one has {_short(now)}; "
-                    "give the same command, or leave --resume away to start anew"
-                )
+        check_same(found, identity, "--resume")
 
     def get(self, name: str):
         """The entry ``name``, or None where there is none."""
@@ -113,12 +102,23 @@ class Journal:
         return self.states / f"states-{index:05d}-{processes.rank()}.safetensors"
 
 
-def _clear_orphans(tmp_dir: Path) -> None:
-    """Removes the states of runs that are gone: finished, or cleared by a later one of their name."""
-    for folder in tmp_dir.glob(f"{_STATES}*"):
+def clear_orphans(tmp_dir: str) -> None:
+    """Removes from ``tmp_dir`` the states of runs that are gone: finished, or cleared by a later one of their name."""
+    for folder in Path(tmp_dir).glob(f"{_STATES}*"):
         with contextlib.suppress(OSError):
             if not Path((folder / _OF).read_text(encoding="utf-8")).is_dir():
                 shutil.rmtree(folder)
+
+
+def check_same(before: dict, now: dict, flag: str) -> None:
+    """Raises UserError, naming the first difference, where a run that ``flag`` shall go on with was another one than this."""
+    now = json.loads(json.dumps(now, default=str))
+    for name in [*now, *before]:
+        if before.get(name) != now.get(name):
+            raise UserError(
+                f"{flag}: the stopped run had {name} {_short(before.get(name))}, this one has {_short(now.get(name))}; "
+                f"give the same command, or leave {flag} away to start anew"
+            )
 
 
 def _short(value) -> str:

@@ -58,7 +58,7 @@ def prune(
 
     Args:
         model: a dense causal LM of a supported family, or a ModelSource of one; its layers visit ``device`` one by one.
-        ids: calibration token ids [samples, length]. config: settings, ``resolve`` done.
+        ids: calibration token ids [samples, length]. config: settings, ``resolved``.
         on_layer: called with each LayerReport as it is ready. progress: called with (stage, layers done, layers) in between.
         probe_ids: token ids [samples, length] that costs are measured on with ``layer_ratio`` auto, and only then needed.
         plans: what to remove from each layer, where that is decided already; else ``config.layer_ratio`` decides it.

@@ -6,26 +6,39 @@ Its text is the template ``card.md.jinja`` beside this file.
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
+from ..deploy import export_gguf
+from ..errors import UserError
 from ..models import hub, loading
 from ..models.families import is_pruned
 from ..models.weights import gguf_reader
+from ..utils import outputs
 from ..utils.files import file_hash, write_text
 from .record import PruningRecord
 from .tables import aligned
 
 FILE = "README.md"
 FILES_HEADING = "## Files"
+METHOD_SOURCES = {  # in Markdown
+    "slimllm": "[SlimLLM](https://arxiv.org/abs/2505.22689) (Guo et al. 2025)",
+    "llm_pruner": "[LLM-Pruner](https://arxiv.org/abs/2305.11627) (Ma et al. 2023)",
+    "flap": "[FLAP](https://arxiv.org/abs/2312.11983) (An et al. 2024)",
+    "wanda_sp": "Wanda-sp ([An et al. 2024](https://arxiv.org/abs/2312.11983), after [Wanda](https://arxiv.org/abs/2306.11695))",
+    "magnitude": "magnitude, a baseline",
+    "random": "random choice, a baseline",
+}
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
 def write(folder: Path, run: PruningRecord) -> None:
-    """Writes the card of the checkpoint in ``folder`` from the record of its run."""
+    """Writes the card of the checkpoint in ``folder`` from the record of its run, and the seal, whose hashes it shows: the last of all."""
+    hashes = outputs.seal(folder)
     config = loading.load_config(str(folder), "DIR", pruned=True)
     data = ModelCardData(
         base_model=run.model.hub_name,
@@ -49,7 +62,11 @@ def write(folder: Path, run: PruningRecord) -> None:
         own_code=is_pruned(config),
         deci=hasattr(config, "block_configs"),
         files_heading=FILES_HEADING,
-        files=_files(folder),
+        method=METHOD_SOURCES.get(run.config.get("method"), run.config.get("method")),
+        command=portable(run.command),
+        tuning=run.post_training and portable(run.post_training["command"]),
+        exports=_exports(folder),
+        files=_files(folder, hashes),
     )
     write_text(folder / FILE, str(card).rstrip() + "\n")
 
@@ -57,7 +74,7 @@ def write(folder: Path, run: PruningRecord) -> None:
 def update_files(folder: Path) -> None:
     """Brings the card's list of files up to date, where the folder has a card."""
     path = folder / FILE
-    if path.is_file() and FILES_HEADING in (text := path.read_text(encoding="utf-8")):
+    if path.is_file() and not path.is_symlink() and FILES_HEADING in (text := path.read_text(encoding="utf-8")):
         write_text(path, text.split(FILES_HEADING)[0] + f"{FILES_HEADING}\n\n{_files(folder)}\n")
 
 
@@ -97,9 +114,28 @@ def _figures(figures: list[dict]) -> str:
     return "\n".join(aligned(rows))
 
 
-def _files(folder: Path) -> str:
-    rows = [["file", "bytes", "sha256"]]
+def portable(command: str) -> str:
+    """A command without the folders of the machine that it ran on: what follows the last slash of each absolute path."""
+    try:
+        parts = shlex.split(command)
+    except ValueError:  # of a record from before commands were quoted
+        parts = command.split()
+    return shlex.join(re.sub(r"(^|=)(?:[/~]|[A-Za-z]:\\).*[/\\]", r"\1", part.rstrip("/")) for part in parts)
+
+
+def _exports(folder: Path) -> bool:
+    """Whether llama.cpp has a form for this checkpoint, and :mod:`export_gguf` writes it."""
+    try:
+        export_gguf.check(folder)
+    except UserError:
+        return False
+    return True
+
+
+def _files(folder: Path, known: dict[str, str] | None = None) -> str:
+    """The table of a checkpoint's files; ``known``: the hashes that are at hand."""
+    rows, known = [["file", "bytes", "sha256"]], known or {}
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name not in (FILE, "log.txt") and not path.name.startswith("."):
-            rows.append([path.name, str(path.stat().st_size), file_hash(path)])
+        if path.is_file() and path.name not in (FILE, "log.txt", outputs.SEAL) and not path.name.startswith("."):
+            rows.append([path.name, str(path.stat().st_size), known.get(path.name) or file_hash(path)])
     return "\n".join(aligned(rows))

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from ..errors import UserError
 from ..utils import processes
 from ..utils.files import file_hash, write_text
 from ..utils.memory import peak_memory
+from ..utils.outputs import check_kind, check_target, is_results, taken, unless
 
 FORMAT = 1
 PACKAGES = ("torch", "transformers", "datasets", "safetensors", "numpy", "peft", "lm_eval")
@@ -51,42 +53,51 @@ def _installed(name: str) -> bool:
 
 
 def _commit() -> str | None:
-    here = Path(__file__).parent
+    """The commit of this program's own repository; None where it was installed, into whatever repository the environment lies in."""
+    root = Path(__file__).resolve().parents[2]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook's say where another lies
+
+    def git(*arguments: str) -> list[str]:
+        done = subprocess.run(["git", *arguments], cwd=root, env=environment, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.splitlines()
+
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        top, commit = git("rev-parse", "--show-toplevel", "HEAD")
+        if not root.samefile(top):
+            return None
+        return commit + (" with changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None
-    if found.returncode:
-        return None
-    return found.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
 
 
 def command() -> str:
-    return " ".join(["python", *sys.argv])
+    """The command of this run, as a shell takes it."""
+    program, *arguments = sys.argv
+    module = ["-m", "slimllm"] if Path(program).name == "__main__.py" and Path(program).parent.name == "slimllm" else [program]
+    return shlex.join(["python", *module, *arguments])
 
 
 # Flags that say where a run's results go, or where it is stopped and gone on with, and nothing of what they are.
 _NOT_OF_THE_RESULT = ("overwrite", "resume", "push_to_hub", "public", "dry_run", "tmp_dir", "save_ckpt_log_name")
+_NOT_OF_THE_RESULT += ("output_dir", "resume_from_checkpoint", "merge", "wandb_project", "cache_dataset")
 
 
-def identity(config, weights: list[Path], texts: list) -> dict:
+def identity(config, weights: list[Path], texts: list, sources: tuple[str | None, ...] = ()) -> dict:
     """All that a run's results follow from: what has to be equal where one is gone on with.
 
-    ``weights``: the model's files, told by size and date; ``texts``: EvalText, told, like calibration and plan files, by their hashes.
+    ``weights``: the model's files, told by size and date; config and tokenizer beside them, the files and folders among ``sources``,
+    and ``texts`` (EvalText), by their hashes.
     """
     flags = {f"--{name}": value for name, value in config.to_dict().items() if name not in _NOT_OF_THE_RESULT}
-    source = Path(config.calibration or "")
-    calibration = (
-        [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file()) if config.calibration else []
-    )
-    files = {str(path): file_hash(path) for path in (*calibration, *([Path(config.plan)] if config.plan else []))}
+    folders = dict.fromkeys(path.parent for path in weights if path.suffix != ".gguf")
+    beside = [folder / name for folder in folders for name in ("config.json", "tokenizer.json", "tokenizer.model")]
+    paths = [Path(name) for name in sources if name]
+    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*"))) if file.is_file()]
     return {
         **flags,
         **{f"the file {path.name}": [path.stat().st_size, path.stat().st_mtime_ns] for path in weights},
-        **{f"the file {path}": digest for path, digest in files.items()},
+        **{f"the file {path.name}": file_hash(path) for path in beside if path.is_file()},
+        **{f"the file {path}": file_hash(path) for path in files},
         **{f"the text {text.name}": text.sha256 for text in texts},
         "the number of processes": processes.count(),
         **{package: version for package, version in environment().items() if package in ("slimllm", "torch", "transformers")},
@@ -216,6 +227,32 @@ def read_json(path: str | os.PathLike) -> dict:
     return record
 
 
+@contextmanager
+def results_at(path: str | os.PathLike | None, overwrite: bool, way: str = "name another --output"):
+    """Holds the name of a file of results while the block runs; ``way``: the way out where it cannot be had. Without a path does nothing.
+
+    Raises UserError before anything is computed, with ``overwrite`` also for a file that no run of this program wrote. Of several
+    processes the first holds it for all.
+    """
+    if path is None or not processes.is_first():
+        yield
+        return
+    check_kind(path, way)
+    if overwrite:
+        check_target(Path(path), True, way, foreign=unless(is_results))
+    with taken(path, way):
+        yield
+
+
+def results_in(folder: Path, name: str) -> Path:
+    """The file of results ``name`` in a folder of tables and pictures. Raises UserError for a folder that holds other things only."""
+    path = folder / name
+    check_kind(folder, "name another --output")
+    if folder.is_dir() and any(folder.iterdir()) and not os.path.lexists(path):
+        raise UserError(f"{folder}: not empty, and it holds no {name} of this program; name another --output")
+    return path
+
+
 def save_results(results: dict, path: Path) -> None:
     """Writes results with the command, the environment and the peak memory so far."""
     results |= {"command": command(), "environment": environment(), "peak_memory": peak_memory()}
@@ -233,7 +270,7 @@ def continued(path: Path, fingerprint: dict, overwrite: bool) -> dict:
     way = "name another --output, or replace it with --overwrite"
     try:
         found = read_json(path)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a file of results ({error}); {way}") from None
     if found.get("fingerprint") != fingerprint:
         different = sorted(key for key in fingerprint if found.get("fingerprint", {}).get(key) != fingerprint[key])

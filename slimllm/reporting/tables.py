@@ -205,6 +205,7 @@ def latex(cells: list[list[str]]) -> str:
 def write_paper_table(results: list[dict], folder: Path) -> None:
     """table.md, table.tex and table.json in ``folder``."""
     cells = paper_cells(results)
+    record.results_in(folder, "table.json")
     write_text(folder / "table.md", "\n".join(paper_table(results)) + "\n")
     write_text(folder / "table.tex", latex(cells))
     rows = [dict(zip(cells[0], row)) for row in cells[1:]]

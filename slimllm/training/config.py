@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .. import cli
-from ..cli import check_choices, check_range, flag
+from ..cli import check_choices, check_range, flag, given, without_effect
 from ..errors import UserError
 
 # name -> (with an input, without one)
@@ -99,6 +99,24 @@ class TrainConfig:
             self.extra_val_dataset = tuple(name for item in self.extra_val_dataset for name in item.split(",") if name)
         if self.output_dir is None:
             self.output_dir = str(Path("tune_log") / Path(self.prune_model).name)
+
+    def remarks(self) -> list[str]:
+        """A line for each setting that was given and changes nothing."""
+        because = [
+            (self.teacher is None, ("tmp_dir",), "only a --teacher has states to keep there"),
+            (self.no_instruction, ("prompt_template_name", "train_on_inputs"), "with --no_instruction rows have no prompt"),
+            (self.extra_val_dataset == ("none",), ("eval_limit",), "no text is measured on"),
+        ]
+        return without_effect(given(self), because)
+
+    def models(self) -> list[tuple[str, str]]:
+        """The models that a run reads, and the options that name them."""
+        return [(name, option) for name, option in ((self.prune_model, "--prune_model"), (self.teacher, "--teacher")) if name]
+
+    def inputs(self) -> list[str | None]:
+        """The files and folders that a run reads, where these are no names on the hub."""
+        texts = [item.rpartition("=")[2] for item in self.extra_val_dataset or ()]
+        return [self.prune_model, self.teacher, self.data_path, self.tmp_dir, self.resume_from_checkpoint, *texts]
 
     def to_dict(self) -> dict:
         return asdict(self)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ..data.texts import as_it_came
 from ..errors import UserError
 from ..models import hub
 from .config import TEMPLATES, TrainConfig
@@ -89,7 +90,8 @@ def load_data(config: TrainConfig, tokenizer):
         CACHE.mkdir(parents=True, exist_ok=True)
         cached = str(CACHE / f"tokenized-{key}.arrow")
     found = datasets.Dataset.from_list(rows)
-    found = found.map(lambda row: tokenize(row, tokenizer, config), remove_columns=list(COLUMNS), cache_file_name=cached)
+    with as_it_came(tokenizer):
+        found = found.map(lambda row: tokenize(row, tokenizer, config), remove_columns=list(COLUMNS), cache_file_name=cached)
     learns = [i for i, labels in enumerate(found["labels"]) if any(label != IGNORED for label in labels[1:])]
     if len(learns) < len(found):
         log.info(

@@ -105,7 +105,7 @@ def distil(
             projections, which is folded into their weights at the end. Neither adds parameters.
         learning_rate: at its peak; by default what measured best (:func:`_default_rate`).
         saved: the dtype that it will be saved in, by default its own: what was trained is rounded to it before it is measured.
-    Where the divergence does not fall, the student is left as it was, and the log says so.
+    Where the divergence does not fall, the student is left as it was, and the log says so; it is so too where anything raises.
     Raises UserError for fewer than two samples.
     """
     if teacher.total < 2:
@@ -117,7 +117,7 @@ def distil(
     home, names = next(student.parameters()).device, trained_names(student, mode)
     student.to(teacher.device)
     start = {name: student.get_parameter(name).detach().clone() for name in names}
-    with _trainable(student, mode, teacher.dtype) as parameters:
+    with _as_before(student, start, home), _trainable(student, mode, teacher.dtype) as parameters:
         loss = _Loss(student, teacher)
         before = loss.mean(rest)
         learning_rate = learning_rate or _default_rate(mode, parameters, before)
@@ -140,12 +140,11 @@ def distil(
     for name in names:
         parameter = student.get_parameter(name)
         parameter.data = parameter.data.to(saved or parameter.dtype).to(parameter.dtype)
-    with _trainable(student, mode, teacher.dtype):
+    with _as_before(student, start, home), _trainable(student, mode, teacher.dtype):
         after = _Loss(student, teacher).mean(rest)
     kept = after < before
     if not kept:
-        for name in names:
-            student.get_parameter(name).data.copy_(start[name])
+        _put_back(student, start)
     student.to(home)
     return_free_memory()
     log.info("distillation: divergence on held-out samples %.4f -> %.4f nats per token", before, after)
@@ -153,6 +152,22 @@ def distil(
         log.warning("distillation: the divergence did not fall, so the pruned model stays as it was; lower --distill_learning_rate")
     after = after if math.isfinite(after) else None  # JSON knows no NaN
     return Distillation(mode, len(train), held_out, epochs, learning_rate, len(batches), trained, before, after, kept)
+
+
+def _put_back(student, start: dict[str, torch.Tensor]) -> None:
+    for name, values in start.items():
+        student.get_parameter(name).data.copy_(values)
+
+
+@contextmanager
+def _as_before(student, start: dict[str, torch.Tensor], home: torch.device):
+    """Puts the student back as it was, where the block raises."""
+    try:
+        yield
+    except BaseException:
+        _put_back(student, start)
+        student.to(home)
+        raise
 
 
 def _add_gradients(parameters: list[nn.Parameter]) -> None:

@@ -76,11 +76,13 @@ class TaughtTrainer(Trainer):
     """A Trainer whose loss is the divergence of a teacher's next-token distribution, plus ``weight`` times the ordinary one.
 
     Rows have a number, ``row``, by which the ``teacher`` (RowTeacher) knows them. Both are taken over the tokens that are learned.
+    Beside ``eval_loss``, the sum of the two, the log gets ``eval_text_loss``, the ordinary one alone.
     """
 
     def __init__(self, teacher: RowTeacher, weight: float, **kwargs):
         super().__init__(**kwargs)
         self.teacher, self.weight = teacher, weight
+        self._text_loss = [0.0, 0]  # of the rows that are held out: its sum over them, and their number
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         rows = inputs.pop("row")
@@ -98,8 +100,17 @@ class TaughtTrainer(Trainer):
             divergence = divergence / num_items_in_batch
             if self.args.average_tokens_across_devices:
                 divergence = divergence * self.accelerator.num_processes
+        if not model.training:
+            self._text_loss[0] += float(loss) * len(rows)
+            self._text_loss[1] += len(rows)
         loss = divergence + self.weight * loss
         return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, *args, **kwargs):
+        if "eval_loss" in logs:  # every process comes here
+            total, rows = self.accelerator.reduce(torch.tensor(self._text_loss, device=self.args.device)).tolist()
+            logs["eval_text_loss"], self._text_loss = total / rows, [0.0, 0]
+        super().log(logs, *args, **kwargs)
 
 
 def trainer_for(model, train, held_out, config: TrainConfig, arguments: TrainingArguments, teacher: RowTeacher | None = None) -> Trainer:

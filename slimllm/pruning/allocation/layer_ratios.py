@@ -41,6 +41,7 @@ def _weighted(inputs: AllocationInputs, weights: list[float]) -> Allocation:
 
 LAYER_RATIOS = {f.__name__: f for f in (importance, uniform, middle, ranking, auto)}
 NEEDS_PROBE_IDS = {"auto"}
+USES_ALPHA = {"importance", "auto"}
 
 
 def without_scores(shape: ModelShape, config: PruneConfig) -> list[LayerPlan]:
