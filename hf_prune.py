@@ -107,8 +107,7 @@ def _prune_into(folder: Path, config, model_config, eval_device, dtype, takes):
         if written and processes.is_first():
             checkpoint.mkdir(exist_ok=True)
             write_tokenizer(tokenizer, checkpoint, config.base_model)
-        first = texts.first_token(tokenizer, model_config)
-        blocks = [texts.blocks_of(text, tokenizer, config.max_seq_len, config.eval_limit, first) for text in measured]
+        blocks = [texts.blocks_of(text, tokenizer, model_config, config.max_seq_len, config.eval_limit) for text in measured]
         source = loading.open_source(config.base_model, dtype, config=model_config)
     size = source.model.num_parameters() / 1e6
     log.info("%s: %s, %d layers, %.1f M parameters, %s", config.base_model, model_config.model_type, len(source), size, dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
 import sys
@@ -62,7 +61,7 @@ def _train(config, output: Path, lines):
     """The run up to the adapter. Returns (TrainingRecord, token ids [1, length] of a row), or (None, None) but for the first process."""
     import torch
 
-    from slimllm.data.texts import blocks_of, first_token, load_texts
+    from slimllm.data.texts import blocks_of, load_texts
     from slimllm.evaluation.perplexity import perplexity
     from slimllm.models import loading
     from slimllm.pruning.journal import check_same
@@ -82,7 +81,7 @@ def _train(config, output: Path, lines):
     arguments = training.training_arguments(config, device, dtype, len(train), bool(len(held_out)))
     main_process = arguments.process_index == 0
     texts = load_texts(config.extra_val_dataset, "--extra_val_dataset")
-    blocks = [blocks_of(text, tokenizer, 128, config.eval_limit, first_token(tokenizer, model_config)) for text in texts]
+    blocks = [blocks_of(text, tokenizer, model_config, 128, config.eval_limit) for text in texts]
     identity = _identity(config, digest, arguments.world_size)
     if resume and main_process:
         if before := (read_seal(resume.parent) or {}).get("identity"):
@@ -189,16 +188,15 @@ def _resume_point(config, output: Path) -> Path | None:
 
 def _losses(log_history: list[dict]) -> dict:
     """The losses of each step, and the perplexity of the held-out rows before training and where it was best."""
+    from slimllm.evaluation.perplexity import of_loss
+
     history = [entry for entry in log_history if "loss" in entry or "eval_loss" in entry]
-    for entry in history:
-        if not math.isfinite(entry.get("grad_norm", 0.0)):
-            entry["grad_norm"] = None  # a step that float16 skipped
     validation = [entry for entry in history if "eval_loss" in entry]
     if not validation:
         return {"validation": None, "history": history}
     # the text's own loss, where a teacher's divergence is part of the one that is trained on
     before, after = (entry.get("eval_text_loss", entry["eval_loss"]) for entry in (validation[0], min(validation, key=_eval_loss)))
-    return {"validation": {"before": math.exp(before), "after": math.exp(after)}, "history": history}
+    return {"validation": {"before": of_loss(before), "after": of_loss(after)}, "history": history}
 
 
 def _eval_loss(entry: dict) -> float:

@@ -14,17 +14,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from .data import calibration as calibrations
 from .data.calibration import Calibration
-from .data.texts import first_token
+from .data.texts import check_vocabulary
 from .deploy import checkpoint
 from .deploy.runtimes import convert_for_runtime
 from .errors import UserError, nearest
 from .models import loading
 from .models.adapter import LayerAdapter
 from .models.families import dense_family_of
+from .models.given import check_model, in_eval_mode
 from .models.shape import shape_of
 from .models.source import ModelSource
 from .models.weights import GgufTensors
@@ -53,7 +56,8 @@ _SETTINGS = {
 
 DISTILL_SELF_SHARE = 0.5  # of the samples that a model is distilled on; the rest are calibration text
 
-CalibrationSource = str | Sequence[str] | torch.Tensor | Calibration | None
+TokenIds = torch.Tensor | np.ndarray | Sequence[Sequence[int]]
+CalibrationSource = str | os.PathLike | Sequence[str] | TokenIds | Calibration | None
 
 
 @dataclass
@@ -107,13 +111,15 @@ def prune(
 
     A ModelSource is only pruned: :func:`distil` takes the model that comes of it. A model in memory is changed when all layers are done:
     where anything raises before, a callback or Ctrl-C too, it is as it was; while it is distilled, it is the pruned one. So its layers
-    are in memory twice for as long as it takes.
+    are in memory twice for as long as it takes. It is pruned in eval mode, and is in its own mode again afterwards.
 
     Args:
         model: a dense causal LM of a supported family, as from_pretrained gives it, or a ModelSource that reads one layer at a time.
+            Of one that torch.compile, DataParallel or DistributedDataParallel is wrapped around, the model inside is pruned.
         tokenizer: the model's. Not needed where ``calibration`` is token ids and ``layer_ratio`` is not "auto".
-        calibration: texts, token ids [samples, length], a :class:`Calibration`, or what ``--calibration`` takes (a name, file or
-            folder); by default Bookcorpus, or samples of the model itself where the hub is out of reach.
+        calibration: texts, token ids [samples, length] (a tensor, an array or lists of integers), a :class:`Calibration`, or what
+            ``--calibration`` takes (a name, file or folder); by default Bookcorpus, or samples of the model itself where the hub is
+            out of reach.
         on_layer: called with each LayerReport as it is ready. progress: called with (what is done, layers done, layers).
         settings: ``target_sparsity=0.2``, ``recipe="best"`` and every other flag of ``hf_prune.py`` that concerns the sparsity, the
             method, the samples or the device. ``config``: all of them at once, instead; it is not written to, and the result's
@@ -126,14 +132,27 @@ def prune(
     unknown = [name for name in settings if name not in _SETTINGS]
     if unknown:
         raise UserError(f"{unknown[0]}: not a setting of prune(){nearest(unknown[0], _SETTINGS)}")
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise UserError(f"tokenizer: a {type(tokenizer).__name__}, not a tokenizer of transformers (AutoTokenizer.from_pretrained)")
+    if not isinstance(model, ModelSource):
+        with in_eval_mode(check_model(model)) as model:
+            return _prune(model, tokenizer, calibration, on_layer, progress, config, timed, sink, journal, settings)
+    return _prune(model, tokenizer, calibration, on_layer, progress, config, timed, sink, journal, settings)
+
+
+def _prune(model, tokenizer, calibration, on_layer, progress, config, timed, sink, journal, settings) -> PruneResult:
+    """:func:`prune`, of a model or ModelSource that is known to be one."""
     if config is None:
         config = PruneConfig(base_model=getattr(model.config, "_name_or_path", "") or type(model).__name__, **settings)
     elif settings:
         raise UserError(f"config and {next(iter(settings))}: give one of them")
+    elif not isinstance(config, PruneConfig):
+        raise UserError(f"config: a {type(config).__name__}, not a PruneConfig; give a dict's entries as settings (**config)")
     source = ModelSource.of(model)
     shape = shape_of(source.config, dense_family_of(source.config))
     config = config.resolved(shape)
     plans = plans_of(config, shape)
+    calibration = _source_of(calibration, source.config.vocab_size)
     device, timed = device_of("device", config.device), timed or Stopwatch()
     info = ModelInfo(
         name=Path(config.base_model).name,
@@ -241,11 +260,48 @@ def calibrate(model, tokenizer, config: PruneConfig, source: CalibrationSource, 
         return samples
 
 
+def _source_of(given: CalibrationSource, vocab_size: int) -> str | list[str] | torch.Tensor | Calibration | None:
+    """What samples are made from, in one of five forms. Raises UserError for anything else, and for token ids that are none."""
+    if isinstance(given, Calibration):
+        for ids in (given.ids, given.probe_ids, given.distill_ids):
+            if ids is not None:
+                _token_ids(ids, vocab_size)
+        return given
+    if given is None or isinstance(given, str):
+        return given
+    if isinstance(given, os.PathLike):
+        return os.fspath(given)
+    if isinstance(given, torch.Tensor | np.ndarray):
+        return _token_ids(given, vocab_size)
+    if not isinstance(given, Sequence) or isinstance(given, bytes) or not given:
+        empty = isinstance(given, Sequence) and not given
+        what = "is empty" if empty else f"is a {type(given).__name__}"
+        raise UserError(f"calibration: {what}; give texts, token ids [samples, length], or the name of a file, folder or data set")
+    if all(isinstance(text, str) for text in given):
+        return list(given)
+    return _token_ids(given, vocab_size)
+
+
+def _token_ids(given: TokenIds, vocab_size: int) -> torch.Tensor:
+    """Token ids [samples, length] int64 on the CPU."""
+    try:
+        ids = given if isinstance(given, torch.Tensor) else torch.from_numpy(np.asarray(given))
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError("calibration: neither texts nor token ids, lists of integers all of one length") from None
+    if ids.ndim != 2 or not ids.numel():
+        raise UserError(f"calibration: token ids are [samples, length], not {list(ids.shape)}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise UserError(f"calibration: token ids are integers, not {name_of(ids.dtype)}")
+    ids = ids.cpu().long()
+    check_vocabulary(ids, vocab_size, "calibration")
+    return ids
+
+
 def _samples(voice: loading.Voice, tokenizer, config: PruneConfig, source: CalibrationSource) -> Calibration:
     """The samples to prune from, and those to measure on."""
     held_back = config.needs_probe_ids and not voice.fits
     if isinstance(source, torch.Tensor):
-        samples = _of_ids(source, voice.config.vocab_size)
+        samples = Calibration(source, "token ids")
     elif tokenizer is None:
         raise UserError("tokenizer: needed to make calibration samples; give one, or token ids [samples, length]")
     else:
@@ -271,14 +327,7 @@ def _drawn(source: str | Sequence[str] | None, voice: loading.Voice, tokenizer, 
     if source is None or isinstance(source, str):
         calibrations.check_source(source)
         return calibrations.load(source, voice, tokenizer, spec)
-    return calibrations.from_text("\n".join(source), "texts", tokenizer, spec, first_token(tokenizer, voice.config))
-
-
-def _of_ids(ids: torch.Tensor, vocab_size: int) -> Calibration:
-    if ids.ndim != 2 or not ids.numel():
-        raise UserError(f"calibration: token ids are [samples, length], not {list(ids.shape)}")
-    calibrations.check_vocabulary(ids, vocab_size, "calibration")
-    return Calibration(ids.cpu().long(), "token ids")
+    return calibrations.from_text("\n".join(source), "texts", tokenizer, spec, voice.config)
 
 
 def save(result: PruneResult, folder: str | os.PathLike, overwrite: bool = False) -> None:
@@ -290,7 +339,7 @@ def save(result: PruneResult, folder: str | os.PathLike, overwrite: bool = False
     """
     config, samples = result.config, result.calibration
     inputs = [config.base_model, config.calibration, samples.source, config.plan]
-    with atomic_dir(Path(folder), overwrite, "choose another folder", inputs=inputs) as staging:
+    with atomic_dir(Path(folder), overwrite, "choose another folder", inputs=inputs) as staging, in_eval_mode(result.model):
         checkpoint.save(result.model, result.tokenizer, staging, samples.ids[:2, :64], config.base_model)
         checkpoint.reload_and_compare(staging, result.model.dtype)
         samples.save(staging)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import numbers
 import os
 import signal
 import sys
@@ -39,6 +40,36 @@ def check_choices(settings) -> None:
         if f.metadata.get("choices") and value is not None:
             for item in value if isinstance(value, tuple | list) else (value,):
                 check_choice(f.name, item, f.metadata["choices"])
+
+
+_KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
+
+
+def check_types(settings) -> None:
+    """Raises UserError for a field whose value is not of its type, as settings from Python may be; a path becomes its name, a numpy
+    number a plain one, and a single string several of them.
+    """
+    annotations = typing.get_type_hints(type(settings))
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        if "group" not in f.metadata or value is None and f.default is None:
+            continue
+        kind, several = _element_type(annotations[f.name])
+        if several and isinstance(value, tuple | list):
+            setattr(settings, f.name, tuple(_typed(f.name, kind, item) for item in value))
+        else:
+            value = _typed(f.name, kind, value)
+            setattr(settings, f.name, (value,) if several else value)
+
+
+def _typed(option_name: str, kind: type, value):
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if kind in (int, float) and not isinstance(value, bool) and isinstance(value, numbers.Integral if kind is int else numbers.Real):
+        return value if isinstance(value, int | float) else kind(value)
+    if kind not in (int, float) and isinstance(value, kind):
+        return value
+    raise UserError(f"--{option_name} {value!r}: must be {_KINDS[kind]}")
 
 
 def check_range(settings, name: str, low: float, high: float = math.inf, right_open: bool = False, left_open: bool = False) -> None:

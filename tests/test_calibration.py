@@ -1,4 +1,6 @@
 import json
+import os
+import random
 
 import pytest
 import torch
@@ -96,6 +98,18 @@ def test_hub_sources_join_rows(name, tiny_tokenizer, monkeypatch):
         (lambda p: p / "bad.jsonl", "bad.jsonl, line 2: not a JSON object with a text field"),
         (lambda p: p / "number.jsonl", "number.jsonl, line 2: not a JSON object with a text field that is a string"),
         (lambda p: p / "latin.txt", "not UTF-8"),
+        (lambda p: p / "utf16.txt", r"utf16.txt: not UTF-8 text \(byte 1 is zero, as in UTF-16 or a binary file\)"),
+        (lambda p: p / "bom16.txt", r"bom16.txt: not UTF-8 text \(byte 0\)"),
+        (lambda p: p / "blank.txt", "blank.txt: nothing but blanks"),
+        (lambda p: p / "half.jsonl", "half.jsonl, line 2: its text holds half of a surrogate pair"),
+        (lambda p: p / "deep.jsonl", "deep.jsonl, line 1: not a JSON object"),
+        (lambda p: p / "pipe.txt", "pipe.txt: a pipe or device, not a plain file"),
+        (lambda p: p / "pipe.safetensors", "pipe.safetensors: a pipe or device"),
+        (lambda p: p / "pipes", "pipes/a.txt: a pipe or device"),
+        (lambda p: p / "links", "links/b.txt: the link leads nowhere"),
+        (lambda p: p / "links" / "b.txt", "b.txt: the link leads nowhere"),
+        (lambda p: p / "folders", "folders/c.txt: a folder, not a file"),
+        (lambda p: p / "locked", "locked/d.txt: Permission denied"),
         (lambda p: p / "nothing", "holds no .txt or .jsonl file"),
         (lambda p: p / "image.png", "not a .txt, .jsonl or .safetensors file"),
         (lambda p: p / "broken.safetensors", "not a calibration file"),
@@ -104,7 +118,21 @@ def test_hub_sources_join_rows(name, tiny_tokenizer, monkeypatch):
         (lambda p: p / "vocab.safetensors", "outside the model's vocabulary"),
     ],
 )
-def test_bad_sources_are_named(make, message, tmp_path, tiny_tokenizer):
+def test_bad_sources_are_named(make, message, tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path))  # as for anyone but root
+    (tmp_path / "utf16.txt").write_bytes(TEXT.encode("utf-16-le"))
+    (tmp_path / "bom16.txt").write_bytes(TEXT.encode("utf-16"))
+    (tmp_path / "blank.txt").write_text("\n \n" * 500)
+    (tmp_path / "half.jsonl").write_text('{"text": "good"}\n{"text": "\\ud800"}\n')
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    for name in ("pipes", "links", "folders", "locked"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "z.txt").write_text(TEXT)
+    for name in ("pipe.txt", "pipe.safetensors", "pipes/a.txt"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "links" / "b.txt").symlink_to("nowhere")
+    (tmp_path / "folders" / "c.txt").mkdir()
+    (tmp_path / "locked" / "d.txt").write_text(TEXT)
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("a few words")
     (tmp_path / "number.jsonl").write_text('{"text": "good"}\n{"text": 7}\n')
@@ -192,10 +220,42 @@ def test_every_sample_and_block_begins_as_the_model_expects(case, begins, tiny_t
     first = texts.first_token(tiny_tokenizer, model.config)
     assert first == (tiny_tokenizer.bos_token_id if begins else None)
     stream = texts.token_ids(text_file.read_text(), tiny_tokenizer, special=False)
-    blocks = texts.blocks_of(texts.EvalText("t", text_file.read_text(), "t"), tiny_tokenizer, 12, first=first)
+    blocks = texts.blocks_of(texts.EvalText("t", text_file.read_text(), "t"), tiny_tokenizer, model.config, 12)
     drawn = calibration.load(str(text_file), model, tiny_tokenizer, spec).ids
     own = calibration.load("self", model, tiny_tokenizer, spec).ids
     for ids in (blocks, drawn, own):
         assert ids.shape[1] == 12 and all((row[0] == tiny_tokenizer.bos_token_id) == begins for row in ids)
         assert (ids[:, int(begins) :] != tiny_tokenizer.bos_token_id).all()
     assert torch.equal(blocks[:, int(begins) :].flatten(), stream[: blocks[:, int(begins) :].numel()])
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_of_a_large_file_only_what_is_used_is_read(tmp_path, suffix, monkeypatch):
+    lines = [f"{i} caf\u00e9 \u4e2d \U0001f600" for i in range(400)]
+    path = tmp_path / f"large{suffix}"
+    path.write_text("\n".join(lines if suffix == ".txt" else [json.dumps({"text": line}) for line in lines]))
+    small = [texts.read_text(path, 500, random.Random(seed)) for seed in range(3)]
+    rngs = [random.Random(seed) for seed in range(3)]
+    whole = "\n".join(lines)
+    starts = [rng.randrange(len(whole) - 500 + 1) for rng in rngs]
+    assert small == [whole[start : start + 500] for start in starts]  # as long as there is room for all of it
+    monkeypatch.setattr(texts, "WHOLE_BYTES", 1000)
+    if suffix == ".txt":
+        monkeypatch.setattr(texts, "_text_of", lambda path, content, start: found.append(len(content)) or content.decode())
+    found = []
+    for seed in range(40):
+        text = texts.read_text(path, 500, random.Random(seed))
+        assert text in whole and len(text) == 500
+    assert all(size <= 500 * texts.UTF8_BYTES for size in found)
+
+
+def test_a_large_file_of_one_line_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "WHOLE_BYTES", 1000)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": TEXT}))
+    (tmp_path / "a.txt").write_text(TEXT.replace("\n", " "))
+    (tmp_path / "bad.txt").write_bytes(b"a" * 1500 + b"\xff" * 3000)
+    for name in ("a.jsonl", "a.txt"):
+        text = texts.read_text(tmp_path / name, 200, random.Random(1))
+        assert len(text) == 200 and text.replace("\n", " ") in TEXT.replace("\n", " ")
+    with pytest.raises(UserError, match=r"bad.txt: not UTF-8 text \(byte [0-9]{4}\)"):
+        texts.read_text(tmp_path / "bad.txt", 500, random.Random(1))

@@ -50,7 +50,7 @@ def test_the_pruned_model_still_works(run, smollm2):
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     assert output.shape[1] == inputs.input_ids.shape[1] + 8
     (text,) = texts.load_texts(("python_manual",))
-    blocks = texts.blocks_of(text, tokenizer, 128, limit=figure["blocks"])
+    blocks = texts.blocks_of(text, tokenizer, model.config, 128, limit=figure["blocks"])
     assert perplexity(model, blocks) == pytest.approx(figure["pruned"], rel=0.02)
 
 
@@ -167,7 +167,7 @@ def test_distillation_brings_the_pruned_model_nearer_to_the_dense_one(run, smoll
     """Short samples of the Python manual; the divergence is of those that come last and are not trained on."""
     folder, _, _ = run
     (text,) = texts.load_texts(("python_manual",))
-    blocks = texts.blocks_of(text, loading.load_tokenizer(str(smollm2)), 48, limit=32)
+    blocks = texts.blocks_of(text, loading.load_tokenizer(str(smollm2)), loading.load_config(str(smollm2)), 48, limit=32)
     student = loading.load_model(str(folder), torch.float32)
     found = distil(student, Teacher(loading.open_source(str(smollm2), torch.float32), blocks), "all", epochs=2, learning_rate=1e-4)
     assert found.kept and found.held_out == 8 and found.after < 0.95 * found.before

@@ -41,7 +41,7 @@ def test_a_run_and_its_file(setting, capsys):
     (figure,) = found["perplexity"]
     model = checkpoint.load("pruned")
     (text,) = texts.load_texts(("book=text.txt",))
-    blocks = texts.blocks_of(text, tiny_tokenizer_of(), 32)
+    blocks = texts.blocks_of(text, tiny_tokenizer_of(), model.config, 32)
     assert figure["perplexity"] == pytest.approx(perplexity(model, blocks), rel=1e-5)
     out = capsys.readouterr().out
     assert "w/o tune" not in out.split("Ratio")[0] and "(2 tasks)" in out and "* limited" in out
@@ -89,7 +89,7 @@ def test_an_adapter_changes_the_figures(setting, tmp_path):
     assert after != pytest.approx(before, rel=1e-3)
     both = model.get_base_model()
     (text,) = texts.load_texts(("book=text.txt",))
-    assert after == pytest.approx(perplexity(both, texts.blocks_of(text, tiny_tokenizer_of(), 32)), rel=1e-4)
+    assert after == pytest.approx(perplexity(both, texts.blocks_of(text, tiny_tokenizer_of(), both.config, 32)), rel=1e-4)
 
 
 @pytest.mark.parametrize(

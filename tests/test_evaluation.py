@@ -7,7 +7,7 @@ from slimllm.data import texts
 from slimllm.errors import UserError
 from slimllm.evaluation.perplexity import continuations, perplexity
 from slimllm.models import hub, loading
-from tests.conftest import TEXT, logits, make_ids, make_model
+from tests.conftest import TEXT, family_config, logits, make_ids, make_model
 
 
 def test_perplexity_is_the_exponential_of_the_mean_loss():
@@ -69,9 +69,9 @@ def test_any_text_is_taken_as_it_is(tmp_path):
 def test_blocks_are_cut_from_one_stream_and_limited(tiny_tokenizer):
     text = texts.EvalText("t", TEXT, "x")
     ids = tiny_tokenizer(TEXT).input_ids
-    blocks = texts.blocks_of(text, tiny_tokenizer, 16)
+    blocks = texts.blocks_of(text, tiny_tokenizer, family_config("llama_gqa"), 16)
     assert blocks.flatten().tolist() == ids[: len(ids) // 16 * 16]
-    assert len(texts.blocks_of(text, tiny_tokenizer, 16, limit=3)) == 3
+    assert len(texts.blocks_of(text, tiny_tokenizer, family_config("llama_gqa"), 16, limit=3)) == 3
 
 
 def test_nothing_named_and_no_hub_takes_the_python_manual(caplog):
@@ -106,7 +106,7 @@ def test_bad_texts_are_named(item, message, tmp_path, monkeypatch):
 
 def test_a_text_shorter_than_a_block_is_an_error(tiny_tokenizer):
     with pytest.raises(UserError, match="too short for one block"):
-        texts.blocks_of(texts.EvalText("t", "abc", "x"), tiny_tokenizer, 16)
+        texts.blocks_of(texts.EvalText("t", "abc", "x"), tiny_tokenizer, family_config("llama_gqa"), 16)
 
 
 def test_continuations_are_deterministic_by_seed(tiny_tokenizer):

@@ -30,7 +30,7 @@ def dense(folder):
 
 def manual_ids(folder, samples, length=128):
     (text,) = texts.load_texts(("python_manual",))
-    return texts.blocks_of(text, loading.load_tokenizer(str(folder)), length, limit=samples)
+    return texts.blocks_of(text, loading.load_tokenizer(str(folder)), loading.load_config(str(folder)), length, limit=samples)
 
 
 @pytest.fixture(scope="module", params=PUBLISHED, ids=lambda path: path.stem)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..cli import check_choice, check_choices, check_range, flag
-from ..data.texts import blocks_of, first_token, load_texts
+from ..data.texts import blocks_of, load_texts
 from ..errors import UserError, first_line
 from ..evaluation import zero_shot
 from ..evaluation.perplexity import perplexities
@@ -106,8 +106,7 @@ def _evaluate(config: EvalConfig, output: Path) -> dict:
     missing = [name for name in config.tasks if name not in results["tasks"]]
     known = {(f["data"], f["sha256"], f["seq_len"], f["blocks"]) for f in results["perplexity"]}
     tokenizer = loading.load_tokenizer(config.model, "MODEL")
-    first = first_token(tokenizer, model_config)
-    wanted = [(text, blocks_of(text, tokenizer, config.max_seq_len, config.eval_limit, first)) for text in texts]
+    wanted = [(text, blocks_of(text, tokenizer, model_config, config.max_seq_len, config.eval_limit)) for text in texts]
     wanted = [(text, ids) for text, ids in wanted if (text.name, text.sha256, config.max_seq_len, len(ids)) not in known]
     log.info("%s: %d tasks and %d texts to do, %d results at hand", output, len(missing), len(wanted), len(known) + len(results["tasks"]))
     if missing or wanted:

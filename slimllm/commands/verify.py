@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..cli import check_range, flag
-from ..data.texts import blocks_of, first_token, load_texts
+from ..data.texts import blocks_of, load_texts
 from ..deploy import vllm
 from ..deploy.verify import GREEDY_TOKENS, Check, checks_of_bytes, checks_of_file, checks_of_folder, checks_of_vllm
 from ..errors import UserError
@@ -66,7 +66,7 @@ def checks(config: VerifyConfig) -> list[Check]:
     tokenizer = loading.load_tokenizer(config.folder, "DIR")
     (text,) = load_texts((config.text or "python_manual",), "--text")
     length = min(config.seq_len, model.config.max_position_embeddings - GREEDY_TOKENS - 1)
-    blocks = blocks_of(text, tokenizer, max(4, length), config.blocks, first_token(tokenizer, model.config))
+    blocks = blocks_of(text, tokenizer, model.config, max(4, length), config.blocks)
     found += checks_of_folder(config.folder, model, tokenizer, blocks)
     for path in config.files:
         found += checks_of_file(path, model, tokenizer, text.text, blocks)

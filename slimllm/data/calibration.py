@@ -20,9 +20,9 @@ from ..errors import UserError, nearest
 from ..models import hub
 from ..models.loading import Voice
 from ..models.shape import shape_of
-from ..utils.files import atomic_file
+from ..utils.files import atomic_file, check_plain
 from ..utils.memory import return_free_memory
-from .texts import first_token, in_blocks, read_text, token_ids
+from .texts import check_vocabulary, first_token, in_blocks, is_encodable, read_text, token_ids
 
 log = logging.getLogger("slimllm")
 
@@ -113,10 +113,10 @@ def load(source: str | None, model, tokenizer, spec: SampleSpec) -> Calibration:
     Without a source it is bookcorpus, or samples of the model itself where that cannot be had.
     Raises UserError for a source that the user named and that cannot be had, is empty, too short or broken.
     """
-    first = first_token(tokenizer, model.config)
+    config = model.config
     if source is None:
         try:
-            return _from_hub("bookcorpus", tokenizer, spec, first)
+            return _from_hub("bookcorpus", tokenizer, spec, config)
         except OSError as error:
             log.info("calibration: %s; using samples of the model itself instead (--calibration self)", error)
             source = "self"
@@ -126,29 +126,31 @@ def load(source: str | None, model, tokenizer, spec: SampleSpec) -> Calibration:
         return _from_file(source, model.config.vocab_size)
     if source in HUB_SOURCES:
         try:
-            return _from_hub(source, tokenizer, spec, first)
+            return _from_hub(source, tokenizer, spec, config)
         except OSError as error:
             raise UserError(f"--calibration {source}: {error}; name a local .txt or .jsonl file, or self") from None
-    return _from_files(source, tokenizer, spec, first)
+    return _from_files(source, tokenizer, spec, config)
 
 
-def from_text(text: str, name: str, tokenizer, spec: SampleSpec, first: int | None = None) -> Calibration:
-    """Samples of a text, each beginning with ``first``, if given. Raises UserError, naming it by ``name``, where it is too short."""
-    return Calibration(_sample(text, name, tokenizer, spec, first), name, spec.seed)
+def from_text(text: str, name: str, tokenizer, spec: SampleSpec, config) -> Calibration:
+    """Samples of a text for the model of ``config``. Raises UserError, naming the text by ``name``, where it is too short, is blank, or
+    has what the model or its tokenizer does not know.
+    """
+    return Calibration(_sample(text, name, tokenizer, spec, config), name, spec.seed)
 
 
 def check_source(name: str | None) -> None:
-    """Raises UserError early, before a model is read, where ``--calibration`` names nothing that exists."""
-    if name is not None and name not in CALIBRATION_NAMES and not os.path.exists(name):
+    """Raises UserError early, before a model is read, where ``--calibration`` names nothing that exists or can be read."""
+    if name is None or name in CALIBRATION_NAMES:
+        return
+    if not os.path.lexists(name):
         raise UserError(
             f"--calibration {name}: no such file or folder, and not one of {', '.join(CALIBRATION_NAMES)}{nearest(name, CALIBRATION_NAMES)}"
         )
-
-
-def check_vocabulary(ids: torch.Tensor, vocab_size: int, where: str) -> None:
-    """Raises UserError, beginning with ``where``, for a token id that the model does not have."""
-    if ids.min() < 0 or ids.max() >= vocab_size:
-        raise UserError(f"{where}: token id {int(ids.max())} is outside the model's vocabulary of {vocab_size}")
+    if name.endswith(".safetensors"):
+        check_plain(name, "--calibration ")
+    else:
+        _text_files(name)
 
 
 def _from_file(path: str, vocab_size: int) -> Calibration:
@@ -168,7 +170,7 @@ def _from_file(path: str, vocab_size: int) -> Calibration:
     return Calibration(tensors["calibration_ids"], path, probe_ids=probe_ids, distill_ids=tensors.get("distill_ids"))
 
 
-def _from_hub(name: str, tokenizer, spec: SampleSpec, first: int | None) -> Calibration:
+def _from_hub(name: str, tokenizer, spec: SampleSpec, config) -> Calibration:
     source = dict(HUB_SOURCES[name])
     column = source.pop("column")
     parts, size = [], 0
@@ -177,42 +179,52 @@ def _from_hub(name: str, tokenizer, spec: SampleSpec, first: int | None) -> Cali
         size += len(text) + 1
         if size >= MAX_CHARACTERS:
             break
-    return from_text("\n".join(parts), name, tokenizer, spec, first)
+    return from_text("\n".join(parts), name, tokenizer, spec, config)
 
 
-def _from_files(name: str, tokenizer, spec: SampleSpec, first: int | None) -> Calibration:
+def _from_files(name: str, tokenizer, spec: SampleSpec, config) -> Calibration:
+    files = _text_files(name)
+    rng, share = random.Random(spec.seed), MAX_CHARACTERS // len(files)
+    parts = [read_text(file, share, rng) for file in files]
+    return from_text("\n".join(parts), name, tokenizer, spec, config)
+
+
+def _text_files(name: str) -> list[Path]:
+    """The text file or files that ``--calibration NAME`` means. Raises UserError where there are none, or what cannot be one."""
     path = Path(name)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
+        files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES)
         if not files:
             raise UserError(f"--calibration {name}: the folder holds no {' or '.join(TEXT_SUFFIXES)} file")
     elif path.suffix in TEXT_SUFFIXES:
         files = [path]
     else:
         raise UserError(f"--calibration {name}: not a .txt, .jsonl or .safetensors file, nor a folder")
-    rng, share = random.Random(spec.seed), MAX_CHARACTERS // len(files)
-    parts = []
     for file in files:
-        text = read_text(file)
-        start = rng.randrange(max(1, len(text) - share + 1))
-        parts.append(text[start : start + share])
-    return from_text("\n".join(parts), name, tokenizer, spec, first)
+        check_plain(file, "--calibration ")
+    return files
 
 
-def _sample(text: str, name: str, tokenizer, spec: SampleSpec, first: int | None) -> torch.Tensor:
+def _sample(text: str, name: str, tokenizer, spec: SampleSpec, config) -> torch.Tensor:
     """``num_examples`` distinct blocks of ``seq_len`` tokens, in random order, from the text as one stream of tokens.
 
     Short texts are thereby joined; none is searched for.
     """
+    if text.isspace():
+        raise UserError(f"--calibration {name}: nothing but blanks; give text")
+    if not is_encodable(text):
+        raise UserError(f"--calibration {name}: it holds half of a surrogate pair, which is no character; remove it")
     ids = token_ids(text, tokenizer, special=False)
-    blocks = in_blocks(ids, spec.seq_len, first)
+    blocks = in_blocks(ids, spec.seq_len, first_token(tokenizer, config))
     count = min(spec.num_examples, max(len(blocks), 1)) if spec.or_fewer else spec.num_examples
     if len(blocks) < count:
         raise UserError(
             f"--calibration {name}: {len(ids)} tokens are too few for {spec.num_examples} samples of {spec.seq_len}; "
             "give more text, or fewer or shorter samples (--num_examples, --seq_len)"
         )
-    return blocks[random.Random(spec.seed).sample(range(len(blocks)), count)]
+    drawn = blocks[random.Random(spec.seed).sample(range(len(blocks)), count)]
+    check_vocabulary(drawn, config.vocab_size, f"--calibration {name}")
+    return drawn
 
 
 def overlap(ids: torch.Tensor, text: torch.Tensor) -> int:

@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import pydoc_data.topics
+import random
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,13 @@ import torch
 from ..errors import UserError, nearest
 from ..models import hub
 from ..models.families import family_of
+from ..utils.files import check_plain
 from ..utils.memory import return_free_memory
 
 log = logging.getLogger("slimllm")
+
+UTF8_BYTES = 4  # of one character, at most
+WHOLE_BYTES = 32_000_000  # a file up to this size is read whole even where only a part of it is used
 
 EVAL_NAMES = ("wikitext2", "ptb", "python_manual", "none")
 HUB_TEXTS = {
@@ -46,28 +51,81 @@ class EvalText:
         return {**source, "seq_len": blocks.shape[1], "blocks": len(blocks), "limited": limit is not None, **values}
 
 
-def read_text(path: Path) -> str:
-    """A .txt file as it is, or the ``text`` fields of a .jsonl file, one per line. Raises UserError naming file and line."""
+def read_text(path: Path, characters: int | None = None, rng: random.Random | None = None) -> str:
+    """A .txt file as it is, or the ``text`` fields of a .jsonl file, one per line.
+
+    With ``characters`` it is at most so many of them from a random place, by ``rng``; of a file too large for its characters to be
+    counted, no more than these are read. Raises UserError, naming file and line, for what is no text.
+    """
+    check_plain(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        with Path(path).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if characters is None or size <= WHOLE_BYTES:
+                text = _text_of(path, file.read())
+                start = 0 if characters is None else rng.randrange(max(1, len(text) - characters + 1))
+                return text if characters is None else text[start : start + characters]
+            file.seek(rng.randrange(size - UTF8_BYTES * characters + 1))
+            return _text_of(path, *_piece(file, UTF8_BYTES * characters, Path(path).suffix == ".jsonl"))[:characters]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+
+
+def _piece(file, size: int, lines: bool) -> tuple[bytes, int]:
+    """(at most ``size`` bytes of a file from about where it stands, where they begin): whole characters or, where there are such, whole
+    ``lines``; a line that has no end within them is read whole.
+    """
+    if lines:
+        if file.tell():
+            file.readline()  # the end of one
+        if file.tell() == os.fstat(file.fileno()).st_size:
+            file.seek(0)
+        start = file.tell()
+        return b"".join([file.readline(), *file.readlines(size)]), start
+    start, content = file.tell(), file.read(size)
+    skipped = next((i for i in range(UTF8_BYTES) if content[i] & 0xC0 != 0x80), 0)  # the end of a character
+    cut = next((i for i in range(1, UTF8_BYTES) if content[-i] >= 0xC0), 0)  # the beginning of one
+    if cut:
+        content = content[:-cut]
+    return content[skipped:], start + skipped
+
+
+def _text_of(path: Path, content: bytes, start: int = 0) -> str:
+    """The text in ``content``, which begins at byte ``start`` of the file ``path``."""
+    nul = content.find(b"\0")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {start + error.start})") from None
+    if nul >= 0:
+        raise UserError(f"{path}: not UTF-8 text (byte {start + nul} is zero, as in UTF-16 or a binary file)")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")  # as files that are opened as text have it
     if Path(path).suffix != ".jsonl":
         return text
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}" + (f" from byte {start}" if start else "")
         try:
             row = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             row = None
         if not isinstance(row, str):
-            raise UserError(f"{path}, line {number}: not a JSON object with a text field that is a string")
+            raise UserError(f"{where}: not a JSON object with a text field that is a string")
+        if not is_encodable(row):
+            raise UserError(f"{where}: its text holds half of a surrogate pair (\\ud800 to \\udfff), which is no character; remove it")
         rows.append(row)
     return "\n".join(rows)
+
+
+def is_encodable(text: str) -> bool:
+    """Whether a text has characters only: JSON may hold halves of surrogate pairs, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def wikitext_rows(raw: str) -> list[str]:
@@ -161,19 +219,30 @@ def token_ids(text: str, tokenizer, special: bool = True) -> torch.Tensor:
     return torch.tensor(ids, dtype=torch.long)
 
 
+def check_vocabulary(ids: torch.Tensor, vocab_size: int, where: str) -> None:
+    """Raises UserError, beginning with ``where``, for a token id that the model does not have."""
+    if not ids.numel() or 0 <= ids.min() and ids.max() < vocab_size:
+        return
+    wrong = int(ids.min() if ids.min() < 0 else ids.max())
+    raise UserError(f"{where}: token id {wrong} is outside the model's vocabulary of {vocab_size}")
+
+
 def first_token(tokenizer, config) -> int | None:
     """The token that every block of a text begins with, where the model needs one: <bos> for Gemma. None for most."""
     return tokenizer.bos_token_id if family_of(config).begins_text else None
 
 
-def blocks_of(text: EvalText, tokenizer, seq_len: int, limit: int | None = None, first: int | None = None) -> torch.Tensor:
+def blocks_of(text: EvalText, tokenizer, config, seq_len: int, limit: int | None = None) -> torch.Tensor:
     """Token ids [blocks, seq_len] of the text tokenized once; what does not fill a last block is dropped.
 
-    ``first``: what :func:`first_token` gives; each block begins with it, and the text fills the rest.
+    ``config``: the model's. Each block begins with its :func:`first_token`, where it has one, and the text fills the rest.
+    Raises UserError for a text that is too short, or has a token that is not in the model's vocabulary.
     """
+    first = first_token(tokenizer, config)
     blocks = in_blocks(token_ids(text.text, tokenizer, special=first is None), seq_len, first)
     if not len(blocks):
         raise UserError(f"{text.name}: it is too short for one block of {seq_len} tokens")
+    check_vocabulary(blocks[:limit], config.vocab_size, text.name)
     return blocks[:limit]
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from ..data.texts import as_it_came
+from ..data.texts import as_it_came, check_vocabulary
 from ..errors import UserError
 from ..models.source import ModelSource
 from ..pruning.runner import LOGIT_ROWS, MIN_ACTIVATION_BYTES, LayerRunner, Progress, no_progress
@@ -72,6 +72,11 @@ def _losses(runner: LayerRunner, description: str) -> torch.Tensor:
 def _perplexity(mean: float, description: str, dtype: torch.dtype) -> float:
     if not math.isfinite(mean):
         raise UserError(f"{description}: the loss is not finite in {dtype}; try --dtype float32 or bfloat16")
+    return of_loss(mean)
+
+
+def of_loss(mean: float) -> float:
+    """The perplexity of a mean loss in nats; infinite where it is too large for a float."""
     return math.exp(mean) if mean < 700 else math.inf
 
 
@@ -89,6 +94,7 @@ def continuations(model, tokenizer, seed: int = 42, temperature: float = 1.0, to
         torch.manual_seed(seed)
         for prompt in prompts:
             inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+            check_vocabulary(inputs.input_ids, model.config.vocab_size, "the tokenizer is not the model's")
             output = model.generate(**inputs, max_new_tokens=64, pad_token_id=tokenizer.pad_token_id or 0, **sampling)
             texts.append(tokenizer.decode(output[0], skip_special_tokens=True))
     return texts

@@ -15,7 +15,7 @@ from pathlib import Path
 from .. import api
 from ..cli import check_choices, check_range, flag
 from ..data import calibration
-from ..data.texts import blocks_of, first_token, load_texts
+from ..data.texts import blocks_of, load_texts
 from ..errors import UserError
 from ..evaluation import zero_shot
 from ..evaluation.perplexity import perplexity
@@ -93,8 +93,7 @@ class Bench:
         self.tokenizer = loading.load_tokenizer(config.base_model)
         self.texts = load_texts(config.eval_data)
         self.model = loading.load_model(config.base_model, dtype)
-        first = first_token(self.tokenizer, self.model.config)
-        self.blocks = [blocks_of(text, self.tokenizer, SEQ_LEN, config.eval_limit, first) for text in self.texts]
+        self.blocks = [blocks_of(text, self.tokenizer, self.model.config, SEQ_LEN, config.eval_limit) for text in self.texts]
         self.adapter, self.shape = LayerAdapter(self.model.config), shape_of(self.model.config)
         self._samples: dict[tuple, calibration.Calibration] = {}
         self._teachers: dict[tuple, tuple[Teacher, float]] = {}  # and the seconds each took

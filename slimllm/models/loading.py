@@ -130,11 +130,11 @@ def open_source(base_model: str, dtype: torch.dtype | str, option_name: str = "-
     if dtype == "auto":
         dtype = own_dtype(base_model, config) or torch.float32
     where, (source, kwargs) = f"{option_name} {base_model}", _source(base_model, option_name)
-    skeleton = _read("config", base_model, option_name, lambda: _skeleton(config, dtype))
+    skeleton = _read("config", base_model, option_name, lambda: skeleton_of(config, dtype))
     names = list(stored_tensors(skeleton))
     weights = _read("weights", base_model, option_name, lambda: _weights(base_model, source, config, names))
     if _settle_head(config, skeleton, weights):
-        skeleton = _skeleton(config, dtype)
+        skeleton = skeleton_of(config, dtype)
     _check_tensors(skeleton, weights, where)
     if not kwargs:
         with contextlib.suppress(FileNotFoundError):  # it may have none
@@ -142,7 +142,7 @@ def open_source(base_model: str, dtype: torch.dtype | str, option_name: str = "-
     return ModelSource(skeleton, weights, dtype)
 
 
-def _skeleton(config, dtype: torch.dtype):
+def skeleton_of(config, dtype: torch.dtype):
     """The model of a config, without its weights."""
     with init_empty_weights(include_buffers=False):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()

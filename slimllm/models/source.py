@@ -28,6 +28,11 @@ def stored_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(module.named_parameters()), **{name: buffer for name, buffer in module.named_buffers() if name in kept}}
 
 
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether every number is finite, without a copy of the tensor."""
+    return all(bool(part.isfinite().all()) for part in tensor.detach().flatten().split(_CHECKED))
+
+
 class ModelSource:
     """The parts of one model.
 
@@ -166,7 +171,7 @@ class ModelSource:
 
     def _check_finite(self, name: str, tensor: torch.Tensor, before: torch.dtype | None) -> None:
         """``before``: the dtype in which its numbers are known to be finite, if any."""
-        if not tensor.is_floating_point() or all(bool(part.isfinite().all()) for part in tensor.flatten().split(_CHECKED)):
+        if not tensor.is_floating_point() or all_finite(tensor):
             return
         fits = before is not None or (tensor.dtype == torch.float16 and bool(self.weights.read(name, torch.float32).isfinite().all()))
         if fits:

@@ -11,7 +11,7 @@ import logging
 from dataclasses import FrozenInstanceError, asdict, dataclass
 
 from .. import cli
-from ..cli import check_choices, check_range, flag, given, without_effect
+from ..cli import check_choices, check_range, check_types, flag, given, without_effect
 from ..data.calibration import SampleSpec
 from ..errors import UserError
 from ..models.shape import RUNTIMES, ModelShape, limits_of
@@ -195,6 +195,7 @@ class PruneConfig:
     dry_run: bool = flag("output", "print the plan from the model's config alone and stop", False)
 
     def __post_init__(self):
+        check_types(self)
         if not self.base_model:
             raise UserError("--base_model is required: a local folder, hub name or .gguf file")
         check_choices(self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -25,6 +26,7 @@ from ..utils.memory import peak_memory
 from ..utils.outputs import check_kind, check_target, is_results, taken, unless
 
 FORMAT = 1
+PERPLEXITIES = ("dense", "pruned", "tuned", "perplexity", "before", "after")  # what they are called in an entry
 PACKAGES = ("torch", "transformers", "datasets", "safetensors", "numpy", "peft", "lm_eval")
 
 
@@ -214,14 +216,28 @@ class TrainingRecord(_Record):
 
 
 def dumps(record: dict) -> str:
-    """JSON with one line for each short list, so that lists of indices do not fill the page."""
-    text = json.dumps(record, indent=1, allow_nan=False, default=str)
+    """JSON with one line for each short list, so that lists of indices do not fill the page; figures that are not finite are null."""
+    text = json.dumps(_finite(record), indent=1, allow_nan=False, default=str)
     return re.sub(r"\[[^\[\]{}]*\]", lambda m: re.sub(r"\s+", " ", m.group()), text) + "\n"
+
+
+def _finite(value):
+    """``value`` with None for each number in it that is not finite, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _figures(entry: dict) -> dict:
+    """An entry of a record with NaN for each perplexity that :func:`dumps` could not write, so that it is a number for who reads it."""
+    return entry | {name: math.nan for name in PERPLEXITIES if name in entry and entry[name] is None}
 
 
 def read_json(path: str | os.PathLike) -> dict:
     """A record's file. Raises FileNotFoundError, or ValueError for what is not a record of this format."""
-    record = json.loads(Path(path).read_text())
+    record = json.loads(Path(path).read_text(), object_hook=_figures)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f"{path}: not a record of format {FORMAT}")
     return record

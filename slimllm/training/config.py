@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .. import cli
-from ..cli import check_choices, check_range, flag, given, without_effect
+from ..cli import check_choices, check_range, check_types, flag, given, without_effect
 from ..errors import UserError
 
 # name -> (with an input, without one)
@@ -76,6 +76,7 @@ class TrainConfig:
     wandb_project: str = flag("output", "send the losses to this Weights & Biases project; without it nothing is sent", "")
 
     def __post_init__(self):
+        check_types(self)
         if not self.prune_model:
             raise UserError("--prune_model is required: a folder that hf_prune.py wrote")
         check_choices(self)

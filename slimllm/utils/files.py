@@ -22,6 +22,19 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_plain(path: str | os.PathLike, option: str = "") -> None:
+    """Raises UserError, beginning with ``option``, for what is no file that can be read: never opened, since a pipe would wait for ever."""
+    if os.path.isdir(path):
+        raise UserError(f"{option}{path}: a folder, not a file")
+    if not os.path.exists(path):
+        why = "the link leads nowhere" if os.path.islink(path) else "no such file"
+        raise UserError(f"{option}{path}: {why}")
+    if not os.path.isfile(path):
+        raise UserError(f"{option}{path}: a pipe or device, not a plain file")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{option}{path}: {os.strerror(errno.EACCES)}")
+
+
 def state_of(path: Path) -> tuple | None:
     """What tells whether a file or folder was replaced or changed; None where there is none."""
     try:
