@@ -31,6 +31,7 @@ def run(config) -> None:
     from slimllm import api
     from slimllm.data import calibration
     from slimllm.models import hub, loading
+    from slimllm.models.checked import warn_of_length
     from slimllm.models.shape import shape_of
     from slimllm.pruning import journal
     from slimllm.pruning.allocation.layer_ratios import without_scores
@@ -46,6 +47,7 @@ def run(config) -> None:
         model_config = loading.load_config(config.base_model)
         shape = shape_of(model_config)
         config = config.resolved(shape)
+        warn_of_length(model_config, seq_len=config.seq_len, max_seq_len=config.max_seq_len)
         plans = api.plans_of(config, shape)
         device, eval_device = device_of("device", config.device), device_of("eval_device", config.eval_device)
         own = loading.own_dtype(config.base_model, model_config)

@@ -13,6 +13,7 @@ from slimllm.cli import guarded, logging_to_console
 
 PARTS, FILES = ("adapter", "merged"), ("post_training.json", "figures/loss.png")  # what is written into the output folder, beside the log
 WAY = "choose another --output_dir"
+MEASURED_ON = ("data", "sha256", "seq_len", "blocks")  # what tells one figure of a record from another
 log = logging.getLogger("slimllm")
 
 
@@ -64,6 +65,7 @@ def _train(config, output: Path, lines):
     from slimllm.data.texts import blocks_of, load_texts
     from slimllm.evaluation.perplexity import perplexity
     from slimllm.models import loading
+    from slimllm.models.checked import warn_of_length
     from slimllm.pruning.journal import check_same
     from slimllm.reporting.record import Stopwatch, TrainingRecord, command
     from slimllm.training import trainer as training
@@ -73,10 +75,13 @@ def _train(config, output: Path, lines):
 
     device = device_of("device", config.device)
     model_config = loading.load_config(config.prune_model, "--prune_model", pruned=True)
+    warn_of_length(model_config, cutoff_len=config.cutoff_len)
+    if config.merge:
+        _pruning_record(config)
     resume = _resume_point(config, output)
     timed = Stopwatch()
     tokenizer = loading.load_tokenizer(config.prune_model, "--prune_model")
-    train, held_out, digest = load_data(config, tokenizer)
+    train, held_out, digest = load_data(config, tokenizer, model_config.vocab_size)
     dtype = training_dtype(device, model_config.dtype or torch.float32)
     arguments = training.training_arguments(config, device, dtype, len(train), bool(len(held_out)))
     main_process = arguments.process_index == 0
@@ -159,23 +164,28 @@ def _identity(config, digest: str, processes: int) -> dict:
 def _resume_point(config, output: Path) -> Path | None:
     """The checkpoint to go on from. Raises UserError where there is none, or where a new run would mix with, or destroy, something."""
     from slimllm.errors import UserError
-    from slimllm.training.trainer import last_checkpoint
+    from slimllm.training.trainer import fault_of, last_checkpoint
     from slimllm.utils.outputs import check_target, read_seal
 
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     first, filled = not int(os.environ.get("RANK", 0)), output.exists() and any(output.iterdir())
     if config.resume_from_checkpoint == "last":
-        point = last_checkpoint(output)
+        point = last_checkpoint(output, processes)
         if point is None:
-            raise UserError(f"--resume_from_checkpoint last: {output} holds no finished checkpoint; start without the flag")
+            newest = last_checkpoint(output, None)
+            why = f" that is whole ({fault_of(newest, processes)})" if newest else ""
+            raise UserError(f"--resume_from_checkpoint last: {output} holds no finished checkpoint{why}; start anew, without the flag")
     elif config.resume_from_checkpoint:
         point = Path(config.resume_from_checkpoint)
         if not (point / "trainer_state.json").is_file():
             raise UserError(f"--resume_from_checkpoint {point}: not a finished checkpoint folder (checkpoint-N) or last")
+        if fault := fault_of(point, processes):
+            raise UserError(f"--resume_from_checkpoint {point}: {fault}; go on from an earlier checkpoint, or start anew")
     else:
         if first and config.overwrite:
             check_target(output, True, WAY, config.inputs())
         elif first and filled:
-            way = "go on with --resume_from_checkpoint last, " if last_checkpoint(output) else ""
+            way = "go on with --resume_from_checkpoint last, " if last_checkpoint(output, processes) else ""
             raise UserError(f"--output_dir {output}: not empty; {way}choose another, or replace it with --overwrite")
         return None
     if first and filled:
@@ -221,20 +231,39 @@ def _write_merged(output: Path, config, record, ids) -> None:
 def _describe_merged(folder: Path, name: str, config, training) -> None:
     """Record and card of the merged model: those of the pruned one, and what the training made of it."""
     from slimllm.reporting import card
-    from slimllm.reporting.record import PruningRecord
 
-    if not (Path(config.prune_model) / PruningRecord.FILE).is_file():
+    run = _pruning_record(config)
+    if run is None:
         return  # a dense model
-    run = PruningRecord.read(config.prune_model)
     run.post_training = {"command": training.command, "config": training.config, "data": training.data}
     run.config["save_ckpt_log_name"] = name
-    of = ("data", "sha256", "seq_len", "blocks")
-    after = {tuple(f[key] for key in of): f["after"] for f in training.evaluation}
+    after = {tuple(f[key] for key in MEASURED_ON): f["after"] for f in training.evaluation}
     for figure in run.evaluation:
-        if (key := tuple(figure[name] for name in of)) in after:
+        if (key := tuple(figure[name] for name in MEASURED_ON)) in after:
             figure["tuned"] = after[key]
     run.write(folder)
     card.write(folder, run)
+
+
+def _pruning_record(config):
+    """The PruningRecord of the checkpoint that is trained; None for a dense model. Raises UserError where it is broken."""
+    from slimllm.errors import UserError, first_line
+    from slimllm.reporting.record import PruningRecord
+
+    path = Path(config.prune_model) / PruningRecord.FILE
+    if not path.is_file():
+        return None
+    try:
+        run = PruningRecord.read(config.prune_model)
+        for figure in run.evaluation:
+            tuple(figure[name] for name in (*MEASURED_ON, "split", "limited", "dense", "pruned"))
+        dict(run.config), run.calibration["source"], run.layers[0]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path}: broken ({type(error).__name__}: {first_line(error)}), and --merge takes the card's figures from it; "
+            "copy it again, or remove it"
+        ) from None
+    return run
 
 
 def _finish(output: Path, record) -> None:

@@ -26,6 +26,7 @@ from .deploy.runtimes import convert_for_runtime
 from .errors import UserError, nearest
 from .models import loading
 from .models.adapter import LayerAdapter
+from .models.checked import warn_of_length
 from .models.families import dense_family_of
 from .models.given import check_model, in_eval_mode
 from .models.shape import shape_of
@@ -167,6 +168,8 @@ def _prune(model, tokenizer, calibration, on_layer, progress, config, timed, sin
         with timed("calibration"):
             calibration = calibrate(source, tokenizer, config, calibration, device_of("eval_device", config.eval_device))
     config = _as_drawn(config, calibration)
+    if not source.streams:
+        warn_of_length(source.config, seq_len=calibration.ids.shape[1])
     teacher = None if source.streams else teach(source, calibration, config, progress, timed)
     model = source.model
     pruned = source if source.streams else ModelSource.of(_twin(model))

@@ -187,7 +187,7 @@ def test_activations_that_do_not_fit_on_the_disk_are_said_before_the_first_pass(
         (["--device", "mps"], "--device mps: Apple's GPU has no float64"),
         (["--save_ckpt_log_name", "x" * 300], "the name is too long"),
         (["--tmp_dir", "nowhere"], "--tmp_dir nowhere: no such folder"),
-        (["--plan", "nowhere.json"], "--plan nowhere.json: No such file"),
+        (["--plan", "nowhere.json"], "--plan nowhere.json: no such file"),
         (["--plan", "x", "--pruning_ratio", "0.2"], "--plan and --pruning_ratio both say what to remove"),
         (["--no_greedy", "--head_choice", "greedy"], "contradict each other"),
     ],

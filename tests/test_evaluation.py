@@ -6,7 +6,7 @@ import torch
 from slimllm.data import texts
 from slimllm.errors import UserError
 from slimllm.evaluation.perplexity import continuations, perplexity
-from slimllm.models import hub, loading
+from slimllm.models import checked, hub, loading
 from tests.conftest import TEXT, family_config, logits, make_ids, make_model
 
 
@@ -114,3 +114,24 @@ def test_continuations_are_deterministic_by_seed(tiny_tokenizer):
     assert continuations(model, tiny_tokenizer, seed=5) == continuations(model, tiny_tokenizer, seed=5)
     greedy = continuations(model, tiny_tokenizer, temperature=0.0)
     assert len(greedy) == 3
+
+
+def test_a_token_that_the_model_lacks_is_named_before_a_layer_runs(tiny_tokenizer):
+    tiny_tokenizer.add_tokens(["zebra"])
+    config, size = family_config("llama_gqa", vocab_size=len(tiny_tokenizer) - 1), len(tiny_tokenizer) - 1
+    text = texts.EvalText("animals", TEXT + "zebra" * 40, "x")
+    with pytest.raises(UserError, match=f"animals: token id {size} is outside the model's vocabulary of {size}$"):
+        texts.blocks_of(text, tiny_tokenizer, config, 16)
+    assert len(texts.blocks_of(text, tiny_tokenizer, config, 16, limit=8)) == 8  # it does not occur there
+    with pytest.raises(UserError, match="is outside the model's vocabulary of 60"):
+        continuations(make_model(vocab_size=60), tiny_tokenizer)
+
+
+def test_more_tokens_than_the_model_was_made_for_are_said_in_one_line(caplog):
+    config = family_config("llama_gqa")
+    checked.warn_of_length(config, seq_len=64, max_seq_len=64)
+    assert not caplog.records
+    checked.warn_of_length(config, seq_len=65, max_seq_len=128)
+    assert caplog.messages == [
+        "--seq_len 65 and --max_seq_len 128: the model was made for at most 64 tokens at a time (max_position_embeddings)"
+    ]

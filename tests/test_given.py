@@ -1,6 +1,7 @@
 """What people hand to ``slimllm.prune``: taken where it can be, named where not, and left as it was."""
 
 import copy
+import os
 import pathlib
 from types import SimpleNamespace
 
@@ -267,3 +268,15 @@ def test_a_text_with_a_token_that_the_model_lacks_is_named(tiny_tokenizer):
     tiny_tokenizer.add_tokens(["zebra"] + [f"<{i}>" for i in range(20)])
     with pytest.raises(slimllm.UserError, match="--calibration texts: token id 8[0-9] .*outside the model's vocabulary of 80"):
         slimllm.prune(make_model(vocab_size=80), tiny_tokenizer, calibration=[TEXT, "zebra" * 20000], num_examples=4, seq_len=16)
+
+
+def test_a_plan_that_is_a_pipe_or_too_deep_is_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    for name, said in (
+        ("pipe.json", "a pipe or device, not a plain file"),
+        ("deep.json", "not a JSON object"),
+        ("no.json", "no such file"),
+    ):
+        with pytest.raises(slimllm.UserError, match=f"--plan .*{name}: {said}"):
+            slimllm.prune(make_model(), calibration=make_ids(), plan=str(tmp_path / name))

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import post_training
@@ -118,14 +119,14 @@ def test_each_row_ends_with_the_end_of_text_where_it_fits(tiny_tokenizer):
 def test_plain_text_is_learned_whole(tiny_tokenizer, tmp_path, flag):
     (tmp_path / "t.jsonl").write_text('{"text": "abc def"}\n{"text": "ghi"}\n{"text": "x"}\n')
     kind = dict(no_instruction=flag, val_set_size=1, add_eos_token=False)
-    train, held_out, _ = data.load_data(settings(data_path=str(tmp_path / "t.jsonl"), **kind), tiny_tokenizer)
+    train, held_out, _ = data.load_data(settings(data_path=str(tmp_path / "t.jsonl"), **kind), tiny_tokenizer, 97)
     assert len(train) == 1 and len(held_out) == 1  # one token alone has nothing to learn
     assert all(row["labels"] == row["input_ids"] for row in [*train, *held_out])
 
 
 def test_held_out_rows_are_not_trained_on_and_the_seed_decides_them(tiny_tokenizer, rows_file):
     def split(**kwargs):
-        return data.load_data(settings(data_path=str(rows_file), cutoff_len=400, **kwargs), tiny_tokenizer)
+        return data.load_data(settings(data_path=str(rows_file), cutoff_len=400, **kwargs), tiny_tokenizer, 97)
 
     train, held_out, digest = split()
     assert (len(train), len(held_out)) == (22, 2) and all(row not in train for row in held_out)
@@ -137,13 +138,13 @@ def test_held_out_rows_are_not_trained_on_and_the_seed_decides_them(tiny_tokeniz
 def test_tokens_are_cached_by_what_the_rows_say(tiny_tokenizer, rows_file, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
     config = settings(data_path=str(rows_file), cutoff_len=400, cache_dataset=True)
-    *_, first = data.load_data(config, tiny_tokenizer)
+    *_, first = data.load_data(config, tiny_tokenizer, 97)
     monkeypatch.setattr(data, "tokenize", None)
     os.utime(rows_file, (2e9, 2e9))  # a copy of the file is the same data
-    assert data.load_data(config, tiny_tokenizer)[2] == first
+    assert data.load_data(config, tiny_tokenizer, 97)[2] == first
     rows_file.write_text(json.dumps(ROWS[1:]))
     with pytest.raises(TypeError):
-        data.load_data(config, tiny_tokenizer)
+        data.load_data(config, tiny_tokenizer, 97)
 
 
 @pytest.mark.parametrize(
@@ -230,13 +231,123 @@ def test_unknown_target_modules_are_named():
     assert set(trainer.target_modules(make_model(), settings())) >= {"q_proj", "down_proj"}
 
 
+def checkpoint_at(folder, step, value=0.0, best=None):
+    """A checkpoint-N folder as the Trainer leaves it, as far as its files are looked at."""
+    path = folder / f"checkpoint-{step}"
+    path.mkdir()
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"state": torch.zeros(100)}, path / name)
+    save_file({"a": torch.full((4, 4), value)}, path / "adapter_model.safetensors")
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": step, "best_model_checkpoint": best and str(best)}))
+    return path
+
+
 def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
     assert trainer.last_checkpoint(tmp_path) is None
-    for step, state in ((2, "{}"), (10, '{"global_step": 10}'), (9, '{"global_step": 9}'), (11, '{"glo')):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    (tmp_path / "checkpoint-12").mkdir()
+    for step in (2, 9, 10):
+        checkpoint_at(tmp_path, step)
+    (checkpoint_at(tmp_path, 11) / "trainer_state.json").write_text('{"glo')
+    (checkpoint_at(tmp_path, 12) / "trainer_state.json").unlink()
     assert trainer.last_checkpoint(tmp_path).name == "checkpoint-10"
+
+
+def test_a_checkpoint_with_numbers_that_are_not_finite_is_never_the_last_good_one(tmp_path):
+    good = checkpoint_at(tmp_path, 2)
+    checkpoint_at(tmp_path, 4, value=float("nan"))
+    with pytest.raises(UserError, match=f"step 5: the loss is not finite.*the last good checkpoint is {good}$"):
+        trainer.Watch(settings())._check(SimpleNamespace(fp16=False, output_dir=tmp_path, world_size=1), 5, float("nan"), 0.0)
+    model = make_model().requires_grad_(False)
+    arguments, state = SimpleNamespace(fp16=False, output_dir=tmp_path, world_size=1), SimpleNamespace(global_step=6)
+    trainer.Watch(settings()).on_train_end(arguments, state, None, model=model)
+    model.lm_head.weight.requires_grad_(True).data[0, 0] = float("nan")  # by the last step, which no loss shows
+    with pytest.raises(UserError, match="step 6: the loss is not finite"):
+        trainer.Watch(settings()).on_train_end(arguments, state, None, model=model)
+
+
+BROKEN = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors", "trainer_state.json")
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("how", ["cut", "empty", "missing", "altered"])
+def test_a_broken_file_of_a_checkpoint_is_named_and_an_earlier_one_taken(tmp_path, name, how):
+    good, bad = checkpoint_at(tmp_path, 2), checkpoint_at(tmp_path, 4)
+    content = (bad / name).read_bytes()
+    if how == "missing":
+        (bad / name).unlink()
+    elif how == "altered":
+        middle = len(content) // 2
+        (bad / name).write_bytes(content[:middle] + b"\xff" * 8 + content[middle + 8 :])
+    else:
+        (bad / name).write_bytes(content[: len(content) // 2 if how == "cut" else 0])
+    assert trainer.last_checkpoint(tmp_path) == good and trainer.fault_of(good) is None
+    assert str(bad / name) in trainer.fault_of(bad)
+
+
+def test_a_checkpoint_of_other_processes_or_with_a_broken_best_one_is_not_gone_on_with(tmp_path):
+    best = checkpoint_at(tmp_path, 2)
+    last = checkpoint_at(tmp_path, 4, best=best)
+    assert "rng_state_0.pth is missing, as after a run of another number" in trainer.fault_of(last, 2)
+    (best / "adapter_model.safetensors").write_bytes(b"x")
+    assert trainer.fault_of(last) == f"{best / 'adapter_model.safetensors'} is missing or broken"
+
+
+def test_going_on_from_a_broken_checkpoint_is_one_line(pruned_folder, rows_file, tmp_path, here):
+    (tmp_path / "out").mkdir()
+    bad = checkpoint_at(tmp_path / "out", 4)
+    (bad / "optimizer.pt").write_bytes(b"PK")
+    for point, way in (("last", "is broken); start anew"), (bad, "is broken; go on from an earlier checkpoint, or start anew")):
+        status, _, err = here(*quick(pruned_folder, rows_file, "--resume_from_checkpoint", point))
+        assert status == 2 and len(err.strip().splitlines()) == 1 and "optimizer.pt " + way in err
+
+
+@pytest.mark.parametrize(
+    "said", ["PytorchStreamWriter failed writing file data/0", "[enforce fail at inline_container.cc:672] . unexpected pos 704"]
+)
+def test_a_disk_that_is_full_in_the_middle_of_a_checkpoint_is_one_line(pruned_folder, rows_file, tmp_path, here, monkeypatch, said):
+    save = torch.save
+
+    def full(thing, path):
+        if "optimizer" in str(path):
+            raise RuntimeError(said)  # torch's own words
+        save(thing, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    status, _, err = here(*quick(pruned_folder, rows_file))
+    assert status == 2 and len(err.strip().splitlines()) == 1 and "out: cannot be written (the disk is full" in err
+    assert trainer.last_checkpoint(tmp_path / "out") is None
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 1}', '{"format": 1, "model": []}', "[" * 100_000, '{"format": 2}'])
+def test_a_broken_record_is_found_before_the_training(pruned_folder, rows_file, tmp_path, here, content):
+    (pruned_folder / "pruning.json").write_text(content)
+    status, _, err = here(*quick(pruned_folder, rows_file, "--merge"))
+    assert status == 2 and len(err.strip().splitlines()) == 1 and "pruning.json: broken (" in err and "--merge takes" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_cannot_be_learned_are_named(tiny_tokenizer, rows_file, tmp_path):
+    def load(vocab_size=97, **kwargs):
+        data.load_data(settings(data_path=str(rows_file), **kwargs), tiny_tokenizer, vocab_size)
+
+    with pytest.raises(UserError, match="none of its 24 rows has a token to learn within --cutoff_len 20; raise it"):
+        load(cutoff_len=20)
+    with pytest.raises(UserError, match=r"rows.json, row 1: token id \d+ is outside the model's vocabulary of 40"):
+        load(vocab_size=40)
+    rows_file.write_text(json.dumps([*ROWS, {"instruction": "a", "output": "\ud800"}]))
+    with pytest.raises(UserError, match="row 25: it holds half of a surrogate pair"):
+        load()
+    rows_file.unlink()
+    os.mkfifo(rows_file)
+    with pytest.raises(UserError, match="rows.json: a pipe or device, not a plain file"):
+        load()
+
+
+def test_a_tokenizer_without_an_end_of_text_token_is_said(tiny_tokenizer, rows_file):
+    tiny_tokenizer.eos_token = None
+    with pytest.raises(UserError, match="--prune_model x: its tokenizer has no end-of-text token .*--no_add_eos_token"):
+        data.load_data(settings(data_path=str(rows_file), cutoff_len=400), tiny_tokenizer, 97)
+    train, *_ = data.load_data(settings(data_path=str(rows_file), cutoff_len=400, add_eos_token=False), tiny_tokenizer, 97)
+    assert len(train)
 
 
 # the command
@@ -346,14 +457,14 @@ def test_a_lost_loss_stops_the_run_and_keeps_the_checkpoint(pruned_folder, rows_
 
 def test_steps_that_float16_skips_are_not_a_lost_loss(tmp_path):
     """The loss scale starts too large and is halved at each overflow; a gradient that never becomes finite is one."""
-    arguments = SimpleNamespace(fp16=True, output_dir=tmp_path)
+    arguments = SimpleNamespace(fp16=True, output_dir=tmp_path, world_size=1)
     watch = trainer.Watch(settings())
     for step in range(trainer.MAX_SKIPPED_STEPS):
         watch._check(arguments, step, 2.0, float("inf"))
     with pytest.raises(UserError, match="not finite"):
         watch._check(arguments, step, 2.0, float("inf"))
     with pytest.raises(UserError, match="not finite"):
-        trainer.Watch(settings())._check(SimpleNamespace(fp16=False, output_dir=tmp_path), 0, 2.0, float("inf"))
+        trainer.Watch(settings())._check(SimpleNamespace(fp16=False, output_dir=tmp_path, world_size=1), 0, 2.0, float("inf"))
 
 
 def test_without_a_launcher_one_gpu_is_used(monkeypatch):
@@ -448,7 +559,7 @@ def test_a_run_is_gone_on_with_only_with_its_own_data_and_model(pruned_folder, r
 
 
 def test_the_perplexity_beside_a_teacher_is_the_text_s_own(pruned_folder, rows_file, tmp_path, here, tiny_folder, monkeypatch):
-    monkeypatch.setattr(distillation, "evaluation_dtype", lambda dtype, device: torch.float32)
+    monkeypatch.setattr(distillation, "distillation_dtype", lambda dtype, device: torch.float32)
     monkeypatch.setattr(devices, "training_dtype", lambda device, dtype: torch.float32)
     found = {}
     for name, more in (("alone", []), ("taught", ["--teacher", tiny_folder])):
@@ -464,7 +575,7 @@ def test_the_perplexity_beside_a_teacher_is_the_text_s_own(pruned_folder, rows_f
 def test_the_tokenizer_is_handed_on_as_it_came(pruned_folder, rows_file, tiny_tokenizer):
     tiny_tokenizer.backend_tokenizer.enable_truncation(33)
     before = tiny_tokenizer.backend_tokenizer.to_str()
-    data.load_data(settings(data_path=str(rows_file)), tiny_tokenizer)
+    data.load_data(settings(data_path=str(rows_file)), tiny_tokenizer, 97)
     assert tiny_tokenizer.backend_tokenizer.to_str() == before
 
 
@@ -482,7 +593,7 @@ def test_a_dense_model_can_be_trained_too(tiny_folder, tmp_path, here):
 @pytest.mark.parametrize("weight, average", [(1.0, True), (0.0, False)])
 def test_a_teacher_s_divergence_joins_the_loss(pruned_folder, rows_file, tmp_path, here, tiny_folder, weight, average, monkeypatch):
     """The first loss is the divergence over the learned tokens, plus the weighted ordinary loss; it falls."""
-    monkeypatch.setattr(distillation, "evaluation_dtype", lambda dtype, device: torch.float32)
+    monkeypatch.setattr(distillation, "distillation_dtype", lambda dtype, device: torch.float32)
     monkeypatch.setattr(devices, "training_dtype", lambda device, dtype: torch.float32)
     flags = quick(pruned_folder, rows_file, "--lora_dropout", 0, "--batch_size", 24, "--micro_batch_size", 12 if average else 24)
     status, out, err = here(*flags, "--teacher", tiny_folder, "--instruction_weight", weight, "--num_epochs", 8)

@@ -17,6 +17,7 @@ from ..errors import UserError, first_line
 from ..evaluation import zero_shot
 from ..evaluation.perplexity import perplexities
 from ..models import loading
+from ..models.checked import warn_of_length
 from ..reporting import record, tables
 from ..utils import processes
 from ..utils.device import DTYPES, device_of, evaluation_dtype, name_of
@@ -100,6 +101,7 @@ def evaluate(config: EvalConfig) -> dict:
 def _evaluate(config: EvalConfig, output: Path) -> dict:
     device = device_of("device", config.device)
     model_config = loading.load_config(config.model, "MODEL", pruned=True)
+    warn_of_length(model_config, max_seq_len=config.max_seq_len)
     results = record.continued(output, _identity(config, model_config, device), config.overwrite)
     results |= {"tasks": results.get("tasks", {}), "perplexity": results.get("perplexity", [])}
     texts = load_texts(config.eval_data)

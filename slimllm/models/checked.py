@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
 from transformers.activations import ACT2FN
 
 from ..errors import UserError, nearest
+
+log = logging.getLogger("slimllm")
 
 MOST_LAYERS = 10_000
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
@@ -48,6 +51,13 @@ def check_config(config, where: str) -> None:
     epsilon = getattr(config, "rms_norm_eps", 0.0)
     if not isinstance(epsilon, int | float) or not math.isfinite(epsilon) or epsilon < 0:
         raise UserError(f"{where}: rms_norm_eps is {epsilon!r}, not a number of at least 0")
+
+
+def warn_of_length(config, **lengths: int) -> None:
+    """One line where ``lengths``, tokens by the names of their options, are beyond what the model was made for."""
+    most = config.max_position_embeddings
+    if beyond := [f"--{name} {length}" for name, length in lengths.items() if length > most]:
+        log.warning("%s: the model was made for at most %d tokens at a time (max_position_embeddings)", " and ".join(beyond), most)
 
 
 def _check_layer_types(config, where: str) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from ..data.texts import as_it_came
+from ..data.texts import as_it_came, check_vocabulary, is_encodable
 from ..errors import UserError
 from ..models import hub
+from ..utils.files import check_plain
 from .config import TEMPLATES, TrainConfig
 
 log = logging.getLogger("slimllm")
@@ -28,14 +29,13 @@ def read_rows(config: TrainConfig) -> list[dict]:
     path = Path(config.data_path)
     if path.suffix in (".json", ".jsonl"):
         where = f"--data_path {path}"
+        check_plain(path, "--data_path ")
         try:
             text = path.read_text(encoding="utf-8")
             rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line.strip()]
-        except FileNotFoundError:
-            raise UserError(f"{where}: no such file") from None
         except OSError as error:
             raise UserError(f"{where}: {error.strerror}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not {path.suffix[1:].upper()} ({error})") from None
         if not isinstance(rows, list) or not rows:
             raise UserError(f"{where}: not a list of rows, or an empty one")
@@ -51,6 +51,8 @@ def read_rows(config: TrainConfig) -> list[dict]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in wanted):
             raise UserError(f"{where}, row {number}: without {' and '.join(wanted)}")
+        if not all(is_encodable(row[name]) for name in COLUMNS if isinstance(row.get(name), str)):
+            raise UserError(f"{where}, row {number}: it holds half of a surrogate pair (\\ud800 to \\udfff), which is no character")
     return rows
 
 
@@ -72,14 +74,16 @@ def tokenize(row: dict, tokenizer, config: TrainConfig) -> dict:
     return {"input_ids": ids, "labels": labels}
 
 
-def load_data(config: TrainConfig, tokenizer):
+def load_data(config: TrainConfig, tokenizer, vocab_size: int):
     """(training rows, held-out rows, SHA-256 of the tokens), two ``datasets.Dataset`` with ``input_ids`` and ``labels``.
 
     Rows with nothing to learn in them are left out. With ``cache_dataset`` the tokens are kept in CACHE, by the content of the rows
-    and everything that decides what they become.
+    and everything that decides what they become. Raises UserError where no row is left, and for a token beyond ``vocab_size``.
     """
     import datasets  # slow to import
 
+    if config.add_eos_token and tokenizer.eos_token_id is None:
+        raise UserError(f"--prune_model {config.prune_model}: its tokenizer has no end-of-text token to end a row with; --no_add_eos_token")
     datasets.disable_progress_bars()
     rows = [{name: row[name] if isinstance(row.get(name), str) else None for name in COLUMNS} for row in read_rows(config)]
     cached = None
@@ -92,6 +96,8 @@ def load_data(config: TrainConfig, tokenizer):
     found = datasets.Dataset.from_list(rows)
     with as_it_came(tokenizer):
         found = found.map(lambda row: tokenize(row, tokenizer, config), remove_columns=list(COLUMNS), cache_file_name=cached)
+    for number, ids in enumerate(found["input_ids"], 1):
+        check_vocabulary(torch.tensor(ids), vocab_size, f"--data_path {config.data_path}, row {number}")
     learns = [i for i, labels in enumerate(found["labels"]) if any(label != IGNORED for label in labels[1:])]
     if len(learns) < len(found):
         log.info(
@@ -99,6 +105,11 @@ def load_data(config: TrainConfig, tokenizer):
             len(found) - len(learns),
             len(found),
             config.cutoff_len,
+        )
+    if not learns:
+        raise UserError(
+            f"--data_path {config.data_path}: none of its {len(found)} rows has a token to learn within --cutoff_len {config.cutoff_len}; "
+            "raise it, or give shorter rows"
         )
     held_out = min(2000, len(learns) // 10) if config.val_set_size is None else config.val_set_size
     if held_out >= len(learns):

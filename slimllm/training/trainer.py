@@ -9,21 +9,26 @@ import math
 import os
 import sys
 import warnings
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..errors import UserError, nearest
 from ..models import loading
 from ..models.families import family_of
+from ..models.source import all_finite
 from .config import TrainConfig
 from .data import IGNORED, collate
 from .distillation import RowTeacher
 
 log = logging.getLogger("slimllm")
 
+ADAPTER = "adapter_model.safetensors"
 MAX_STEPS_BETWEEN_CHECKPOINTS = 200
 WARMUP_STEPS = 100
 MAX_SKIPPED_STEPS = 20  # in float16, while the loss scale is looked for
@@ -47,16 +52,46 @@ def target_modules(model, config: TrainConfig) -> list[str]:
     return names
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint-N in ``folder`` that was written to its end (its trainer_state.json comes last)."""
-    found = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json") if _is_json(path)]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+def last_checkpoint(folder: Path, processes: int | None = 1) -> Path | None:
+    """The newest checkpoint-N in ``folder`` without a :func:`fault_of` it; with ``processes`` None the newest of any kind."""
+    found = [
+        path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json") if path.parent.name.rpartition("-")[2].isdecimal()
+    ]
+    found.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    return next((path for path in found if processes is None or fault_of(path, processes) is None), None)
 
 
-def _is_json(path: Path) -> bool:
+def fault_of(checkpoint: Path, processes: int = 1) -> str | None:
+    """Why a run of so many processes cannot go on from a checkpoint-N folder, naming the file; None where it can."""
     try:
-        return bool(json.loads(path.read_text()))
-    except ValueError:
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        best, _ = state["best_model_checkpoint"], state["global_step"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return f"{checkpoint / 'trainer_state.json'} is broken"
+    ranks = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    scaler = ["scaler.pt"] if (checkpoint / "scaler.pt").exists() else []  # float16's
+    for name in ("optimizer.pt", "scheduler.pt", *scaler, *ranks):
+        if not (checkpoint / name).is_file():
+            other = ", as after a run of another number of processes" if name in ranks else ""
+            return f"{checkpoint / name} is missing{other}"
+        if not _is_whole(checkpoint / name):
+            return f"{checkpoint / name} is broken"
+    for folder in dict.fromkeys([checkpoint, Path(best)] if best and Path(best).is_dir() else [checkpoint]):
+        try:
+            tensors = load_file(folder / ADAPTER)
+        except (OSError, SafetensorError):
+            return f"{folder / ADAPTER} is missing or broken"
+        if not all(map(all_finite, tensors.values())):
+            return f"{folder / ADAPTER} holds numbers that are not finite"
+    return None
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file of torch.save, which is a zip archive, was written to its end and reads as it was written."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile):
         return False
 
 
@@ -239,6 +274,10 @@ class Watch(TrainerCallback):
         if "eval_loss" in logs and state.is_world_process_zero:
             log.info("step %d of %d: validation loss %.4f", state.global_step, state.max_steps, logs["eval_loss"])
 
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if not all(all_finite(parameter) for parameter in model.parameters() if parameter.requires_grad):
+            self._check(args, state.global_step, math.nan, 0.0)  # the last step's update; no loss shows it any more
+
     def _check(self, args, step: int, loss: float, grad_norm: float) -> None:
         """Raises UserError for a loss or gradient that is not finite, and for a loss of twice the first."""
         overflow = math.isfinite(loss) and not math.isfinite(grad_norm)
@@ -249,7 +288,7 @@ class Watch(TrainerCallback):
         self.first = loss if self.first is None else self.first
         if lost or loss > 2 * self.first:
             what = "not finite" if lost else f"{loss:.2f}, twice the first one"
-            good = last_checkpoint(Path(args.output_dir))
+            good = last_checkpoint(Path(args.output_dir), args.world_size)
             kept = f"; the last good checkpoint is {good}" if good else ""
             raise UserError(
                 f"step {step}: the loss is {what}; lower --learning_rate ({self.config.learning_rate:g}) "

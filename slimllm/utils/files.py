@@ -53,6 +53,10 @@ def writing(target: Path, way_out: str = ""):
         if any(sign in str(error) for sign in ("os error", "I/O error", "No space")):
             raise UserError(f"{target}: cannot be written ({error}){way_out}") from None
         raise
+    except RuntimeError as error:  # torch.save's
+        if "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error):
+            raise UserError(f"{target}: cannot be written (the disk is full, or takes no more){way_out}") from None
+        raise
     except OSError as error:
         if error.errno is None and "written" in str(error):  # numpy, of a file that could not grow
             raise UserError(f"{target}: cannot be written (the disk is full){way_out}") from None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ...errors import UserError
 from ...models.shape import ModelShape, irregular, limits_of
+from ...utils.files import check_plain
 from .plan import Kept, LayerPlan
 
 
@@ -17,11 +18,12 @@ def read_plan(path: str, shape: ModelShape, runtime: str = "any") -> list[LayerP
     query heads. Raises UserError, naming file and layer, for what is no such plan, does not fit the model, or what ``runtime``
     cannot hold.
     """
+    check_plain(path, "--plan ")
     try:
         layers = json.loads(Path(path).read_text(encoding="utf-8"))["layers"]
     except OSError as error:
         raise UserError(f"--plan {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"--plan {path}: not a JSON object with a list of layers, such as a run's pruning.json") from None
     if not isinstance(layers, list) or len(layers) != shape.layers:
         count = len(layers) if isinstance(layers, list) else "no list of"
