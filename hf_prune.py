@@ -99,7 +99,7 @@ def _prune_into(folder: Path, config, model_config, eval_device, dtype):
         tokenizer = loading.load_tokenizer(config.base_model)
         if written and processes.is_first():
             checkpoint.mkdir(exist_ok=True)
-            write_tokenizer(tokenizer, checkpoint, config.base_model)
+            write_tokenizer(tokenizer, checkpoint, config.base_model, model_config)
         first = texts.first_token(tokenizer, model_config)
         blocks = [texts.blocks_of(text, tokenizer, config.max_seq_len, config.eval_limit, first) for text in measured]
         source = loading.open_source(config.base_model, dtype, config=model_config)

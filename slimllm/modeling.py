@@ -16,6 +16,9 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
+if int(transformers.__version__.partition(".")[0]) < 5:
+    raise ImportError(f"a model whose layers differ in width needs transformers 5 or newer, and this is {transformers.__version__}")
+
 PER_LAYER_SETTINGS = (
     "num_attention_heads_per_layer",
     "num_key_value_heads_per_layer",

@@ -26,6 +26,7 @@ from ..pruning.runner import LayerRunner
 from ..pruning.statistics import ActivationStore
 from ..utils.memory import return_free_memory
 from . import gguf_tokenizer
+from .config_files import complete_config, complete_tokenizer_config
 from .runtimes import convert_for_runtime
 
 REFERENCE = "reference.safetensors"  # beside each checkpoint: what its model gave in memory
@@ -151,15 +152,18 @@ def save(model, tokenizer, folder: Path, ids: torch.Tensor, base_model: str) -> 
     for name, parameter in model.named_parameters():
         files.write(name, parameter)
     files.close()
-    write_tokenizer(tokenizer, folder, base_model)
+    write_tokenizer(tokenizer, folder, base_model, model.config)
     runner = LayerRunner(model, ids, ModelSource.of(model).home, split=False)
     _write_reference(folder, runner, runner.last_states())
 
 
-def write_tokenizer(tokenizer, folder: Path, base_model: str) -> None:
-    """Writes the tokenizer, where there is one, and the tokenizer metadata of ``base_model`` if that is a .gguf file (or came from one)."""
+def write_tokenizer(tokenizer, folder: Path, base_model: str, config) -> None:
+    """Writes the tokenizer of a model with this config, where there is one, and the tokenizer metadata of ``base_model`` if that is a
+    .gguf file (or came from one).
+    """
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+        complete_tokenizer_config(folder, config.max_position_embeddings)
     gguf_tokenizer.carry(base_model, folder)
 
 
@@ -171,10 +175,7 @@ def _write_reference(folder: Path, runner: LayerRunner, states: ActivationStore)
 def _write_config(model, folder: Path) -> None:
     """Config, modeling file and generation config of a model that may be without weights. Before the weights: it clears older ones."""
     model.save_pretrained(folder, state_dict={}, save_original_format=False)
-    if hasattr(model.config, "block_configs"):  # transformers goes by auto_map, vLLM by this
-        path = folder / "config.json"
-        config = json.loads(path.read_text())
-        path.write_text(json.dumps(config | {"architectures": ["DeciLMForCausalLM"]}, indent=2) + "\n")
+    complete_config(folder, model.config)
 
 
 class CheckpointSink:
