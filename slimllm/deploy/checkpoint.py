@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from ..errors import UserError
 from ..models.loading import open_source
-from ..models.shape import limits_of, shape_of
+from ..models.shape import shape_of
 from ..models.source import ModelSource
 from ..models.weights import INDEX, TensorFile
 from ..pruning import surgery
@@ -245,6 +245,5 @@ class CheckpointSink:
 def pruned_skeleton(source: ModelSource, widths: list[tuple[int, int, int]], config: PruneConfig):
     """The model that pruning ``source`` to these widths (heads, KV heads, channels of each layer) gives, without its weights."""
     model = copy.deepcopy(source.model)
-    new_bias = config.recovery != "none" and limits_of(config.runtime, shape_of(source.config)).new_bias
-    surgery.slice_skeleton(source.adapter, model, widths, new_bias)
+    surgery.slice_skeleton(source.adapter, model, widths, config.adds_bias(shape_of(source.config)))
     return convert_for_runtime(model, config.runtime)

@@ -120,6 +120,12 @@ class PruneConfig:
     recovery: str | None = flag(
         "method", "what the kept output weights become [the method's: linear; best: least_squares]", choices=RECOVERIES
     )
+    new_bias: bool = flag(
+        "method",
+        "let the recovery add biases to output projections that have none (--no_new_bias: the fit goes through zero)",
+        True,
+        negatable=True,
+    )
     ridge: float | None = flag(
         "method", "least_squares: ridge as a multiple of the median input variance [4096 / calibration tokens, at most 1]"
     )
@@ -257,6 +263,10 @@ class PruneConfig:
         """Whether layers are pruned from what the dense model gives them, as some method is published; not with another recovery."""
         method = METHODS[self.method]
         return method.dense_stream and self.recovery == method.recovery
+
+    def adds_bias(self, shape: ModelShape) -> bool:
+        """Whether the output projections that are pruned get a bias where the dense model has none."""
+        return self.recovery != "none" and self.new_bias and limits_of(self.runtime, shape).new_bias
 
     def ridge_for(self, tokens: int) -> float:
         """The ridge of a fit from so many tokens."""
