@@ -37,7 +37,7 @@ def run(config) -> None:
     from slimllm.pruning.journal import Journal
     from slimllm.reporting import tables
     from slimllm.utils import processes
-    from slimllm.utils.device import device_of, pruning_dtype
+    from slimllm.utils.device import device_of, pruning_dtype, saving_dtype
     from slimllm.utils.files import atomic_dir
     from slimllm.utils.memory import memory_errors
 
@@ -49,12 +49,17 @@ def run(config) -> None:
         device, eval_device = device_of("device", config.device), device_of("eval_device", config.eval_device)
         own = loading.own_dtype(config.base_model, model_config)
         dtype = pruning_dtype(config.dtype, device, own)
+        stored = loading.stored_dtype(config.base_model, model_config)
+        saved = saving_dtype(config.save_dtype, stored, dtype)
         likely = plans or without_scores(shape, config)
-        takes = footprint(shape, likely, config, sizes_of(config, own, dtype, device, eval_device))
+        takes = footprint(shape, likely, config, sizes_of(config, own, dtype, device, eval_device, saved))
         check_room(takes, config.tmp_dir, device)
         if config.dry_run:
             how = f"the plan of {config.plan}" if plans else "all layers taken to matter the same"
-            log.info("%s", tables.dry_run(shape, likely, config, dtype, how, takes))
+            log.info(
+                "%s",
+                tables.dry_run(shape, likely, config, dtype, how, takes, loading.bytes_on_disk(config.base_model, stored or dtype, shape)),
+            )
             return
         if config.push_to_hub:
             hub.check_push(config.push_to_hub)
@@ -63,27 +68,27 @@ def run(config) -> None:
             if not processes.is_first():
                 log.setLevel(logging.ERROR)
                 with processes.other():
-                    _prune_into(processes.from_first(None), config, model_config, eval_device, dtype)
+                    _prune_into(processes.from_first(None), config, model_config, eval_device, dtype, saved)
                 return
             way = "choose another --save_ckpt_log_name"
             with atomic_dir(target, config.overwrite, way, config.resume, Journal.worth_keeping) as folder:
                 lines.to_file(folder / "log.txt")
                 processes.from_first(lambda: folder)
-                record = _prune_into(folder, config, model_config, eval_device, dtype)
+                record = _prune_into(folder, config, model_config, eval_device, dtype, saved)
             Journal.of_run(target).remove()  # only now: a run killed before this goes on without doing anything twice
         log.info("\n%s\n\neverything lies in %s/", tables.table([(config.save_ckpt_log_name, record)]), target)
         if config.push_to_hub:
             log.info("uploaded to %s", hub.push(target, config.push_to_hub, config.public))
 
 
-def _prune_into(folder: Path, config, model_config, eval_device, dtype):
-    """The run itself. Everything is written to ``folder``, and what a stopped run left there is not done again.
+def _prune_into(folder: Path, config, model_config, eval_device, dtype, saved):
+    """The run itself, computed in ``dtype`` and ``saved`` in that. Everything is written to ``folder``, and what a stopped run left there is not done again.
 
     Returns the PruningRecord, in the first of several processes.
     """
     from slimllm import api
     from slimllm.data import calibration, texts
-    from slimllm.deploy.checkpoint import CheckpointSink, write_tokenizer
+    from slimllm.deploy.checkpoint import CheckpointSink, weight_bytes, write_tokenizer
     from slimllm.models import loading
     from slimllm.pruning.journal import Journal
     from slimllm.reporting import card, figures, record
@@ -125,7 +130,7 @@ def _prune_into(folder: Path, config, model_config, eval_device, dtype):
     dense = evaluate(source, "dense")
     sink = None
     if written and processes.is_first():
-        sink = CheckpointSink(checkpoint, source, config, samples.ids[:2, :64], device_of("device", config.device))
+        sink = CheckpointSink(checkpoint, source, config, samples.ids[:2, :64], device_of("device", config.device), saved)
     teacher = None
     if journal.get("distillation") is None:
         with _progress(len(source)) as progress:
@@ -156,6 +161,8 @@ def _prune_into(folder: Path, config, model_config, eval_device, dtype):
         )
         for text, ids, before, after in zip(measured, blocks, dense, pruned)
     )
+    if written:
+        of_run.bytes = {"dense": sum(path.stat().st_size for path in source.weights.files), "pruned": weight_bytes(checkpoint)}
     of_run.write(folder)
     figures.layer_figure(of_run, folder / "figures")
     if config.save_model:

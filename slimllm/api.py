@@ -36,14 +36,14 @@ from .reporting import card
 from .reporting.record import ModelInfo, Parameters, PruningRecord, Stopwatch
 from .training import distillation
 from .training.distillation import Distillation, Teacher
-from .utils.device import device_of, name_of
+from .utils.device import device_of, name_of, saving_dtype
 from .utils.files import atomic_dir
 
 # Flags that are settings of prune() too; the others concern the model, texts to measure on, or where things go.
 _SETTINGS = {
     f.name
     for f in dataclasses.fields(PruneConfig)
-    if f.metadata.get("group") in ("sparsity", "method", "distillation", "calibration") or f.name in ("device", "tmp_dir")
+    if f.metadata.get("group") in ("sparsity", "method", "distillation", "calibration") or f.name in ("device", "tmp_dir", "save_dtype")
 } - {"calibration"}
 
 DISTILL_SELF_SHARE = 0.5  # of the samples that a model is distilled on; the rest are calibration text
@@ -251,8 +251,8 @@ def write_checkpoint(result: PruneResult, folder: Path) -> None:
 
     Raises RuntimeError where the two give different logits.
     """
-    ids = result.calibration.ids[:2, :64]
-    checkpoint.save(result.model, result.tokenizer, folder, ids, result.config.base_model)
+    ids, dtype = result.calibration.ids[:2, :64], saving_dtype(result.config.save_dtype, None, result.model.dtype)
+    checkpoint.save(result.model, result.tokenizer, folder, ids, result.config.base_model, dtype)
     result.model = checkpoint.reload_and_compare(result.model, folder)
 
 

@@ -46,7 +46,7 @@ def test_transformers_5_reads_the_same_with_both_forms(case, tmp_path):
         if slim:
             runtimes.as_slim_model(model)
         model.config.save_pretrained(tmp_path)
-        config_files.complete_config(tmp_path, model.config)
+        config_files.complete_config(tmp_path, model.config, model.dtype)
         assert read_json(tmp_path / "config.json")["rope_theta"] == rope_of(model.config)["rope_theta"]
         read = AutoConfig.from_pretrained(tmp_path)
         same = AutoModelForCausalLM.from_config(read).eval()

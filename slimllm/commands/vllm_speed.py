@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..cli import check_range, flag
 from ..deploy import vllm
+from ..deploy.checkpoint import weight_bytes
 from ..errors import UserError
 from ..reporting.tables import speed_table
 
@@ -41,6 +42,6 @@ def run(settings: VllmSpeedConfig) -> None:
     for folder in settings.folders:
         wanted = (settings.prompt_tokens, settings.new_tokens, settings.repeats)
         answer = vllm.ask(settings.vllm, folder, sum(wanted[:2]) + 8, settings.dtype, speed=wanted)
-        size = sum(path.stat().st_size for path in Path(folder).glob("model*.safetensors"))
+        size = weight_bytes(folder)
         found.append({"name": Path(folder).resolve().name, "bytes": size, "prompt": answer["speed"][0], "generation": answer["speed"][1]})
     log.info("%s", "\n".join(speed_table("model", found)))

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -17,13 +17,14 @@ from ..errors import UserError
 from ..models.loading import open_source
 from ..models.shape import shape_of
 from ..models.source import ModelSource
-from ..models.weights import INDEX, TensorFile
+from ..models.weights import INDEX, Rounded, TensorFile, round_to
 from ..pruning import surgery
 from ..pruning.allocation.plan import LayerPlan
 from ..pruning.config import PruneConfig
 from ..pruning.journal import Journal
 from ..pruning.runner import LayerRunner
 from ..pruning.statistics import ActivationStore
+from ..utils.device import name_of
 from ..utils.memory import return_free_memory
 from . import gguf_tokenizer
 from .config_files import complete_config, complete_tokenizer_config
@@ -105,15 +106,30 @@ def compare_with_reference(model, folder: str | os.PathLike) -> tuple[float, flo
     return difference, tolerance(runner.dtype) * float(reference["last_logits"].abs().max())
 
 
+def weight_bytes(folder: str | os.PathLike) -> int:
+    """Of the files of weights in a checkpoint folder."""
+    return sum(path.stat().st_size for path in Path(folder).glob("model*.safetensors"))
+
+
+def reference_dtype(folder: str | os.PathLike) -> torch.dtype | str:
+    """What the outputs in ``folder`` were computed in, which a comparison has to do too; "auto" is what its weights are saved in."""
+    try:
+        with safe_open(Path(folder) / REFERENCE, "pt") as file:
+            named = (file.metadata() or {}).get("dtype")
+    except (OSError, SafetensorError):
+        named = None  # compare_with_reference says so
+    return getattr(torch, named) if named else "auto"
+
+
 class WeightFiles:
     """The weights of a checkpoint, written one tensor at a time: one file, or several where it is large, and their index.
 
-    ``model`` says what tensors there will be; it may be without weights.
+    ``model`` says what tensors there will be; it may be without weights. ``dtype``: what they are written in, the model's by default.
     """
 
-    def __init__(self, folder: Path, model):
+    def __init__(self, folder: Path, model, dtype: torch.dtype | None = None):
         folder.mkdir(parents=True, exist_ok=True)
-        self.layout = {name: (p.dtype, p.shape) for name, p in model.named_parameters()}  # tied ones once
+        self.layout = {name: (dtype or p.dtype, p.shape) for name, p in model.named_parameters()}  # tied ones once
         shards, size, total = [{}], 0, 0
         for name, (dtype, shape) in self.layout.items():
             tensor_bytes = dtype.itemsize * shape.numel()
@@ -128,7 +144,8 @@ class WeightFiles:
         self._folder = folder
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        self._files[name].write(name, tensor)
+        """Writes one tensor, whose values the dtype that it is written in can hold."""
+        self._files[name].write(name, tensor.to(self.layout[name][0]))
 
     def sync(self) -> None:
         for file in set(self._files.values()):
@@ -142,13 +159,18 @@ class WeightFiles:
 
 
 @torch.no_grad()
-def save(model, tokenizer, folder: Path, ids: torch.Tensor, base_model: str) -> None:
+def save(model, tokenizer, folder: Path, ids: torch.Tensor, base_model: str, dtype: torch.dtype | None = None) -> None:
     """Writes a checkpoint of a model in memory: weights (safetensors, sharded when large) and what stands beside them.
 
-    Besides, for :func:`compare_with_reference`, what the model in memory gives for ``ids`` [samples, length].
+    Besides, for :func:`compare_with_reference`, what the model in memory gives for ``ids`` [samples, length]; where ``dtype`` is another
+    than the model's, what it gives with weights of that dtype.
     """
-    _write_config(model, folder)
-    files = WeightFiles(folder, model)
+    if dtype not in (None, model.dtype):
+        model = copy.deepcopy(model)
+        for name, parameter in model.named_parameters():
+            round_to(dtype, parameter.data, name)
+    _write_config(model, folder, dtype)
+    files = WeightFiles(folder, model, dtype)
     for name, parameter in model.named_parameters():
         files.write(name, parameter)
     files.close()
@@ -169,31 +191,36 @@ def write_tokenizer(tokenizer, folder: Path, base_model: str, config) -> None:
 
 def _write_reference(folder: Path, runner: LayerRunner, states: ActivationStore) -> None:
     """What the model in memory gives for the runner's token ids; ``states``: of these, after the last layer."""
-    save_file({"ids": runner.ids.contiguous(), **_outputs(runner, states)}, folder / REFERENCE)
+    found = {"ids": runner.ids.contiguous(), **_outputs(runner, states)}
+    save_file(found, folder / REFERENCE, {"dtype": name_of(runner.dtype)})
 
 
-def _write_config(model, folder: Path) -> None:
+def _write_config(model, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Config, modeling file and generation config of a model that may be without weights. Before the weights: it clears older ones."""
     model.save_pretrained(folder, state_dict={}, save_original_format=False)
-    complete_config(folder, model.config)
+    complete_config(folder, model.config, dtype or model.dtype)
 
 
 class CheckpointSink:
     """The model of a checkpoint, written into a folder layer by layer while ``source`` is pruned; a pipeline's Sink.
 
     ``ids`` [samples, length]: what the comparison after saving is made on; they follow the layers as these are computed.
+    ``dtype``: what the weights are written in, the source's by default. What is rounded is a copy: pruning goes on from the layers as
+    they were computed, while what is compared follows from the weights as they are saved.
     ``model``, from :meth:`begin` on: the pruned model without its weights, in the class that the runtime asks for.
     """
 
-    def __init__(self, folder: Path, source: ModelSource, config: PruneConfig, ids: torch.Tensor, device):
-        self.folder, self.source, self.config = Path(folder), source, config
-        self._runner = LayerRunner(source, ids, device, split=False)
+    def __init__(self, folder: Path, source: ModelSource, config: PruneConfig, ids: torch.Tensor, device, dtype: torch.dtype | None = None):
+        self.folder, self.source, self.config, self.dtype = Path(folder), source, config, dtype or source.dtype
+        self._rounds = self.dtype != source.dtype
+        self._saved = ModelSource(source.model, Rounded(source.weights, self.dtype), source.dtype) if self._rounds else source
+        self._runner = LayerRunner(self._saved, ids, device, split=False)
 
     def begin(self, plans: list[LayerPlan], done: int, journal: Journal | None) -> None:
         self.model = pruned_skeleton(self.source, [(p.heads, p.kv_heads, p.channels) for p in plans], self.config)
         if not done:
-            _write_config(self.model, self.folder)
-        self._files = WeightFiles(self.folder, self.model)
+            _write_config(self.model, self.folder, self.dtype)
+        self._files = WeightFiles(self.folder, self.model, self.dtype)
         if done:
             self._runner.prepare()
             self._states = journal.restore(done - 1, "reference", self._runner.store(), self._runner.device)
@@ -202,10 +229,15 @@ class CheckpointSink:
         layers = self.source.adapter.layers_name()
         for name, _ in self.model.named_parameters():
             if not name.startswith(layers):
-                self._files.write(name, self.source.tensor(name))
+                self._files.write(name, self._saved.tensor(name, self.dtype))
 
     def layer(self, index: int, layer: nn.Module) -> None:
-        prefix, tensors = self.source.adapter.layer_name(index), dict(layer.named_parameters())
+        prefix = self.source.adapter.layer_name(index)
+        if self._rounds:
+            layer = copy.deepcopy(layer)
+            for name, parameter in layer.named_parameters():
+                round_to(self.dtype, parameter.data, prefix + name)
+        tensors = dict(layer.named_parameters())
         for name, (dtype, shape) in self._files.layout.items():
             if name.startswith(prefix):  # a bias that only the runtime asks for is zero
                 tensor = tensors.get(name.removeprefix(prefix))
@@ -229,10 +261,15 @@ class CheckpointSink:
 
     @torch.no_grad()
     def replace(self, model, names: list[str]) -> None:
-        """Writes the parameters ``names`` of ``model``, the finished one trained further, in place of what is there; compares again."""
-        files = WeightFiles(self.folder, model)
+        """Writes the parameters ``names`` of ``model``, the finished one trained further, in place of what is there; compares again.
+
+        They are rounded in ``model`` to what is written.
+        """
+        files = WeightFiles(self.folder, model, self.dtype)
         for name in names:
-            files.write(name, model.get_parameter(name))
+            parameter = model.get_parameter(name).data
+            round_to(self.dtype, parameter, name)
+            files.write(name, parameter)
         files.close()
         runner = LayerRunner(model, self._runner.ids, ModelSource.of(model).home, split=False)
         _write_reference(self.folder, runner, runner.last_states())

@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from ..models.families import family_of
 from ..models.shape import rope_of
+from ..utils.device import name_of
 
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 
 
-def complete_config(folder: Path, config) -> None:
-    """Adds to config.json what transformers 4, mlx-lm, candle and vLLM look for, and takes out what points to files that are not there."""
+def complete_config(folder: Path, config, dtype: torch.dtype) -> None:
+    """Adds to config.json what transformers 4, mlx-lm, candle and vLLM look for, and takes out what points to files that are not there.
+
+    ``dtype``: what the weights are saved in.
+    """
 
     def complete(written: dict) -> dict:
+        written["dtype"] = name_of(dtype)
         if hasattr(config, "block_configs"):  # transformers goes by auto_map, vLLM by this
             written["architectures"] = ["DeciLMForCausalLM"]
         return written | older_rope(config)
@@ -61,7 +67,7 @@ def _rewrite(path: Path, complete) -> None:
     auto_map = {name: entry for name, entry in _entries(written.pop("auto_map", None)) if _is_there(entry, path.parent)}
     if auto_map:
         written["auto_map"] = auto_map
-    path.write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(written, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _entries(auto_map) -> list[tuple]:

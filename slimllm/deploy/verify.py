@@ -53,7 +53,7 @@ def greedy(model, ids: torch.Tensor, tokens: int, banned: list[int], cached: boo
 
 def checks_of_folder(folder: str, model, tokenizer, blocks: torch.Tensor) -> list[Check]:
     """The checks that need transformers only. ``model`` is the one of ``folder`` in float32, ``blocks`` [n, length] text."""
-    own = open_source(folder, "auto", "DIR")  # in the dtype that it was saved in
+    own = open_source(folder, checkpoint.reference_dtype(folder), "DIR")
     checks = [Check("saved model against the model in memory: logits", *checkpoint.compare_with_reference(own, folder))]
     prompt = blocks[0, : blocks.shape[1] // 2]
     cached, plain = (greedy(model, prompt, GREEDY_TOKENS, tokenizer.all_special_ids, use) for use in (True, False))

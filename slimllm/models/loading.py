@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import logging
@@ -19,8 +20,9 @@ from ..utils.device import evaluation_dtype
 from ..utils.memory import free_memory, return_free_memory
 from . import hub
 from .families import dense_family_of, family_of
+from .shape import ModelShape
 from .source import ModelSource
-from .weights import GgufTensors, PickledTensors, Tensors, parsed_once
+from .weights import GgufTensors, PickledTensors, Tensors, gguf_reader, parsed_once
 
 log = logging.getLogger("slimllm")
 
@@ -32,6 +34,26 @@ def is_gguf(base_model: str) -> bool:
 def own_dtype(base_model: str, config) -> torch.dtype | None:
     """What the weights are stored in, by the model's config; None for a .gguf file, whose weights are dequantized as they are read."""
     return None if is_gguf(base_model) else getattr(config, "dtype", None)
+
+
+def stored_dtype(base_model: str, config) -> torch.dtype | None:
+    """The dtype that holds what the model's files hold: that of the config, if it names one, or of most numbers of a .gguf file;
+    bfloat16 where these have fewer than 16 bits.
+    """
+    if not is_gguf(base_model):
+        return own_dtype(base_model, config)
+    numbers = collections.Counter()
+    for tensor in _read("weights", base_model, "--base_model", lambda: gguf_reader(base_model).tensors):
+        numbers[tensor.tensor_type.name] += int(tensor.n_elements)
+    kind = max(numbers, key=numbers.get, default="")
+    return {"F32": torch.float32, "F16": torch.float16}.get(kind, torch.bfloat16)
+
+
+def bytes_on_disk(base_model: str, stored: torch.dtype, shape: ModelShape) -> int:
+    """Of the model's files, told from its config alone but for a .gguf file."""
+    if is_gguf(base_model):
+        return os.path.getsize(base_model)
+    return (shape.decoder_parameters + shape.other_parameters) * stored.itemsize
 
 
 def _source(base_model: str, option_name: str) -> tuple[str, dict]:

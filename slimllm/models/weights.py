@@ -166,6 +166,35 @@ class PickledTensors:
         return self._open(self._at[name][0])[name].to(dtype=dtype, copy=True)
 
 
+class Rounded:
+    """The tensors of another reader with the values that ``dtype`` can hold. Raises UserError for one that is too large for it."""
+
+    def __init__(self, tensors, dtype: torch.dtype):
+        self._tensors, self.dtype, self.files = tensors, dtype, tensors.files
+
+    @property
+    def names(self) -> list[str]:
+        return self._tensors.names
+
+    def shape(self, name: str) -> list[int]:
+        return self._tensors.shape(name)
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        tensor = self._tensors.read(name, dtype)
+        round_to(self.dtype, tensor, name)
+        return tensor
+
+
+def round_to(dtype: torch.dtype, tensor: torch.Tensor, name: str) -> None:
+    """Gives ``tensor``, in place, the values that ``dtype`` can hold. Raises UserError, by its ``name``, where one is too large for it."""
+    tensor = torch.atleast_1d(tensor)
+    for rows in tensor.split(max(1, PIECE * len(tensor) // max(1, tensor.numel()))):
+        held = rows.to(dtype)
+        if dtype == torch.float16 and held.isinf().any():
+            raise UserError(f"{name}: a value is beyond float16, which ends at 65504; save in another dtype with --save_dtype bfloat16")
+        rows.copy_(held)
+
+
 class GgufTensors:
     """The tensors of a .gguf file, each dequantized when it is read.
 

@@ -71,7 +71,9 @@ class PruneConfig:
     """
 
     base_model: str | None = flag("model", "local folder, hub name or .gguf file (required)")
-    dtype: str = flag("model", "dtype of weights and compute: float32 on a CPU, the checkpoint's own on a GPU", "auto", choices=DTYPES)
+    dtype: str = flag(
+        "model", "dtype that the layers are computed in: float32 on a CPU, the checkpoint's own on a GPU", "auto", choices=DTYPES
+    )
     device: str = flag("model", "where the layers are computed; auto takes a GPU if there is one", "auto")
     eval_device: str = flag("model", "where perplexity is computed", "auto")
     tmp_dir: str | None = flag("model", "folder for activations that do not fit in memory, in bfloat16 [TMPDIR, or the system's]")
@@ -183,6 +185,9 @@ class PruneConfig:
     top_p: float = flag("evaluation", "nucleus of these continuations, 0 to 1", 0.95)
 
     save_ckpt_log_name: str = flag("output", "NAME: everything goes to prune_log/NAME/", "llama_prune")
+    save_dtype: str = flag(
+        "output", "dtype of the checkpoint; auto: the base model's, or bfloat16 for a .gguf file of fewer bits", "auto", choices=DTYPES
+    )
     save_model: bool = flag("output", "write the pruned model (--no_save_model: only the record)", True, negatable=True)
     overwrite: bool = flag("output", "replace an existing prune_log/NAME/", False)
     resume: bool = flag("output", "go on with a run of this name that was stopped, with the same other flags", False)

@@ -148,6 +148,7 @@ class PruningRecord(_Record):
 
     ``config``: the PruneConfig. ``evaluation``: one entry per text, as EvalText.figure makes it, with perplexities ``dense``,
     ``pruned`` and ``tuned``. ``layers``: one LayerReport each. ``distillation``: a Distillation, where there was one.
+    ``bytes``: of the files of weights, ``dense`` and ``pruned``, where a checkpoint was written.
     """
 
     FILE: ClassVar[str] = "pruning.json"
@@ -161,6 +162,7 @@ class PruningRecord(_Record):
     layers: list[dict]
     distillation: dict | None = None
     post_training: dict | None = None
+    bytes: dict[str, int] | None = None
     command: str = field(default_factory=command)
     environment: dict = field(default_factory=environment)
     peak_memory: dict[str, int] = field(default_factory=peak_memory)
