@@ -82,7 +82,8 @@ def run(config) -> None:
 
 
 def _prune_into(folder: Path, config, model_config, eval_device, dtype, saved):
-    """The run itself, computed in ``dtype`` and ``saved`` in that. Everything is written to ``folder``, and what a stopped run left there is not done again.
+    """The run itself, computed in ``dtype`` and saved in ``saved``. Everything is written to ``folder``, and what a stopped run left
+    there is not done again.
 
     Returns the PruningRecord, in the first of several processes.
     """

@@ -71,9 +71,7 @@ class PruneConfig:
     """
 
     base_model: str | None = flag("model", "local folder, hub name or .gguf file (required)")
-    dtype: str = flag(
-        "model", "dtype that the layers are computed in: float32 on a CPU, the checkpoint's own on a GPU", "auto", choices=DTYPES
-    )
+    dtype: str = flag("model", "dtype of compute: float32 on a CPU, the checkpoint's own on a GPU", "auto", choices=DTYPES)
     device: str = flag("model", "where the layers are computed; auto takes a GPU if there is one", "auto")
     eval_device: str = flag("model", "where perplexity is computed", "auto")
     tmp_dir: str | None = flag("model", "folder for activations that do not fit in memory, in bfloat16 [TMPDIR, or the system's]")

@@ -22,7 +22,7 @@ from .record import PruningRecord
 
 
 def table(records: list[tuple[str, PruningRecord]]) -> str:
-    """One row per run: parameters, what was removed, bytes of the weights, perplexity dense and pruned, time, memory. Takes (name, record) pairs."""
+    """One row per run: parameters, what was removed, bytes, perplexity dense and pruned, time, memory. Takes (name, record) pairs."""
     texts = list(dict.fromkeys(figure["data"] for _, r in records for figure in r.evaluation))
     header = [
         "run",
