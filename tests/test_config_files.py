@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from slimllm import modeling
 from slimllm.deploy import checkpoint, config_files, runtimes
+from slimllm.errors import UserError
+from slimllm.models import loading
 from slimllm.models.shape import rope_of
 from tests.conftest import FAMILY_CASES, LLAMA3, family_config, logits, make_ids, make_model
 
@@ -32,6 +34,26 @@ ROPES = {  # transformers 4's form of it, at the top of config.json
 
 def read_json(path):
     return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("class_name", ["XTokenizer", None])
+def test_a_model_s_code_is_never_run_nor_asked_about(class_name, tmp_path, tiny_tokenizer, monkeypatch):
+    """With a class of transformers beside it (``class_name`` None: the tokenizer's own) that is taken; else it is one line."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+    model = make_model()
+    model.config.auto_map = {"AutoConfig": "evil.X", "AutoModelForCausalLM": "evil.X"}
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "evil.py").write_text("raise SystemExit('it was run')\n")
+    path = tmp_path / "tokenizer_config.json"
+    named = {"tokenizer_class": class_name} if class_name else {}
+    path.write_text(json.dumps(read_json(path) | {"auto_map": {"AutoTokenizer": [None, "evil.X"]}} | named))
+    assert torch.equal(logits(loading.load_model(str(tmp_path), "auto"), make_ids()), logits(model, make_ids()))
+    if class_name is None:
+        assert loading.load_tokenizer(str(tmp_path))("abc") == tiny_tokenizer("abc")
+        return
+    with pytest.raises(UserError, match="its tokenizer needs code that comes with the model, and no model's code is run here"):
+        loading.load_tokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize("case", ROPES)

@@ -36,7 +36,7 @@ SHARD_BYTES = 5_000_000_000  # of weights in one file, at most; a single tensor 
 
 def load(folder: str | os.PathLike, dtype: torch.dtype | str = "auto", **kwargs):
     """The model of a checkpoint folder, through the class registered by ``import slimllm``."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **kwargs).eval()
 
 
 def reload_and_compare(model, folder: str | os.PathLike):

@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
+from .. import modeling
 from ..models.families import family_of
 from ..models.shape import rope_of
 from ..utils.device import name_of
+from ..utils.files import file_hash
 
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 
@@ -61,6 +63,15 @@ def older_rope(config) -> dict:
     return older
 
 
+def brings_only_our_code(folder: Path) -> bool:
+    """Whether all code that loading ``folder`` would run is this program's own modeling file, unchanged."""
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*.py")]
+    maps = [json.loads(path.read_text(encoding="utf-8")).get("auto_map") for path in folder.glob("*config.json")]
+    named = {str(name).rpartition(".")[0] for auto_map in maps for _, entry in _entries(auto_map) for name in _classes(entry)}
+    ours = Path(modeling.__file__)
+    return files == [ours.name] and named <= {ours.stem} and file_hash(folder / ours.name) == file_hash(ours)
+
+
 def _rewrite(path: Path, complete) -> None:
     """Passes the JSON object in a file through ``complete``; of its ``auto_map`` only what refers to files beside it stays."""
     written = complete(json.loads(path.read_text(encoding="utf-8")))
@@ -77,5 +88,8 @@ def _entries(auto_map) -> list[tuple]:
 
 def _is_there(entry, folder: Path) -> bool:
     """Whether the classes of an ``auto_map`` entry (MODULE.CLASS, or several, or None) are in files of ``folder``."""
-    names = [name for name in (entry if isinstance(entry, list | tuple) else [entry]) if name is not None]
-    return all((folder / f"{name.rpartition('.')[0]}.py").is_file() for name in names)
+    return all((folder / f"{name.rpartition('.')[0]}.py").is_file() for name in _classes(entry))
+
+
+def _classes(entry) -> list[str]:
+    return [name for name in (entry if isinstance(entry, list | tuple) else [entry]) if name is not None]

@@ -99,7 +99,9 @@ def checks_of_file(path: str, model, tokenizer, text: str, blocks: torch.Tensor)
     return _compared(Path(path).name, asked, model, tokenizer, tokens, values, said, GGUF_TOLERANCE.get(kind, OTHER_TOLERANCE))
 
 
-def checks_of_vllm(python: str, folder: str, model, tokenizer, text: str, blocks: torch.Tensor) -> list[Check]:
+def checks_of_vllm(
+    python: str, folder: str, model, tokenizer, text: str, blocks: torch.Tensor, trust_remote_code: bool = False
+) -> list[Check]:
     """The checks of a checkpoint in vLLM, run by the interpreter ``python``, against ``model``, both in float32.
 
     Raises UserError where there is no vLLM or it does not take the model.
@@ -107,7 +109,8 @@ def checks_of_vllm(python: str, folder: str, model, tokenizer, text: str, blocks
     context = min(model.config.max_position_embeddings, 2 * blocks.shape[1] + GREEDY_TOKENS)
     asked = _Asked.of(tokenizer, text, blocks, context)
     greedy_of = (asked.prompt.tolist(), asked.new_tokens, asked.banned)
-    said = vllm.ask(python, folder, context, text=asked.text, prompts=asked.blocks.tolist(), greedy=greedy_of)
+    wanted = dict(text=asked.text, prompts=asked.blocks.tolist(), greedy=greedy_of)
+    said = vllm.ask(python, folder, context, trust_remote_code=trust_remote_code, **wanted)
     return _compared("vLLM", asked, model, tokenizer, said["text"], said["prompts"], said["greedy"], VLLM_TOLERANCE)
 
 

@@ -89,6 +89,11 @@ def _read(what: str, base_model: str, option_name: str, read):
             raise UserError(
                 f"{option_name} {base_model}: the model is gated; accept its terms on its page of the hub, then log in with: hf auth login"
             ) from None
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{option_name} {base_model}: its {what} needs code that comes with the model, and no model's code is run here; "
+                "name one in a form that transformers knows by itself"
+            ) from None
         raise UserError(f"{option_name} {base_model}: cannot read the {what}: {first_line(error)}") from None
 
 
@@ -98,7 +103,7 @@ def load_config(base_model: str, option_name: str = "--base_model", pruned: bool
     Raises UserError for a missing, unsupported or quantized model, and for one that is pruned already unless ``pruned`` allows it.
     """
     source, kwargs = _source(base_model, option_name)
-    config = _read("config", base_model, option_name, lambda: AutoConfig.from_pretrained(source, **kwargs))
+    config = _read("config", base_model, option_name, lambda: AutoConfig.from_pretrained(source, trust_remote_code=False, **kwargs))
     quantization = getattr(config, "quantization_config", None)
     if text := getattr(config, "text_config", None):
         text.dtype, config = text.dtype or config.dtype, text
@@ -114,7 +119,7 @@ def load_config(base_model: str, option_name: str = "--base_model", pruned: bool
 
 def load_tokenizer(base_model: str, option_name: str = "--base_model"):
     source, kwargs = _source(base_model, option_name)
-    return _read("tokenizer", base_model, option_name, lambda: AutoTokenizer.from_pretrained(source, **kwargs))
+    return _read("tokenizer", base_model, option_name, lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=False, **kwargs))
 
 
 def open_source(base_model: str, dtype: torch.dtype | str, option_name: str = "--base_model", config=None) -> ModelSource:
