@@ -62,7 +62,7 @@ def run(config) -> None:
             )
             return
         if config.push_to_hub:
-            hub.check_push(config.push_to_hub)
+            config.push_to_hub = hub.check_push(config.push_to_hub)
         target = OUTPUT / config.save_ckpt_log_name
         with processes.group(device):
             if not processes.is_first():

@@ -132,7 +132,7 @@ def prune(
         dtype=name_of(source.dtype),
         device=str(device),
         shape=dataclasses.asdict(shape),
-        **({"license": source.weights.license} if isinstance(source.weights, GgufTensors) else card.origin_of(config.base_model)),
+        **(source.weights.origin if isinstance(source.weights, GgufTensors) else card.origin_of(config.base_model)),
     )
     size = source.model.num_parameters()
     if not isinstance(calibration, Calibration):

@@ -205,8 +205,7 @@ class GgufTensors:
         self.files = [Path(path)]
         reader = gguf_reader(path)
         self._arch = reader.fields["general.architecture"].contents()
-        license_field = reader.fields.get("general.license")
-        self.license: str | None = license_field and license_field.contents()
+        self.origin = origin_of(reader)
         found = {
             tensor.name: (
                 int(tensor.data_offset),
@@ -217,7 +216,7 @@ class GgufTensors:
             )
             for tensor in reader.tensors
         }
-        del reader, license_field
+        del reader
         _parsed.cache_clear()  # it holds every token of the vocabulary as an object
         return_free_memory()
         by_name = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -247,6 +246,24 @@ class GgufTensors:
         if family.norm_offset and family.is_norm(name):
             tensor -= family.norm_offset  # the file holds what multiplies
         return from_pairs(tensor, heads) if self._arch in ROPE_IN_PAIRS and heads else tensor
+
+
+def origin_of(reader: gguf.GGUFReader) -> dict:
+    """What a .gguf file says of where it comes from, as a model card names it: licence, languages, the hub name of its base model."""
+
+    def value(name: str):
+        field = reader.fields.get(f"general.{name}")
+        return field and field.contents()
+
+    address = value("base_model.0.repo_url") or value("repo_url") or value("source.url") or ""
+    on_hub = address.partition("huggingface.co/")[2].strip("/")
+    return {
+        "license": value("license"),
+        "license_name": value("license.name"),
+        "license_link": value("license.link"),
+        "language": value("languages"),
+        "base_model": on_hub if on_hub.count("/") == 1 else None,
+    }
 
 
 def in_pairs(tensor: torch.Tensor, heads: int) -> torch.Tensor:

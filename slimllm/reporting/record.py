@@ -108,7 +108,9 @@ class Stopwatch:
 
 @dataclass
 class ModelInfo:
-    """The dense model of a run. ``hub_name`` and ``license`` as far as they are known; ``shape``: its ModelShape."""
+    """The dense model of a run, ``shape``: its ModelShape. From ``hub_name`` on, as far as it is known; ``base_model``: what it was made
+    of itself.
+    """
 
     name: str
     type: str
@@ -117,6 +119,10 @@ class ModelInfo:
     shape: dict
     hub_name: str | None = None
     license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    language: list[str] | str | None = None
+    base_model: list[str] | str | None = None
 
 
 @dataclass
