@@ -11,12 +11,14 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import filter_repo_objects
 
 import hf_prune
 import post_training
 import slimllm
 from slimllm.__main__ import main as slim
 from slimllm.data import calibration
+from slimllm.models import hub as models_hub
 from slimllm.reporting import card, tables
 from slimllm.reporting.record import PruningRecord
 from tests.conftest import TEXT, make_ids, make_model, run_cli
@@ -242,3 +244,9 @@ def test_a_record_of_before_the_first_release_is_read(prune):
     run["model"]["licence"] = run["model"].pop("license")
     (folder / "pruning.json").write_text(json.dumps(run))
     assert PruningRecord.read(folder).model.license == "llama3.2"
+
+
+def test_the_tokenizer_of_a_gguf_model_is_not_uploaded():
+    """The hub takes a repository with a .gguf file for a model for llama.cpp."""
+    files = ["tokenizer.gguf", "small-f16.gguf", "README.md", "figures/small.png", "log.txt"]
+    assert list(filter_repo_objects(files, ignore_patterns=models_hub.NOT_UPLOADED)) == ["small-f16.gguf", "README.md", "figures/small.png"]
