@@ -112,11 +112,11 @@ class ModelSource:
         """The output head [V, D], which may be the embeddings'."""
         return self._part(self.adapter.head(self.model), self.adapter.head_name(), device, dtype)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor ``name`` of the model, such as its embeddings."""
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The tensor ``name`` of the model, such as its embeddings, in ``dtype`` or the model's."""
         if not self.streams:
-            return self.model.get_parameter_or_buffer(name).data
-        return self._tensor(name, self.dtype)
+            return self.model.get_parameter_or_buffer(name).data.to(dtype or self.dtype)
+        return self._tensor(name, dtype or self.dtype)
 
     def whole(self, dtype: torch.dtype | None = None):
         """The whole model in memory, in ``dtype`` or its own; the one that was given, where one was."""
