@@ -204,7 +204,7 @@ def teach(source: ModelSource, calibration: Calibration, config: PruneConfig, pr
 def distil(
     model, teacher: Teacher, config: PruneConfig, progress: Progress, timed: Stopwatch, saved: torch.dtype | None = None
 ) -> Distillation:
-    """Distils a pruned model in memory, in place, as the settings say; ``saved``: the dtype that it will be saved in, by default its own."""
+    """Distils a pruned model in memory, in place, as the settings say; ``saved``: the dtype that it will be saved in, or its own."""
     with timed("distillation"):
         return distillation.distil(
             model, teacher, config.distill, config.distill_epochs, config.distill_learning_rate, config.seed, progress, saved

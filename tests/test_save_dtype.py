@@ -13,7 +13,7 @@ from slimllm.__main__ import main as slim
 from slimllm.deploy import checkpoint
 from slimllm.errors import UserError
 from slimllm.models import loading
-from slimllm.models.weights import Tensors, round_to
+from slimllm.models.weights import Tensors, round_to, weight_files
 from slimllm.utils.device import saving_dtype
 from tests.conftest import logits, make_ids, make_model
 from tests.test_export_gguf import bpe_tokenizer, save
@@ -39,7 +39,7 @@ def prune(tmp_path, text_file, tiny_tokenizer, monkeypatch, capsys):
 
 
 def dtypes(folder):
-    tensors = Tensors(folder)
+    tensors = Tensors(weight_files(folder))
     return {tensors.read(name).dtype for name in tensors.names}
 
 
@@ -58,7 +58,7 @@ def test_a_run_on_a_cpu_saves_what_it_was_given(prune, distill):
     assert [record["bytes"]["pruned"] for record in records] == sizes and sizes[0] < records[0]["bytes"]["dense"] < sizes[1]
     assert f"{sizes[0] / 1e6:.1f} MB" in said
     if distill == "none":
-        rounded, whole = Tensors(short), Tensors(long)
+        rounded, whole = Tensors(weight_files(short)), Tensors(weight_files(long))
         assert all(torch.equal(rounded.read(name), whole.read(name).to(BF16)) for name in whole.names)
 
 
