@@ -82,7 +82,8 @@ def run(config) -> None:
             if config.tmp_dir is not None:
                 journal.clear_orphans(config.tmp_dir)
         with complete(f"everything lies in {target}/"):
-            log.info("\n%s\n\neverything lies in %s/", tables.table([(config.save_ckpt_log_name, record)]), target)
+            lines = [tables.table([(config.save_ckpt_log_name, record)]), "", *filter(None, [tables.odd_widths(record.layers)])]
+            log.info("\n%s\neverything lies in %s/", "\n".join(lines), target)
             if config.push_to_hub:
                 log.info("uploaded to %s", hub.push(target, config.push_to_hub, config.public))
 

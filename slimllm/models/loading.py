@@ -251,9 +251,9 @@ def _weights(base_model: str, source: str, config, names: list[str]):
     return (Tensors if files[0].suffix == ".safetensors" else PickledTensors)(files)
 
 
-def load_model(base_model: str, dtype: torch.dtype | str, option_name: str = "--base_model"):
-    """The whole model, dense or pruned, in ``dtype`` ("auto": its own) on the CPU. Raises UserError as :func:`open_source` does."""
-    return open_source(base_model, dtype, option_name).whole()
+def load_model(base_model: str, dtype: torch.dtype | str, option_name: str = "--base_model", device: torch.device | str = "cpu"):
+    """The whole model, dense or pruned, in ``dtype`` ("auto": its own) on ``device``. Raises UserError as :func:`open_source` does."""
+    return open_source(base_model, dtype, option_name).whole(device=device)
 
 
 @contextmanager
@@ -306,7 +306,7 @@ class Voice:
             self._model = self._stack.enter_context(placed_for_evaluation(self.source.model, self.device))
         else:
             log.info("text of the model's own needs all of it in memory: %.2f GB on %s", self.bytes / 1e9, self.device)
-            self._model = self.source.whole(evaluation_dtype(self.source.dtype, self.device)).to(self.device)
+            self._model = self.source.whole(evaluation_dtype(self.source.dtype, self.device), self.device)
         return self._model
 
     def close(self) -> None:

@@ -20,6 +20,8 @@ from ..utils.memory import peak_memory
 from . import record
 from .record import PruningRecord
 
+GPU_MULTIPLE = 8  # of 16-bit numbers, whose rows are then aligned as the fast matrix products of NVIDIA GPUs want them
+
 
 def table(records: list[tuple[str, PruningRecord]]) -> str:
     """One row per run: parameters, what was removed, bytes, perplexity dense and pruned, time, memory. Takes (name, record) pairs."""
@@ -52,6 +54,17 @@ def table(records: list[tuple[str, PruningRecord]]) -> str:
             ]
         )
     return "\n".join([*aligned(rows), *_limits([f for _, r in records for f in r.evaluation])])
+
+
+def odd_widths(layers: list[dict]) -> str | None:
+    """A line on channels that a GPU computes slowly, where some of the ``layers`` (LayerReports) keep such numbers of them."""
+    odd = sum(len(layer["channels"]) % GPU_MULTIPLE > 0 for layer in layers)
+    if not odd:
+        return None
+    return (
+        f"{odd} of {len(layers)} layers keep a number of channels that is no multiple of {GPU_MULTIPLE}: "
+        "NVIDIA GPUs compute these slowly; for a model that is faster there, prune with --round_to 64"
+    )
 
 
 def _limits(figures: list[dict]) -> list[str]:
