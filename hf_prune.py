@@ -38,7 +38,7 @@ def run(config) -> None:
     from slimllm.pruning.footprint import check_room, footprint, sizes_of
     from slimllm.reporting import tables
     from slimllm.utils import processes
-    from slimllm.utils.device import device_of, pruning_dtype
+    from slimllm.utils.device import device_of, pruning_dtype, saving_dtype
     from slimllm.utils.memory import memory_errors
     from slimllm.utils.outputs import atomic_dir, complete
 
@@ -52,21 +52,26 @@ def run(config) -> None:
         device, eval_device = device_of("device", config.device), device_of("eval_device", config.eval_device)
         own = loading.own_dtype(config.base_model, model_config)
         dtype = pruning_dtype(config.dtype, device, own)
+        stored = loading.stored_dtype(config.base_model, model_config)
+        saved = saving_dtype(config.save_dtype, stored, dtype)
         likely = plans or without_scores(shape, config)
-        takes = footprint(shape, likely, config, sizes_of(config, own, dtype, device, eval_device))
+        takes = footprint(shape, likely, config, sizes_of(config, own, dtype, device, eval_device, saved))
         check_room(takes, config.tmp_dir, device)
         if config.dry_run:
             how = f"the plan of {config.plan}" if plans else "all layers taken to matter the same"
-            log.info("%s", tables.dry_run(shape, likely, config, dtype, how, takes))
+            log.info(
+                "%s",
+                tables.dry_run(shape, likely, config, dtype, how, takes, loading.bytes_on_disk(config.base_model, stored or dtype, shape)),
+            )
             return
         if config.push_to_hub:
-            hub.check_push(config.push_to_hub)
+            config = config.having(push_to_hub=hub.check_push(config.push_to_hub))
         target = OUTPUT / config.save_ckpt_log_name
         with processes.group(device):
             if not processes.is_first():
                 log.setLevel(logging.ERROR)
                 with processes.other():
-                    _prune_into(processes.from_first(None), config, model_config, eval_device, dtype, takes)
+                    _prune_into(processes.from_first(None), config, model_config, eval_device, dtype, saved, takes)
                 return
             way = "choose another --save_ckpt_log_name"
             rules = dict(resume=bool(config.resume), inputs=config.inputs(), transient=journal.NAME)
@@ -75,24 +80,25 @@ def run(config) -> None:
             with atomic_dir(target, config.overwrite, way, **rules) as folder:
                 lines.to_file(folder / "log.txt")
                 processes.from_first(lambda: folder)
-                record = _prune_into(folder, config, model_config, eval_device, dtype, takes)
+                record = _prune_into(folder, config, model_config, eval_device, dtype, saved, takes)
             if config.tmp_dir is not None:
                 journal.clear_orphans(config.tmp_dir)
         with complete(f"everything lies in {target}/"):
-            log.info("\n%s\n\neverything lies in %s/", tables.table([(config.save_ckpt_log_name, record)]), target)
+            lines = [tables.table([(config.save_ckpt_log_name, record)]), "", *filter(None, [tables.odd_widths(record.layers)])]
+            log.info("\n%s\neverything lies in %s/", "\n".join(lines), target)
             if config.push_to_hub:
                 log.info("uploaded to %s", hub.push(target, config.push_to_hub, config.public))
 
 
-def _prune_into(folder: Path, config, model_config, eval_device, dtype, takes):
-    """The run itself, which is expected to take ``takes``. Everything is written to ``folder``, and what a stopped run left there is
-    not done again.
+def _prune_into(folder: Path, config, model_config, eval_device, dtype, saved, takes):
+    """The run itself, computed in ``dtype`` and saved in ``saved``, and expected to take ``takes``. Everything is written to ``folder``,
+    and what a stopped run left there is not done again.
 
     Returns the PruningRecord, in the first of several processes.
     """
     from slimllm import api
     from slimllm.data import calibration, texts
-    from slimllm.deploy.checkpoint import CheckpointSink, write_tokenizer
+    from slimllm.deploy.checkpoint import CheckpointSink, weight_bytes, write_tokenizer
     from slimllm.models import loading
     from slimllm.pruning.journal import Journal
     from slimllm.reporting import card, figures, record
@@ -108,7 +114,7 @@ def _prune_into(folder: Path, config, model_config, eval_device, dtype, takes):
         tokenizer = loading.load_tokenizer(config.base_model)
         if written and processes.is_first():
             checkpoint.mkdir(exist_ok=True)
-            write_tokenizer(tokenizer, checkpoint, config.base_model)
+            write_tokenizer(tokenizer, checkpoint, config.base_model, model_config)
         blocks = [texts.blocks_of(text, tokenizer, model_config, config.max_seq_len, config.eval_limit) for text in measured]
         source = loading.open_source(config.base_model, dtype, config=model_config)
     size = source.model.num_parameters() / 1e6
@@ -133,7 +139,7 @@ def _prune_into(folder: Path, config, model_config, eval_device, dtype, takes):
     dense = evaluate(source, "dense")
     sink = None
     if written and processes.is_first():
-        sink = CheckpointSink(checkpoint, source, config, samples.ids[:2, :64], device_of("device", config.device))
+        sink = CheckpointSink(checkpoint, source, config, samples.ids[:2, :64], device_of("device", config.device), saved)
     teacher = None
     if journal.get("distillation") is None:
         with _progress(len(source)) as progress:
@@ -146,7 +152,7 @@ def _prune_into(folder: Path, config, model_config, eval_device, dtype, takes):
                 sink.finish(compare=journal.get("distillation") is None)
             processes.wait()
         if config.distill != "none":
-            result.distillation = _distil(checkpoint, dtype, teacher, config, timed, sink, journal)
+            result.distillation = _distil(checkpoint, dtype, saved, teacher, config, timed, sink, journal)
         if config.save_model:
             log.info("saved, loaded again and compared: the same logits")
         pruned = evaluate(loading.open_source(str(checkpoint), dtype, "DIR"), "pruned")
@@ -165,6 +171,8 @@ def _prune_into(folder: Path, config, model_config, eval_device, dtype, takes):
         for text, ids, before, after in zip(measured, blocks, dense, pruned)
     )
     of_run.predicted_memory = {"cpu_bytes": takes.host, "gpu_bytes": takes.device}
+    if written:
+        of_run.bytes = {"dense": sum(path.stat().st_size for path in source.weights.files), "pruned": weight_bytes(checkpoint)}
     of_run.write(folder)
     figures.layer_figure(of_run, folder / "figures")
     if config.save_model:
@@ -229,7 +237,7 @@ def _prune(source, tokenizer, samples, config, timed, sink, journal):
         )
 
 
-def _distil(checkpoint: Path, dtype, teacher, config, timed, sink, journal):
+def _distil(checkpoint: Path, dtype, saved, teacher, config, timed, sink, journal):
     """Distils the model in ``checkpoint`` and writes it there, or takes what a stopped run came to. Returns the Distillation."""
     from safetensors.torch import load_file, save_file
 
@@ -247,7 +255,7 @@ def _distil(checkpoint: Path, dtype, teacher, config, timed, sink, journal):
         found = Distillation(**known)
     else:
         with _progress(0) as progress:
-            found = api.distil(student, teacher, config, progress, timed)
+            found = api.distil(student, teacher, config, progress, timed, saved)
         teacher.close()
         if processes.is_first():
             with atomic_file(weights) as partial:

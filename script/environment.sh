@@ -1,9 +1,10 @@
-# Sourced by the other scripts: makes .venv and installs what is missing. A second run finds it done and starts at once.
+# Sourced by the other scripts: makes .venv (or $venv) and installs what is missing. A second run finds it done and starts at once.
 # PYTHON=... names another interpreter than python3.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON="${PYTHON:-python3}"
+venv="${venv:-.venv}"
 if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     echo "environment: $PYTHON is not Python 3.11 or newer; name one with PYTHON=... bash $0" >&2
     exit 2
@@ -11,13 +12,13 @@ fi
 
 # install STAMP PIP-ARGUMENTS...: once for each content of the requirement files
 install() {
-    local stamp=".venv/.installed-$1" wanted
+    local stamp="$venv/.installed-$1" wanted
     shift
-    wanted="$* $(cat requirement.txt tests/requirement.txt)"
-    [ -x .venv/bin/python ] || { echo "making .venv"; "$PYTHON" -m venv .venv; }
+    wanted="$* $(cat requirement.txt tests/requirement.txt tests/lowest.txt)"
+    [ -x "$venv/bin/python" ] || { echo "making $venv"; "$PYTHON" -m venv "$venv"; }
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "installing $* (a few minutes the first time)"
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
         printf '%s' "$wanted" > "$stamp"
     fi
 }

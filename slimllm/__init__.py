@@ -4,7 +4,7 @@ Importing the package teaches transformers' auto classes to load pruned checkpoi
 :func:`prune` and :func:`save` are the two commands as functions; :class:`UserError` is what they raise for what you can mend.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+import transformers
 
 from .errors import UserError
 from .modeling import slim_models
@@ -13,10 +13,9 @@ from .models.families import FAMILIES
 __version__ = "0.1.0"
 __all__ = ["PruneConfig", "PruneResult", "UserError", "prune", "save"]
 
-for _model, _causal_lm in map(slim_models, FAMILIES):
-    AutoConfig.register(_causal_lm.config_class.model_type, _causal_lm.config_class, exist_ok=True)
-    AutoModel.register(_causal_lm.config_class, _model, exist_ok=True)
-    AutoModelForCausalLM.register(_causal_lm.config_class, _causal_lm, exist_ok=True)
+for _auto, _made in [pair for family in FAMILIES for pair in slim_models(family).items()]:
+    transformers.AutoConfig.register(_made.config_class.model_type, _made.config_class, exist_ok=True)
+    getattr(transformers, _auto).register(_made.config_class, _made, exist_ok=True)
 
 
 def __getattr__(name):  # loading a pruned checkpoint needs none of the rest

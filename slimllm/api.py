@@ -43,7 +43,7 @@ from .reporting import card
 from .reporting.record import ModelInfo, Parameters, PruningRecord, Stopwatch
 from .training import distillation
 from .training.distillation import Distillation, Teacher
-from .utils.device import device_of, name_of
+from .utils.device import device_of, name_of, saving_dtype
 from .utils.outputs import atomic_dir
 
 log = logging.getLogger("slimllm")
@@ -52,7 +52,7 @@ log = logging.getLogger("slimllm")
 _SETTINGS = {
     f.name
     for f in dataclasses.fields(PruneConfig)
-    if f.metadata.get("group") in ("sparsity", "method", "distillation", "calibration") or f.name in ("device", "tmp_dir")
+    if f.metadata.get("group") in ("sparsity", "method", "distillation", "calibration") or f.name in ("device", "tmp_dir", "save_dtype")
 } - {"calibration"}
 
 DISTILL_SELF_SHARE = 0.5  # of the samples that a model is distilled on; the rest are calibration text
@@ -161,7 +161,7 @@ def _prune(model, tokenizer, calibration, on_layer, progress, config, timed, sin
         dtype=name_of(source.dtype),
         device=str(device),
         shape=dataclasses.asdict(shape),
-        **({"license": source.weights.license} if isinstance(source.weights, GgufTensors) else card.origin_of(config.base_model)),
+        **(source.weights.origin if isinstance(source.weights, GgufTensors) else card.origin_of(config.base_model)),
     )
     size = source.model.num_parameters()
     if not isinstance(calibration, Calibration):
@@ -182,7 +182,8 @@ def _prune(model, tokenizer, calibration, on_layer, progress, config, timed, sin
         _take_over(source.adapter, pruned.model, model)
         convert_for_runtime(model, config.runtime)
     parameters = Parameters.of(size, model.num_parameters(), shape.decoder_parameters)
-    distillation = teacher and distil(model, teacher, config, progress, timed)
+    saved = saving_dtype(config.save_dtype, None, model.dtype)
+    distillation = teacher and distil(model, teacher, config, progress, timed, saved)
     if teacher:
         teacher.close()
     return PruneResult(model, tokenizer, config, calibration, layers, info, parameters, timed.seconds, distillation)
@@ -222,11 +223,13 @@ def teach(source: ModelSource, calibration: Calibration, config: PruneConfig, pr
         return Teacher(source, calibration.distill_ids, device_of("device", config.device), progress, config.tmp_dir)
 
 
-def distil(model, teacher: Teacher, config: PruneConfig, progress: Progress, timed: Stopwatch) -> Distillation:
-    """Distils a pruned model in memory, in place, as the settings say."""
+def distil(
+    model, teacher: Teacher, config: PruneConfig, progress: Progress, timed: Stopwatch, saved: torch.dtype | None = None
+) -> Distillation:
+    """Distils a pruned model in memory, in place, as the settings say; ``saved``: the dtype that it will be saved in, or its own."""
     with timed("distillation"):
         return distillation.distil(
-            model, teacher, config.distill, config.distill_epochs, config.distill_learning_rate, config.seed, progress
+            model, teacher, config.distill, config.distill_epochs, config.distill_learning_rate, config.seed, progress, saved
         )
 
 
@@ -343,8 +346,9 @@ def save(result: PruneResult, folder: str | os.PathLike, overwrite: bool = False
     config, samples = result.config, result.calibration
     inputs = [config.base_model, config.calibration, samples.source, config.plan]
     with atomic_dir(Path(folder), overwrite, "choose another folder", inputs=inputs) as staging, in_eval_mode(result.model):
-        checkpoint.save(result.model, result.tokenizer, staging, samples.ids[:2, :64], config.base_model)
-        checkpoint.reload_and_compare(staging, result.model.dtype)
+        dtype = saving_dtype(config.save_dtype, None, result.model.dtype)
+        checkpoint.save(result.model, result.tokenizer, staging, samples.ids[:2, :64], config.base_model, dtype)
+        checkpoint.reload_and_compare(staging, result.model.dtype, result.model.device)
         samples.save(staging)
         record = result.record()
         record.config["save_ckpt_log_name"] = Path(folder).name

@@ -13,8 +13,11 @@ import functools
 import torch
 import transformers
 from torch import nn
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+if int(transformers.__version__.partition(".")[0]) < 5:
+    raise ImportError(f"a model whose layers differ in width needs transformers 5 or newer, and this is {transformers.__version__}")
 
 PER_LAYER_SETTINGS = (
     "num_attention_heads_per_layer",
@@ -23,6 +26,14 @@ PER_LAYER_SETTINGS = (
     "o_proj_bias_per_layer",
     "down_proj_bias_per_layer",
 )
+
+AUTO_CLASSES = {
+    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+    "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    "AutoModel": modeling_auto.MODEL_MAPPING,  # last: its name is the beginning of all
+}
 
 
 class LayerConfig:
@@ -59,6 +70,15 @@ class Block(dict):
 
 
 class SlimConfigMixin:
+    def __post_init__(self, **settings):
+        for name in PER_LAYER_SETTINGS:
+            if len(settings.get(name, ())) not in (0, self.num_hidden_layers):
+                raise ValueError(
+                    f"config.json: {name} has {len(settings[name])} entries, and num_hidden_layers is {self.num_hidden_layers}; "
+                    "what takes layers away or adds some has to do so in every list that has an entry per layer"
+                )
+        super().__post_init__(**settings)
+
     def __setattr__(self, name, value):
         if name == "block_configs":
             value = [Block({part: Block(settings) for part, settings in block.items()}) for block in value]
@@ -94,17 +114,18 @@ def __getattr__(name):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if issubclass(stock, transformers.PreTrainedConfig):
         return type(name, (SlimConfigMixin, stock), {"__module__": __name__, "model_type": f"slim_{stock.model_type}"})
-    config = __getattr__(f"Slim{stock.config_class.__name__}")
-    made = type(name, (SlimModelMixin, stock), {"__module__": __name__, "config_class": config})
-    if name.endswith("ForCausalLM"):  # so that save_pretrained writes this file and the auto_map again
-        config.register_for_auto_class()
-        made.register_for_auto_class("AutoModelForCausalLM")
-    else:
-        made.register_for_auto_class("AutoModel")
+    config, body = __getattr__(f"Slim{stock.config_class.__name__}"), modeling_auto.MODEL_MAPPING[stock.config_class]
+    # one name for the body in all classes: a stock one for answers to questions has another, and finds none of a causal LM's weights
+    members = {"__module__": __name__, "config_class": config, "base_model_prefix": body.base_model_prefix}
+    made = type(name, (SlimModelMixin, stock), members)
+    if stock is not body and not name.endswith("ForCausalLM"):  # it asks AutoModel for its body: this file's, without asking anybody
+        transformers.AutoModel.register(config, __getattr__(f"Slim{body.__name__}"), exist_ok=True)
+    config.register_for_auto_class()  # so that save_pretrained writes this file and the auto_map again
+    made.register_for_auto_class(next((auto for auto in AUTO_CLASSES if name.endswith(auto.removeprefix("AutoModel"))), "AutoModel"))
     return made
 
 
 def slim_models(model_type):
-    """(model without a head, causal LM) with widths per layer, of the family that transformers calls ``model_type``."""
+    """Name of an auto class -> its class with widths per layer, of the family that transformers calls ``model_type``."""
     config = CONFIG_MAPPING[model_type]
-    return tuple(__getattr__(f"Slim{mapping[config].__name__}") for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING))
+    return {auto: __getattr__(f"Slim{mapping[config].__name__}") for auto, mapping in AUTO_CLASSES.items() if config in mapping}

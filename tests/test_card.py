@@ -13,12 +13,14 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import filter_repo_objects
 
 import hf_prune
 import post_training
 import slimllm
 from slimllm.__main__ import main as slim
 from slimllm.data import calibration
+from slimllm.models import hub as models_hub
 from slimllm.reporting import card, record, tables
 from slimllm.reporting.record import PruningRecord
 from tests.conftest import TEXT, make_ids, make_model, run_cli
@@ -26,11 +28,23 @@ from tests.test_export_gguf import bpe_tokenizer, save
 
 PRUNE = ("--target_sparsity", 0.2, "--num_examples", 4, "--seq_len", 16, "--max_seq_len", 16, "--pruned_layers", 1, "--device", "cpu")
 
+HEAD = """---
+license: >-
+  llama3.2
+license_name: the licence
+license_link: https://example.org/LICENSE
+language:
+- en
+- de
+base_model: me/first
+---
+"""
+
 
 @pytest.fixture
 def base(tmp_path):
     folder = save("llama_gqa", tmp_path / "base", bpe_tokenizer(), pruned=False)
-    (folder / "README.md").write_text("---\nlicense: llama3.2\nlanguage:\n- en\n---\n# The base\n")
+    (folder / "README.md").write_text(HEAD + "# The base\n")
     return folder
 
 
@@ -62,7 +76,11 @@ def test_the_card_says_where_the_model_comes_from_and_how_good_it_is(prune):
     folder = prune()
     found, run = ModelCard.load(folder / "README.md"), json.loads((folder / "pruning.json").read_text())
     assert found.data.license == "llama3.2" and found.data.library_name == "transformers" and "slimllm" in found.data.tags
+    assert (found.data.license_name, found.data.license_link) == ("the licence", "https://example.org/LICENSE")
+    assert (found.data.language, found.data.base_model) == (["en", "de"], "me/first")
     page, figure = found.text, run["evaluation"][0]
+    (picture,) = folder.glob("figures/*.png")
+    assert f"](figures/{picture.name})" in page and 'target_modules="all-linear"' in page and "pip install slimllm" not in page
     for said in (
         card.portable(run["command"]),
         run["calibration"]["sha256"],
@@ -83,6 +101,8 @@ def test_each_form_says_how_it_is_loaded(prune):
     for runtime, code, vllm in (("transformers", False, "vllm serve small\n"), ("vllm", True, "vllm serve small --trust-remote-code")):
         page = (prune("--runtime", runtime, "--overwrite") / "README.md").read_text()
         assert ("trust_remote_code" in page) is code and vllm in page
+        assert page.count("trust_remote_code=True") == 2 * code and "have biases" in page
+    assert "have biases" not in (prune("--no_new_bias", "--overwrite") / "README.md").read_text()
 
 
 def test_the_card_names_what_made_the_model_and_no_folder_of_this_machine(prune, base, text, tmp_path, monkeypatch):
@@ -152,7 +172,7 @@ def test_overlap_is_runs_of_the_same_tokens():
 
 
 def test_the_licence_of_a_gguf_model(gguf_file):
-    assert card.origin_of(str(gguf_file)) == {"hub_name": None, "license": "apache-2.0"}
+    assert card.origin_of(str(gguf_file)).items() >= {"license": "apache-2.0", "language": ["en"]}.items()
 
 
 def test_the_card_of_a_hub_model_is_asked_for_before_the_work_and_may_fail(monkeypatch):
@@ -163,9 +183,9 @@ def test_the_card_of_a_hub_model_is_asked_for_before_the_work_and_may_fail(monke
 
     monkeypatch.setattr(card.hub, "reachable", lambda: True)
     monkeypatch.setattr(card.ModelCard, "load", fails)
-    assert card.origin_of("meta-llama/Llama-2-7b-hf") == {"hub_name": "meta-llama/Llama-2-7b-hf", "license": None}
+    assert card.origin_of("meta-llama/Llama-2-7b-hf") == {"hub_name": "meta-llama/Llama-2-7b-hf"}
     asked = []
-    monkeypatch.setattr(card, "origin_of", lambda name: asked.append(name) or {"hub_name": None, "license": None})
+    monkeypatch.setattr(card, "origin_of", lambda name: asked.append(name) or {})
     monkeypatch.setattr("slimllm.pruning.pipeline.prune", lambda *args: pytest.fail("no request came first") if not asked else [])
     result = slimllm.prune(make_model(), calibration=make_ids())
     monkeypatch.setattr(card, "origin_of", lambda name: pytest.fail("asked again"))
@@ -241,6 +261,8 @@ def test_push_to_hub_uploads_the_checkpoint(hub, base, text, tmp_path, name, fla
     local = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "log.txt"}
     (created,) = hub.created
     assert created["name"] == "small" and bool(created.get("private") or created.get("visibility") == "private") is not bool(flags)
+    page = local["README.md"].decode()
+    assert 'AutoTokenizer.from_pretrained("me/small", trust_remote_code=True)' in page and "vllm serve me/small " in page
     assert hub.files == local and "uploaded to" in done.stdout and hub.committed == {"/api/models/me/small/commit/main"}
 
 
@@ -283,3 +305,9 @@ def test_a_record_of_before_the_first_release_is_read(prune):
     run["model"]["licence"] = run["model"].pop("license")
     (folder / "pruning.json").write_text(json.dumps(run))
     assert PruningRecord.read(folder).model.license == "llama3.2"
+
+
+def test_the_tokenizer_of_a_gguf_model_is_not_uploaded():
+    """The hub takes a repository with a .gguf file for a model for llama.cpp."""
+    files = ["tokenizer.gguf", "small-f16.gguf", "README.md", "figures/small.png", "log.txt"]
+    assert list(filter_repo_objects(files, ignore_patterns=models_hub.NOT_UPLOADED)) == ["small-f16.gguf", "README.md", "figures/small.png"]

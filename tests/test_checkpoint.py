@@ -5,9 +5,11 @@ import sys
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from slimllm import modeling
 from slimllm.deploy import checkpoint, runtimes
 from slimllm.errors import UserError
 from slimllm.models.families import family_of
@@ -83,7 +85,7 @@ def test_loads_where_the_project_cannot_be_imported_and_saves_again(dtype, tmp_p
 
 
 LOAD_ALL = """
-import sys, torch
+import sys, torch, transformers
 from pathlib import Path
 from transformers import AutoModelForCausalLM, logging
 logging.disable_progress_bar()
@@ -93,6 +95,10 @@ for folder in Path(sys.argv[1]).iterdir():
     assert "slimllm" not in sys.modules and type(model).__name__.startswith("Slim"), type(model)
     with torch.no_grad():
         torch.save(model(torch.arange(12)[None], use_cache=False).logits, folder / "logits.pt")
+    if folder.name == "llama_gqa":
+        for auto in set(model.config.auto_map) - {"AutoConfig"}:
+            made = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True)
+            assert type(made).__name__.startswith("Slim") and made.base_model.layers[1].mlp.down_proj.in_features < 48, made
 """
 
 
@@ -185,3 +191,26 @@ def test_staged_moves_into_place_and_leaves_nothing_behind(tmp_path):
     with outputs.atomic_dir(target, overwrite=True) as folder:
         (folder / "a").write_text("3")
     assert [p.name for p in target.parent.iterdir()] == ["run"] and (target / "a").read_text() == "3"
+
+
+@pytest.mark.parametrize("case", FAMILY_CASES)
+def test_every_head_that_the_family_has_is_in_the_auto_map_and_keeps_its_widths(case, tmp_path):
+    model = pruned(case)
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    for auto, stock in modeling.AUTO_CLASSES.items():
+        has_one = type(make_model(case).config) in stock
+        assert (auto in written) is has_one
+        if has_one and auto != "AutoModelForCausalLM":
+            other = getattr(transformers, auto).from_pretrained(tmp_path)
+            assert type(other).__name__ == written[auto].partition(".")[2]
+            body = other if auto == "AutoModel" else other.base_model
+            assert torch.equal(body.layers[1].mlp.down_proj.weight, model.model.layers[1].mlp.down_proj.weight)
+
+
+def test_lists_that_do_not_fit_the_number_of_layers_are_named(tmp_path):
+    pruned().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 1}))
+    with pytest.raises(ValueError, match="num_attention_heads_per_layer has 2 entries, and num_hidden_layers is 1; what takes layers away"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -134,7 +134,7 @@ def test_a_run_stopped_after_the_training_does_not_train_again(tiny_folder, text
     flags += ["--distill_examples", "24", "--num_examples", "8", "--seq_len", "16", "--target_sparsity", "0.3"]
 
     def stop(self, model, names):  # in the middle of writing
-        files = WeightFiles(self.folder, model)
+        files = WeightFiles(self.folder, model, self.dtype)
         files.write(names[0], model.get_parameter(names[0]))
         files.close()
         raise KeyboardInterrupt

@@ -162,3 +162,8 @@ def test_help_shows_what_the_page_of_flags_says():
     for action in parser._actions:
         if action.help and action.dest != "help":
             assert " ".join(cli.help_text(action).split()) in shown
+
+
+def test_the_lowest_versions_that_are_tested_are_those_that_are_allowed():
+    allowed = dict(re.findall(r'^    "(\w+)>=([\d.]+)', (ROOT / "pyproject.toml").read_text(), re.M))
+    assert allowed == dict(re.findall(r"^(\w+)==([\d.]+)$", (ROOT / "tests/lowest.txt").read_text(), re.M))

@@ -426,3 +426,63 @@ def test_the_speed_of_files_is_one_table(tmp_path, capsys):
     assert slim(["llama-cpp-speed", *map(str, files), *flags]) == 0
     header, _, dense, pruned = capsys.readouterr().out.strip().splitlines()
     assert "tokens/s" in header and dense.count("(1.00 x)") == 2 and len(re.findall(r"\([\d.]+ x\)", pruned)) == 2
+
+
+def origin(path):
+    fields = gguf.GGUFReader(path).fields
+    return {name: field.contents() for name, field in fields.items() if name.startswith("general.")}
+
+
+CARD = """---
+license: other
+license_name: mine
+license_link: https://example.org
+language: en
+tags: [a, b]
+base_model: me/first
+---
+"""
+
+
+def test_a_file_says_where_its_model_comes_from(tmp_path):
+    folder = save("llama_gqa", tmp_path / "m", bpe_tokenizer())
+    (folder / "README.md").write_text(CARD)
+    found = origin(export_gguf.export(folder, tmp_path / "x.gguf"))
+    assert (
+        found.items()
+        >= {
+            "general.license": "other",
+            "general.license.name": "mine",
+            "general.license.link": "https://example.org",
+            "general.languages": ["en"],
+            "general.tags": ["a", "b"],
+            "general.base_model.count": 1,
+            "general.base_model.0.name": "first",
+            "general.base_model.0.organization": "me",
+            "general.base_model.0.repo_url": "https://huggingface.co/me/first",
+        }.items()
+    )
+    assert found["general.size_label"].endswith("K")
+
+    writer = gguf.GGUFWriter(tmp_path / "source.gguf", "llama")  # what a .gguf source says goes first, and through the checkpoint
+    writer.add_name("The Source")
+    writer.add_organization("Them")
+    writer.add_license("apache-2.0")
+    writer.add_token_list(["a"])
+    for finish in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_ti_data_to_file, writer.close):
+        finish()
+    gguf_tokenizer.carry(str(tmp_path / "source.gguf"), folder)
+    found = origin(export_gguf.export(folder, tmp_path / "y.gguf"))
+    assert (found["general.license"], found["general.organization"], found["general.languages"]) == ("apache-2.0", "Them", ["en"])
+    assert (found["general.base_model.0.name"], found["general.base_model.0.organization"]) == ("The Source", "Them")
+
+
+def test_the_matrices_that_stay_f16_are_named(tmp_path, capsys):
+    folder = save("llama_gqa", tmp_path / "m", bpe_tokenizer(), target_sparsity=0.3, pruned_layers=3, round_to=1)
+    assert slim(["export-gguf", str(folder), "--outtype", "q8_0"]) == 0
+    said = capsys.readouterr().out
+    named = re.search(r"stayed f16, since their rows are no multiple of 32: (.*); with --runtime gguf they would be q8_0 too, about", said)
+    assert "down_proj.weight" in named[1]
+    folder = save("llama_gqa", tmp_path / "n", bpe_tokenizer(), target_sparsity=0.3, pruned_layers=3, runtime="gguf")
+    assert slim(["export-gguf", str(folder), "--outtype", "q8_0"]) == 0
+    assert "stayed f16" not in capsys.readouterr().out

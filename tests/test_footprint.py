@@ -30,7 +30,10 @@ def test_the_predicted_peak_is_that_of_the_run(name, tmp_path, monkeypatch, caps
     record = json.loads((tmp_path / "prune_log/llama_prune/pruning.json").read_text())
     assert bytes_said(said, "peak memory of a run, about") == pytest.approx(record["peak_memory"]["cpu_bytes"], rel=0.15)
     weights = sum(path.stat().st_size for path in (tmp_path / "prune_log/llama_prune").glob("model*.safetensors"))
-    assert bytes_said(said, "the checkpoint") == pytest.approx(weights, rel=0.02)
+    dense = (tmp_path / "model/model.safetensors").stat().st_size
+    assert record["bytes"] == {"dense": dense, "pruned": weights}
+    before, after = re.search(r"weights on disk +\| ([\d.]+) MB +\| ([\d.]+) MB", said).groups()
+    assert [1e6 * float(before), 1e6 * float(after)] == [pytest.approx(dense, rel=0.01), pytest.approx(weights, rel=0.02)]
 
 
 def bytes_said(text: str, row: str) -> float:

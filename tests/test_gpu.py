@@ -31,7 +31,7 @@ def test_the_whole_check_runs_on_tiny_models(tmp_path, monkeypatch):
     output = tmp_path / "gpu.json"
     assert programs.main(["gpu", "--device", "cpu", "--size", "tiny", "--work_dir", str(tmp_path), "--output", str(output)]) == 0
     found = json.loads(output.read_text())["steps"]
-    steps = {"decisions, paper", "decisions, best", "paper", "best", "distilled", "latency", "LoRA, merged"}
+    steps = {"decisions, paper", "decisions, best", "paper", "best", "distilled", "latency, best", "latency, paper", "LoRA, merged"}
     assert {entry["step"] for entry in found} == steps
     assert {entry["dtype"] for entry in found} == {"float32", "bfloat16", "float16"}
     assert found[0]["said"] == "heads as on the CPU 100.000%, channels as on the CPU 100.000%"

@@ -1,9 +1,15 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
 
+from slimllm.deploy import runtimes
+from slimllm.pruning import pipeline
+from slimllm.pruning.allocation.plan import LayerPlan, removed_parameters
 from slimllm.pruning.recovery import RECOVERIES
 from slimllm.pruning.statistics import Covariance, PairMoments
+from tests.conftest import make_config, make_ids, make_model, make_shape
 
 
 def case(bias, seed=0):
@@ -98,3 +104,21 @@ def test_least_squares_with_a_dead_input_and_a_tiny_ridge():
     covariance.update(x)
     r, output = recovered_output("least_squares", 1e-9, x, weight, b0, keep, covariance, moments)
     assert output.isfinite().all()
+
+
+@pytest.mark.parametrize("runtime", ["any", "transformers"])
+@pytest.mark.parametrize("case", ["llama_gqa", "llama_biases", "qwen3"])
+@pytest.mark.parametrize("recovery", RECOVERIES)
+def test_no_new_bias_adds_none_and_fits_through_zero(recovery, case, runtime):
+    dense, shape = make_model(case), make_shape(case)
+    config = make_config(shape=shape, recovery=recovery, runtime=runtime, target_sparsity=0.3, new_bias=False)
+    model = copy.deepcopy(dense)
+    reports = pipeline.prune(model, make_ids(), config)
+    biased = {name for name, _ in dense.named_parameters() if name.endswith("bias")}
+    assert {name for name, _ in model.named_parameters() if name.endswith("bias")} == biased
+    for report in reports:
+        for before, after in filter(None, (report.attention_error, report.mlp_error)):
+            assert after <= before * (1 + 1e-5)
+    plans = [LayerPlan(0.0, len(r.heads), len(r.kv_heads), len(r.channels)) for r in reports]
+    runtimes.convert_for_runtime(model, runtime)
+    assert removed_parameters(shape, plans, config) == dense.num_parameters() - model.num_parameters()

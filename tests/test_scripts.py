@@ -38,7 +38,7 @@ fi
 def calls(tmp_path, monkeypatch):
     """``calls(script, *arguments, **environment)``: the commands that a script runs, each a list of words that its program understands."""
     shutil.copytree(ROOT / "script", tmp_path / "script")
-    for file in ("requirement.txt", "tests/requirement.txt", ".venv/bin/python"):
+    for file in ("requirement.txt", "tests/requirement.txt", "tests/lowest.txt", ".venv/bin/python"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch(0o755)
     (tmp_path / ".venv/bin/python").write_text(STAND_IN)

@@ -131,7 +131,7 @@ def test_a_streamed_pruning_is_that_of_the_model_in_memory(case, runtime, tmp_pa
     settings = dict(recovery="least_squares", runtime=runtime, target_sparsity=0.3)
     config, ids = make_config(shape=shape, **settings), make_ids(samples=12)
     streamed, source = tmp_path / "streamed", loading.open_source(str(tmp_path / "dense"), torch.float32)
-    checkpoint.write_tokenizer(tiny_tokenizer, streamed, "dense")
+    checkpoint.write_tokenizer(tiny_tokenizer, streamed, "dense", source.config)
     sink = checkpoint.CheckpointSink(streamed, source, config, ids[:2], "cpu")
     reports = pipeline.prune(source, ids, config, sink=sink)
     sink.finish()

@@ -1,5 +1,6 @@
 """Pruned checkpoints in vLLM itself, wherever ``script/vllm.sh`` (or VLLM_PYTHON) provides it: 2 GB of packages of its own."""
 
+import json
 import os
 import re
 
@@ -26,6 +27,42 @@ def test_without_vllm_the_way_to_it_is_named(tmp_path, tiny_tokenizer, capsys):
     assert "no such interpreter" in error and "script/vllm.sh" in error and error.count("\n") == 1
     assert slim(["vllm-speed", str(folder), "--vllm", str(tmp_path / "python")]) == 2
     assert slim(["vllm-speed", str(tmp_path / "nowhere")]) == 2
+
+
+def edited(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+FOREIGN = {  # a checkpoint that brings more than this program's modeling file
+    "an altered file": lambda folder: (folder / "modeling.py").open("a").write("# and more"),
+    "a file beside it": lambda folder: (folder / "tokenization_x.py").touch(),
+    "another repository's": lambda folder: edited(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["me/x--modeling.X", None]}),
+}
+
+
+@pytest.mark.parametrize("spoil", FOREIGN.values(), ids=FOREIGN)
+def test_vllm_runs_only_this_program_s_code_without_leave(spoil, tmp_path, tiny_tokenizer):
+    python, request = tmp_path / "python", tmp_path / "request.json"
+    python.write_text(f'#!/bin/sh\ncp "$2" {request}\necho "{{}}" > "$3"\n')
+    python.chmod(0o755)
+    folder = prune_to(tmp_path / "pruned", tiny_tokenizer)
+
+    def trusted(**settings):
+        vllm.ask(str(python), folder, 32, **settings)
+        return json.loads(request.read_text())["trust_remote_code"]
+
+    assert trusted()
+    spoil(folder)
+    assert not trusted() and trusted(trust_remote_code=True)
+
+
+def test_the_way_to_run_code_of_others_is_named(tmp_path, tiny_tokenizer):
+    python, folder = tmp_path / "python", prune_to(tmp_path / "pruned", tiny_tokenizer)
+    python.write_text("#!/bin/sh\necho 'ValidationError: 1: Please pass the argument `trust_remote_code=True`'\nexit 1\n")
+    python.chmod(0o755)
+    (folder / "x.py").touch()
+    with pytest.raises(UserError, match="brings code that is not this program's; .* --trust_remote_code$"):
+        vllm.ask(str(python), folder, 32)
 
 
 SIZES = dict(vocab_size=VOCAB, hidden_size=256, intermediate_size=96, num_hidden_layers=3, head_dim=64, max_position_embeddings=256)

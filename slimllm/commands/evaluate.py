@@ -115,7 +115,7 @@ def _evaluate(config: EvalConfig, output: Path) -> dict:
         model = source = loading.open_source(config.model, getattr(torch, results["fingerprint"]["dtype"]), "MODEL")
         results["parameters"] = source.model.num_parameters()
         if missing or config.adapter:  # tasks need it whole; without them its layers come one at a time
-            model = source.whole()
+            model = source.whole(device=device)
             model = (_adapted(model, config.adapter) if config.adapter else model).to(device)
         for some in [[one] for one in wanted] if model is not source else [wanted] if wanted else []:
             texts, blocks = zip(*some)

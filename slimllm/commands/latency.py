@@ -107,7 +107,7 @@ def compare(config: LatencyConfig) -> dict:
     models, sizes = {}, {}
     for name, (what, source) in names.items():
         loading.load_config(source, what, pruned=True)
-        models[name] = loading.load_model(source, dtype, what).to(device)
+        models[name] = loading.load_model(source, dtype, what, device)
         sizes[name] = size_of(models[name])
     limit = min(model.config.max_position_embeddings for model in models.values())
     if max(config.length) + config.new_tokens > limit:

@@ -12,6 +12,7 @@ from ..cli import check_range, flag
 from ..data.texts import blocks_of, load_texts
 from ..deploy import vllm
 from ..deploy.verify import GREEDY_TOKENS, Check, checks_of_bytes, checks_of_file, checks_of_folder, checks_of_vllm
+from ..deploy.vllm import trust_flag
 from ..errors import UserError
 from ..models import loading
 from ..reporting.tables import aligned
@@ -31,6 +32,7 @@ class VerifyConfig:
         nargs="?",
         const=vllm.PYTHON,
     )
+    trust_remote_code: bool = trust_flag("checkpoint")
     text: str | None = flag("checkpoint", "file with the text to compare on [the Python manual]")
     blocks: int = flag("checkpoint", "pieces of the text", 2)
     seq_len: int = flag("checkpoint", "tokens per piece", 96)
@@ -71,5 +73,5 @@ def checks(config: VerifyConfig) -> list[Check]:
     for path in config.files:
         found += checks_of_file(path, model, tokenizer, text.text, blocks)
     if config.vllm:
-        found += checks_of_vllm(config.vllm, config.folder, model, tokenizer, text.text, blocks)
+        found += checks_of_vllm(config.vllm, config.folder, model, tokenizer, text.text, blocks, config.trust_remote_code)
     return found

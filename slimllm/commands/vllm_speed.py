@@ -8,6 +8,8 @@ from pathlib import Path
 
 from ..cli import check_range, flag
 from ..deploy import vllm
+from ..deploy.checkpoint import weight_bytes
+from ..deploy.vllm import trust_flag
 from ..errors import UserError
 from ..reporting.tables import speed_table
 
@@ -20,6 +22,7 @@ class VllmSpeedConfig:
 
     folders: tuple[str, ...] = flag("models", "model folders; the first is what the others are compared with", positional=True, nargs="*")
     vllm: str = flag("models", "interpreter of an environment with vLLM", vllm.PYTHON, metavar="PYTHON")
+    trust_remote_code: bool = trust_flag("models")
     dtype: str = flag("measurement", "dtype of weights and compute", "bfloat16", choices=("float32", "float16", "bfloat16"))
     prompt_tokens: int = flag("measurement", "tokens of the prompt", 256)
     new_tokens: int = flag("measurement", "tokens generated", 64)
@@ -40,7 +43,7 @@ def run(settings: VllmSpeedConfig) -> None:
     found = []
     for folder in settings.folders:
         wanted = (settings.prompt_tokens, settings.new_tokens, settings.repeats)
-        answer = vllm.ask(settings.vllm, folder, sum(wanted[:2]) + 8, settings.dtype, speed=wanted)
-        size = sum(path.stat().st_size for path in Path(folder).glob("model*.safetensors"))
+        answer = vllm.ask(settings.vllm, folder, sum(wanted[:2]) + 8, settings.dtype, settings.trust_remote_code, speed=wanted)
+        size = weight_bytes(folder)
         found.append({"name": Path(folder).resolve().name, "bytes": size, "prompt": answer["speed"][0], "generation": answer["speed"][1]})
     log.info("%s", "\n".join(speed_table("model", found)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from pathlib import Path
@@ -19,6 +20,9 @@ from ..utils.outputs import GGUF_MARK
 from . import gguf_tokenizer
 from .gguf_architecture import Arrangement, add_settings, architecture_of, rope_factors
 
+log = logging.getLogger("slimllm")
+
+F16 = gguf.GGMLQuantizationType.F16
 OUTTYPES = {
     "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
     "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
@@ -30,13 +34,14 @@ OUTTYPES = {
 def export(folder: str | os.PathLike, target: Path, outtype: str = "f16", arch: str = "auto") -> Path:
     """Writes the checkpoint in ``folder`` to ``target``, which appears only when it is complete. Returns ``target``.
 
-    Matrices get ``outtype`` (one whose rows do not fill blocks of 32 stays f16 in q8_0); norms and biases are float32.
+    Matrices get ``outtype`` (one whose rows do not fill blocks of 32 stays f16 in q8_0, which the log says); norms and biases are
+    float32.
     Raises UserError for a folder that is no checkpoint, a model or tokenizer that llama.cpp has no form for, a full disk.
     """
     folder = Path(folder)
     source, arch = _described(folder, arch)
     with atomic_file(target) as partial:
-        writer = _writer(partial, folder, source.config, arch, outtype)
+        writer = _writer(partial, folder, source, arch, outtype)
         _write_tensors(writer, source, arch, OUTTYPES[outtype][0])
         writer.close()
     return target
@@ -46,7 +51,7 @@ def check(folder: str | os.PathLike) -> None:
     """Raises UserError where :func:`export` would, for the checkpoint's config or tokenizer; writes nothing."""
     folder = Path(folder)
     source, arch = _described(folder, "auto")
-    _writer(None, folder, source.config, arch, "f16")
+    _writer(None, folder, source, arch, "f16")
 
 
 def _described(folder: Path, arch: str):
@@ -56,7 +61,7 @@ def _described(folder: Path, arch: str):
     return source, architecture_of(source.config, biased, arch)
 
 
-def _writer(path: Path | None, folder: Path, config, arch: str, outtype: str) -> gguf.GGUFWriter:
+def _writer(path: Path | None, folder: Path, source, arch: str, outtype: str) -> gguf.GGUFWriter:
     """A writer that has all but the tensors."""
     import slimllm
 
@@ -64,10 +69,12 @@ def _writer(path: Path | None, folder: Path, config, arch: str, outtype: str) ->
     writer.add_string(GGUF_MARK, slimllm.__version__)  # first, where it is looked for
     writer.add_type("model")
     writer.add_name(folder.resolve().name)
+    writer.add_size_label(gguf.size_label(sum(math.prod(source.weights.shape(name)) for name in stored_tensors(source.model)), 0, 0, 0))
+    gguf_tokenizer.add_origin(writer, folder)
     writer.add_file_type(OUTTYPES[outtype][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_settings(writer, config)
-    gguf_tokenizer.add(writer, folder, config.vocab_size)
+    add_settings(writer, source.config)
+    gguf_tokenizer.add(writer, folder, source.config.vocab_size)
     return writer
 
 
@@ -89,6 +96,7 @@ def _write_tensors(writer, source, arch: str, quantization) -> None:
         size = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
         writer.add_tensor_info(f"{place}.{suffix}", shape, np.dtype(np.float32), size, kind)
         listed.append((name, kind))
+    _say_what_stayed([name for name, kind in listed if kind == F16 != quantization], arrangement, quantization)
     for name, values in factors.items():
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
     writer.write_header_to_file()
@@ -98,6 +106,22 @@ def _write_tensors(writer, source, arch: str, quantization) -> None:
         writer.write_tensor_data(gguf.quantize(arrangement.value(name, tensors).numpy(), kind))
     for values in factors.values():
         writer.write_tensor_data(values)
+
+
+def _say_what_stayed(names: list[str], arrangement: Arrangement, quantization) -> None:
+    """Names the matrices that stayed f16, and what it would save if their rows filled the blocks of ``quantization``."""
+    if not names:
+        return
+    block, block_bytes = gguf.GGML_QUANT_SIZES[quantization]
+    saved = sum(math.prod(arrangement.shape(name)) for name in names) * (2 - block_bytes / block)
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    log.warning(
+        "stayed f16, since their rows are no multiple of %d: %s; with --runtime gguf they would be %s too, about %.2f MB less",
+        block,
+        shown,
+        quantization.name.lower(),
+        saved / 1e6,
+    )
 
 
 def quantized_bytes(model, outtype: str) -> int:

@@ -9,12 +9,14 @@ from pathlib import Path
 import gguf
 
 from ..errors import UserError
+from ..models import hub
 from ..models.loading import load_tokenizer
 from ..models.weights import gguf_reader
 from ..utils.files import atomic_file
 
-FILE = "tokenizer.gguf"  # beside a checkpoint that came from a .gguf file: that file's tokenizer metadata, and no tensors
+FILE = "tokenizer.gguf"  # beside a checkpoint that came from a .gguf file: that file's metadata of tokenizer and origin, and no tensors
 PREFIX = "tokenizer."
+ORIGIN = tuple(f"general.{name}" for name in ("license", "author", "organization", "languages", "tags", "base_model"))
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -32,11 +34,12 @@ PRE_TOKENIZERS = {
 
 
 def carry(source: str, folder: Path) -> None:
-    """Puts the tokenizer metadata of ``source``, a .gguf file or a checkpoint that has some, beside the checkpoint in ``folder``."""
+    """Puts the metadata of ``source``, a .gguf file or a checkpoint that has some, beside the checkpoint in ``folder``."""
     if str(source).endswith(".gguf"):
         with atomic_file(folder / FILE) as partial:
             writer = gguf.GGUFWriter(partial, "llama")
-            _copy(writer, Path(source))
+            _copy(writer, Path(source), (PREFIX, *ORIGIN))
+            _add_as_base_model(writer, gguf_reader(source).fields)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -48,7 +51,7 @@ def carry(source: str, folder: Path) -> None:
 def add(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
     """Adds the tokenizer of the checkpoint in ``folder`` to a GGUF file. Raises UserError where llama.cpp has no type for it."""
     if (folder / FILE).is_file():
-        _copy(writer, folder / FILE)
+        _copy(writer, folder / FILE, (PREFIX,))
         return
     tokenizer = load_tokenizer(str(folder), "DIR")
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -79,17 +82,57 @@ def add(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def _copy(writer: gguf.GGUFWriter, source: Path) -> None:
-    """Copies every tokenizer field of another GGUF file."""
+def add_origin(writer: gguf.GGUFWriter, folder: Path) -> None:
+    """Adds where the model comes from: what the .gguf file said that it was made of, or else its card."""
+    if (folder / FILE).is_file():
+        _copy(writer, folder / FILE, ORIGIN)
+    data = {name: value for name, value in hub.card_data(folder).items() if value}
+    known = {entry for entries in writer.kv_data for entry in entries}
+    for name, key, add in (
+        ("license", "general.license", writer.add_license),
+        ("license_name", "general.license.name", writer.add_license_name),
+        ("license_link", "general.license.link", writer.add_license_link),
+        ("language", "general.languages", lambda value: writer.add_languages(_list(value))),
+        ("tags", "general.tags", lambda value: writer.add_tags(_list(value))),
+    ):
+        if name in data and key not in known:
+            add(data[name])
+    bases = _list(data.get("base_model", []))
+    if bases and "general.base_model.count" not in known:
+        writer.add_base_model_count(len(bases))
+        for number, base in enumerate(bases):
+            organization, _, name = base.rpartition("/")
+            writer.add_base_model_name(number, name)
+            if organization:
+                writer.add_base_model_organization(number, organization)
+                writer.add_base_model_repo_url(number, f"https://huggingface.co/{base}")
+
+
+def _add_as_base_model(writer: gguf.GGUFWriter, fields: dict) -> None:
+    """Names the file with these fields as the base model, where it names none itself."""
+    if "general.base_model.count" in fields or "general.name" not in fields:
+        return
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, fields["general.name"].contents())
+    if organization := fields.get("general.organization"):
+        writer.add_base_model_organization(0, organization.contents())
+
+
+def _list(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def _copy(writer: gguf.GGUFWriter, source: Path, prefixes: tuple[str, ...]) -> None:
+    """Copies every field of another GGUF file whose name begins with one of ``prefixes``."""
     try:
         fields = gguf_reader(source).fields
-        found = {name: field for name, field in fields.items() if name.startswith(PREFIX)}
+        found = {name: field for name, field in fields.items() if name.startswith(prefixes)}
         for name, field in found.items():
             kind, *inner = field.types
             writer.add_key_value(name, field.contents(), kind, inner[-1] if inner else None)
     except (ValueError, IndexError, KeyError, OSError) as error:
         raise UserError(f"{source}: not a readable GGUF file ({error})") from None
-    if f"{PREFIX}ggml.tokens" not in found:
+    if PREFIX in prefixes and f"{PREFIX}ggml.tokens" not in found:
         raise UserError(f"{source}: it holds no tokenizer")
 
 

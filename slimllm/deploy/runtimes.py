@@ -31,7 +31,8 @@ def as_slim_model(model):
     A model that is not sliced becomes one whose layers happen to be equal.
     """
     family, adapter = family_of(model.config), LayerAdapter(model.config)
-    base, slim = slim_models(family.model_type)
+    classes = slim_models(family.model_type)
+    slim = classes["AutoModelForCausalLM"]
     biases = [tuple(block.output.bias is not None for block in blocks) for blocks in adapter.blocks(model)]
     per_layer = zip(*(width + bias for width, bias in zip(adapter.all_widths(model), biases)))
     config = model.config  # one object, shared by all modules
@@ -39,7 +40,7 @@ def as_slim_model(model):
     config.head_dim = adapter.head_dim
     for name, values in zip(PER_LAYER_SETTINGS, per_layer, strict=True):
         setattr(config, name, list(values))
-    config.auto_map = {"AutoModel": f"modeling.{base.__name__}"}  # saving adds the others
+    config.auto_map = {auto: f"modeling.{made.__name__}" for auto, made in classes.items()}  # saving adds AutoConfig
     config.per_layer_config = {i: dict(zip(_WIDTHS, widths)) for i, widths in enumerate(adapter.all_widths(model))}
     config.allow_global_per_layer_attribute_access = True
     if family.logits_divisor:  # vLLM's transformers backend knows it by another name, and its inverse
@@ -61,7 +62,7 @@ def as_stock_model(model):
     heads, kv_heads, channels = widths[0]
     if family.heads_divide_hidden and config.hidden_size % heads:
         raise UserError(f"{heads} heads do not divide the hidden size {config.hidden_size}, which {family.model_type} asks for: {way}")
-    _, slim = slim_models(family.model_type)
+    slim = slim_models(family.model_type)["AutoModelForCausalLM"]
     if isinstance(model, slim):
         config.per_layer_config = None
         for name in (*PER_LAYER_SETTINGS, "auto_map", "per_layer_config", "allow_global_per_layer_attribute_access", "logit_scale"):

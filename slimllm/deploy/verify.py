@@ -90,7 +90,7 @@ def _planned_widths(folder: Path) -> list[tuple[int, int, int]] | None:
 
 def checks_of_folder(folder: str, model, tokenizer, blocks: torch.Tensor) -> list[Check]:
     """The checks that need transformers only. ``model`` is the one of ``folder`` in float32, ``blocks`` [n, length] text."""
-    own = open_source(folder, "auto", "DIR")  # in the dtype that it was saved in
+    own = open_source(folder, checkpoint.reference_dtype(folder), "DIR")
     covered, rows = checkpoint.covered_rows(own, folder)
     if covered < rows:
         log.info("the saved outputs follow from %d of %d rows of the embeddings; the others are compared by SHA-256 alone", covered, rows)
@@ -139,7 +139,9 @@ def checks_of_file(path: str, model, tokenizer, text: str, blocks: torch.Tensor)
     return _compared(Path(path).name, asked, model, tokenizer, tokens, values, said, GGUF_TOLERANCE.get(kind, OTHER_TOLERANCE))
 
 
-def checks_of_vllm(python: str, folder: str, model, tokenizer, text: str, blocks: torch.Tensor) -> list[Check]:
+def checks_of_vllm(
+    python: str, folder: str, model, tokenizer, text: str, blocks: torch.Tensor, trust_remote_code: bool = False
+) -> list[Check]:
     """The checks of a checkpoint in vLLM, run by the interpreter ``python``, against ``model``, both in float32.
 
     Raises UserError where there is no vLLM or it does not take the model.
@@ -147,7 +149,8 @@ def checks_of_vllm(python: str, folder: str, model, tokenizer, text: str, blocks
     context = min(model.config.max_position_embeddings, 2 * blocks.shape[1] + GREEDY_TOKENS)
     asked = _Asked.of(tokenizer, text, blocks, context)
     greedy_of = (asked.prompt.tolist(), asked.new_tokens, asked.banned)
-    said = vllm.ask(python, folder, context, text=asked.text, prompts=asked.blocks.tolist(), greedy=greedy_of)
+    wanted = dict(text=asked.text, prompts=asked.blocks.tolist(), greedy=greedy_of)
+    said = vllm.ask(python, folder, context, trust_remote_code=trust_remote_code, **wanted)
     return _compared("vLLM", asked, model, tokenizer, said["text"], said["prompts"], said["greedy"], VLLM_TOLERANCE)
 
 

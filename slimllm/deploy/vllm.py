@@ -8,16 +8,24 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from ..cli import flag
 from ..errors import UserError
+from .config_files import brings_only_our_code
 
 PYTHON = ".vllm/bin/python"  # as script/vllm.sh makes it
 _WORKER = Path(__file__).with_name("vllm_worker.py")
 _CACHE_GIGABYTES = "1"  # of keys and values on a CPU; by default vLLM takes half of the memory there is
 
 
-def ask(python: str, model: str | os.PathLike, context: int, dtype: str = "float32", **wanted) -> dict:
+def trust_flag(group: str):
+    """``--trust_remote_code``, for a program's settings."""
+    return flag(group, "let vLLM run code that a folder brings; this program's own modeling.py, unchanged, needs no leave", False)
+
+
+def ask(python: str, model: str | os.PathLike, context: int, dtype: str = "float32", trust_remote_code: bool = False, **wanted) -> dict:
     """What vLLM, run by the interpreter ``python``, answers about the folder ``model``; ``wanted`` and the answer as in vllm_worker.
 
+    Code that the folder brings is run where that is this program's own, or with ``trust_remote_code``.
     Raises UserError where there is no such interpreter, it has no vLLM, or vLLM does not take the model.
     """
     if not os.access(python, os.X_OK):
@@ -27,11 +35,16 @@ def ask(python: str, model: str | os.PathLike, context: int, dtype: str = "float
     environment["PYTHONSAFEPATH"] = "1"  # the worker's folder is not a place to import from: this file would be taken for vLLM
     with tempfile.TemporaryDirectory(prefix="slimllm-") as folder:
         request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
-        request.write_text(json.dumps({"model": str(Path(model).resolve()), "context": context, "dtype": dtype, **wanted}))
+        trusted = trust_remote_code or brings_only_our_code(Path(model))
+        settings = {"model": str(Path(model).resolve()), "context": context, "dtype": dtype, "trust_remote_code": trusted}
+        request.write_text(json.dumps(settings | wanted))
         command = [os.path.abspath(python), _WORKER, request, answer]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
         if done.returncode or not answer.is_file():
-            raise UserError(f"{model}: vLLM failed: {_reason(done.stderr + done.stdout)}")
+            output = done.stderr + done.stdout
+            if not trusted and "trust_remote_code" in output.replace("-", "_"):
+                raise UserError(f"{model}: it brings code that is not this program's; look at it, then allow it with --trust_remote_code")
+            raise UserError(f"{model}: vLLM failed: {_reason(output)}")
         return json.loads(answer.read_text())
 
 

@@ -1,8 +1,9 @@
 """Asks vLLM about one model: ``python vllm_worker.py REQUEST.json ANSWER.json``.
 
 Runs in vLLM's own environment, by the interpreter of that, so it imports nothing of this project. REQUEST holds ``model`` (a folder),
-``dtype``, ``context``, and what is wanted: ``text`` to tokenize, ``prompts`` (token ids) to take log-probabilities of, ``greedy``
-(prompt, tokens, banned ids) and ``speed`` (prompt tokens, new tokens, repeats). ANSWER holds the results by the same names.
+``dtype``, ``context``, ``trust_remote_code``, and what is wanted: ``text`` to tokenize, ``prompts`` (token ids) to take
+log-probabilities of, ``greedy`` (prompt, tokens, banned ids) and ``speed`` (prompt tokens, new tokens, repeats). ANSWER holds the
+results by the same names.
 """
 
 import json
@@ -16,8 +17,8 @@ def main(request_path, answer_path):
 
     with open(request_path) as file:
         request = json.load(file)
-    settings = dict(max_model_len=request["context"], dtype=request["dtype"], trust_remote_code=True)
-    llm = LLM(model=request["model"], enforce_eager=True, enable_prefix_caching=False, seed=0, **settings)
+    settings = {name: request[name] for name in ("model", "dtype", "trust_remote_code")}
+    llm = LLM(**settings, max_model_len=request["context"], enforce_eager=True, enable_prefix_caching=False, seed=0)
 
     def generate(ids, **sampling):
         (output,) = llm.generate([{"prompt_token_ids": ids}], SamplingParams(temperature=0, **sampling), use_tqdm=False)

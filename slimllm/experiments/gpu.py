@@ -6,6 +6,7 @@ was predicted before it began. The table is kept as one JSON file, written anew 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
@@ -52,7 +53,7 @@ MODELS = {
         ),
     },
 }
-TRAINING_ROWS = 256
+TRAINING_ROWS, ROUND_TO = 256, 64
 
 
 @dataclass
@@ -104,34 +105,43 @@ def _pruning(name: str, model: str, dtype: str, device: str, *flags: str, said: 
 def steps(device: str, size: str) -> list[Step]:
     """All of them, in order; each finds what those before it wrote."""
     text, measured = ("--calibration", "text.txt"), ("--eval_data", "python_manual", "--eval_limit", "16")
-    found = []
-    for recipe in ("paper", "best"):
-        flags = ("--recipe", recipe, *text, *measured)
-        found.append(_pruning(recipe, "LLaMA-7B", "bfloat16", device, *flags, said=_perplexity))
-    pruned, tiny = f"prune_log/{_run_of('paper', 'LLaMA-7B', 'bfloat16')}", size == "tiny"
-    shape = ("--batch_size", "1", "8", "--length", "32" if tiny else "512", "--new_tokens", "8", "--repeats", "2" if tiny else "5")
-    argv = ["-m", "slimllm", "latency", pruned, "--baseline", "LLaMA-7B", "--device", device, *shape, "--json", "latency.json"]
-    found.append(Step("latency", "LLaMA-7B", "bfloat16", argv, _latency))
-    samples = ("--distill_examples", "16", "--num_examples", "8") if tiny else ("--distill_examples", "128")
+    few = ("--num_examples", "8" if size == "tiny" else "64")
+    more = ("--num_examples", "8" if size == "tiny" else "128")
+    paper = ("--recipe", "paper", *text, *measured)
+    whole_blocks = ("--recipe", "best", "--round_to", str(ROUND_TO), *more, *text, *measured)  # which a GPU computes fast
+    found = [
+        _pruning("paper", "LLaMA-7B", "bfloat16", device, *paper, said=_perplexity),
+        _pruning("best", "LLaMA-7B", "bfloat16", device, *whole_blocks, said=_perplexity),
+        _timing("best", device, size),
+    ]
     for dtype in ("bfloat16", "float16"):
-        flags = ("--recipe", "distilled", *samples, *text, *measured)
+        flags = ("--recipe", "distilled", "--distill_examples", "16" if size == "tiny" else "128", *few, *text, *measured)
         found.append(_pruning("distilled", "Qwen3-0.6B", dtype, device, *flags, said=_divergence))
     argv = [str(ROOT / "post_training.py"), "--prune_model", f"prune_log/{_run_of('distilled', 'Qwen3-0.6B', 'bfloat16')}"]
     argv += ["--data_path", "rows.json", "--num_epochs", "1", "--device", device, "--output_dir", "tuned", "--merge"]
     argv += ["--extra_val_dataset", "python_manual", "--eval_limit", "16", "--val_set_size", "16", "--batch_size", "16"]
-    found.append(Step("LoRA, merged", "Qwen3-0.6B", "bfloat16", argv, _training))
-    flags = ("--recipe", "paper", *text, *measured)
-    return [*found, _pruning("paper", "LLaMA-7B", "float16", device, *flags, said=_perplexity)]
+    found += [Step("LoRA, merged", "Qwen3-0.6B", "bfloat16", argv, _training), _timing("paper", device, size)]
+    return [*found, _pruning("paper", "LLaMA-7B", "float16", device, *paper, said=_perplexity)]
+
+
+def _timing(recipe: str, device: str, size: str) -> Step:
+    """How fast the pruned LLaMA-7B is beside the dense one."""
+    folder, output = f"prune_log/{_run_of(recipe, 'LLaMA-7B', 'bfloat16')}", f"latency_{recipe}.json"
+    shape = ("--batch_size", "1", "8", "--length", *(("32", "--repeats", "2") if size == "tiny" else ("512", "--repeats", "5")))
+    argv = ["-m", "slimllm", "latency", folder, "--baseline", "LLaMA-7B", "--device", device, "--new_tokens", "8", *shape, "--json", output]
+    return Step(f"latency, {recipe}", "LLaMA-7B", "bfloat16", argv, functools.partial(_latency, output))
 
 
 def decisions(folder: Path, device: torch.device, dtype: torch.dtype, recipe: str) -> dict:
     """How many of the heads and channels of the small model that the GPU keeps are those that the CPU keeps in float32."""
     samples, kept = Calibration.read(folder, {"source": "random", "seed": None, "own": 0}), []
-    begun = time.perf_counter()
+    begun, level = time.perf_counter(), log.level
+    log.setLevel(logging.WARNING)
     for place, kind in ((torch.device("cpu"), torch.float32), (device, dtype)):
         model = loading.load_model(str(folder), kind)
         result = api.prune(model, calibration=samples, recipe=recipe, target_sparsity=0.2, device=str(place))
         kept.append(result.layers)
+    log.setLevel(level)
     shares = []
     for part in ("heads", "channels"):
         pairs = [(set(getattr(a, part)), set(getattr(b, part))) for a, b in zip(*kept)]
@@ -148,8 +158,8 @@ def _divergence(run: PruningRecord) -> str:
     return f"divergence {found['before']:.4f} -> {found['after']:.4f}, {'kept' if found['kept'] else 'not kept'}"
 
 
-def _latency(folder: Path) -> dict:
-    found = json.loads((folder / "latency.json").read_text())
+def _latency(output: str, folder: Path) -> dict:
+    found = json.loads((folder / output).read_text())
     of = {(e["model"] == "dense", e["batch_size"]): e for e in found["measurements"]}
     said = []
     for batch in (1, 8):

@@ -24,7 +24,8 @@ class Family:
 
     ``*_multiplier``, ``logits_divisor``, ``*_softcap``: names of config entries, where the family has them. ``attention_scalar``: of
     the entry whose root divides the attention scores in place of the head size's. ``sparse_rope``: of the entry that says which
-    layers have rotary embeddings, where some have none.
+    layers have rotary embeddings, where some have none. ``local_rope``: of the entry in which transformers 4 kept the rotary base of
+    layers with a sliding window, where that is one of its own.
 
     ``begins_text``: it computes something else where a text does not begin with its first token (<bos>).
 
@@ -66,6 +67,7 @@ class Family:
     logits_divisor: str | None = None
     logits_softcap: str | None = None
     sparse_rope: str | None = None
+    local_rope: str | None = None
     begins_text: bool = False
     activation: str = "silu"  # its feed-forward part's, as llama.cpp computes it
     heads_divide_hidden: bool = False  # its config class takes no other number of heads
@@ -115,7 +117,7 @@ FAMILIES = {
         Family("qwen2", "Qwen2, Qwen2.5", "qwen2", **_DECI, qkv_bias=True, o_bias=False),
         Family("qwen3", "Qwen3, dense", "qwen3", gguf_free="openelm", qk_norm="head"),
         _GEMMA("gemma2", "Gemma 2", "gemma2"),
-        _GEMMA("gemma3_text", "Gemma 3, without its vision part", "gemma3", qk_norm="head"),
+        _GEMMA("gemma3_text", "Gemma 3, without its vision part", "gemma3", qk_norm="head", local_rope="rope_local_base_freq"),
         Family("smollm3", "SmolLM3", "smollm3", mlp_bias="mlp_bias", sparse_rope="no_rope_layers"),
         Family("ministral3", "Ministral 3", "mistral3", qkv_bias=False, o_bias=False),
         Family(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
+import yaml
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import get_session, validate_repo_id
 
@@ -16,6 +18,8 @@ from ..errors import UserError, first_line
 from .weights import ADAPTER, WEIGHTS, listed_in
 
 _TIMEOUT_SECONDS = 5
+# What the hub takes a repository with a .gguf file for is a model for llama.cpp, and this one holds a tokenizer alone.
+NOT_UPLOADED = ["log.txt", ".*", "tokenizer.gguf"]
 
 
 @functools.cache
@@ -77,8 +81,22 @@ def download_weights(name: str, named: str | None = None) -> str:
     return str(folder)
 
 
-def check_push(name: str) -> None:
-    """Raises UserError where nothing could be uploaded to the model repository ``name``: its form, no hub in reach, no login."""
+def card_data(folder: str | os.PathLike) -> dict:
+    """What the model card in ``folder`` (README.md) says at its head; empty where there is none, or none that can be read."""
+    path = Path(folder) / "README.md"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    found = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    try:
+        data = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def check_push(name: str) -> str:
+    """The id, USER/NAME, of the model repository ``name``. Raises UserError where nothing could be uploaded to it: its form, no hub in
+    reach, no login.
+    """
     try:
         validate_repo_id(name)
     except HFValidationError as error:
@@ -86,7 +104,8 @@ def check_push(name: str) -> None:
     if not reachable():
         raise UserError(f"--push_to_hub {name}: the hub is out of reach, or offline mode is set (HF_HUB_OFFLINE); leave the flag away")
     with _hub_errors(name, "nothing was done yet"):
-        huggingface_hub.HfApi().whoami()
+        user = huggingface_hub.HfApi().whoami()
+    return name if "/" in name else f"{user['name']}/{name}"
 
 
 def push(folder: Path, name: str, public: bool = False) -> str:
@@ -98,9 +117,7 @@ def push(folder: Path, name: str, public: bool = False) -> str:
     api = huggingface_hub.HfApi()
     with _hub_errors(name, f"the checkpoint is complete in {folder}; upload it with: hf upload {name} {folder}"):
         address = api.create_repo(name, exist_ok=True, private=not public)
-        api.upload_folder(
-            repo_id=address.repo_id, folder_path=folder, commit_message="Pruned with SlimLLM", ignore_patterns=["log.txt", ".*"]
-        )
+        api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Pruned with SlimLLM", ignore_patterns=NOT_UPLOADED)
     return str(address)
 
 

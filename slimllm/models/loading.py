@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import logging
 import os
@@ -19,7 +20,7 @@ from ..utils.memory import free_memory, return_free_memory
 from . import hub
 from .checked import check_config
 from .families import dense_family_of, family_of
-from .shape import shape_of
+from .shape import ModelShape, shape_of
 from .source import ModelSource, stored_tensors
 from .weights import ADAPTER, GgufTensors, PickledTensors, Tensors, gguf_reader, parsed_once, weight_files
 
@@ -36,6 +37,26 @@ def is_gguf(base_model: str) -> bool:
 def own_dtype(base_model: str, config) -> torch.dtype | None:
     """What the weights are stored in, by the model's config; None for a .gguf file, whose weights are dequantized as they are read."""
     return None if is_gguf(base_model) else getattr(config, "dtype", None)
+
+
+def stored_dtype(base_model: str, config) -> torch.dtype | None:
+    """The dtype that holds what the model's files hold: that of the config, if it names one, or of most numbers of a .gguf file;
+    bfloat16 where these have fewer than 16 bits.
+    """
+    if not is_gguf(base_model):
+        return own_dtype(base_model, config)
+    numbers = collections.Counter()
+    for tensor in _read("weights", base_model, "--base_model", lambda: gguf_reader(base_model).tensors):
+        numbers[tensor.tensor_type.name] += int(tensor.n_elements)
+    kind = max(numbers, key=numbers.get, default="")
+    return {"F32": torch.float32, "F16": torch.float16}.get(kind, torch.bfloat16)
+
+
+def bytes_on_disk(base_model: str, stored: torch.dtype, shape: ModelShape) -> int:
+    """Of the model's files, told from its config alone but for a .gguf file."""
+    if is_gguf(base_model):
+        return os.path.getsize(base_model)
+    return (shape.decoder_parameters + shape.other_parameters) * stored.itemsize
 
 
 def _source(base_model: str, option_name: str) -> tuple[str, dict]:
@@ -83,6 +104,11 @@ def _read(what: str, base_model: str, option_name: str, read):
             raise UserError(
                 f"{option_name} {base_model}: the model is gated; accept its terms on its page of the hub, then log in with: hf auth login"
             ) from None
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{option_name} {base_model}: its {what} needs code that comes with the model, and no model's code is run here; "
+                "name one in a form that transformers knows by itself"
+            ) from None
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
         raise UserError(f"{option_name} {base_model}: cannot read the {what}: {kind}{first_line(error)}") from None
 
@@ -93,7 +119,7 @@ def load_config(base_model: str, option_name: str = "--base_model", pruned: bool
     Raises UserError for a missing, broken, unsupported or quantized model, and for one that is pruned already unless ``pruned`` allows it.
     """
     source, kwargs = _source(base_model, option_name)
-    config = _read("config", base_model, option_name, lambda: AutoConfig.from_pretrained(source, **kwargs))
+    config = _read("config", base_model, option_name, lambda: AutoConfig.from_pretrained(source, trust_remote_code=False, **kwargs))
     quantization = getattr(config, "quantization_config", None)
     if text := getattr(config, "text_config", None):
         if not isinstance(text, PreTrainedConfig):
@@ -115,7 +141,7 @@ def load_config(base_model: str, option_name: str = "--base_model", pruned: bool
 
 def load_tokenizer(base_model: str, option_name: str = "--base_model"):
     source, kwargs = _source(base_model, option_name)
-    return _read("tokenizer", base_model, option_name, lambda: AutoTokenizer.from_pretrained(source, **kwargs))
+    return _read("tokenizer", base_model, option_name, lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=False, **kwargs))
 
 
 def open_source(base_model: str, dtype: torch.dtype | str, option_name: str = "--base_model", config=None) -> ModelSource:
@@ -225,9 +251,9 @@ def _weights(base_model: str, source: str, config, names: list[str]):
     return (Tensors if files[0].suffix == ".safetensors" else PickledTensors)(files)
 
 
-def load_model(base_model: str, dtype: torch.dtype | str, option_name: str = "--base_model"):
-    """The whole model, dense or pruned, in ``dtype`` ("auto": its own) on the CPU. Raises UserError as :func:`open_source` does."""
-    return open_source(base_model, dtype, option_name).whole()
+def load_model(base_model: str, dtype: torch.dtype | str, option_name: str = "--base_model", device: torch.device | str = "cpu"):
+    """The whole model, dense or pruned, in ``dtype`` ("auto": its own) on ``device``. Raises UserError as :func:`open_source` does."""
+    return open_source(base_model, dtype, option_name).whole(device=device)
 
 
 @contextmanager
@@ -280,7 +306,7 @@ class Voice:
             self._model = self._stack.enter_context(placed_for_evaluation(self.source.model, self.device))
         else:
             log.info("text of the model's own needs all of it in memory: %.2f GB on %s", self.bytes / 1e9, self.device)
-            self._model = self.source.whole(evaluation_dtype(self.source.dtype, self.device)).to(self.device)
+            self._model = self.source.whole(evaluation_dtype(self.source.dtype, self.device), self.device)
         return self._model
 
     def close(self) -> None:

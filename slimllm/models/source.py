@@ -117,21 +117,24 @@ class ModelSource:
         """The output head [V, D], which may be the embeddings'."""
         return self._part(self.adapter.head(self.model), self.adapter.head_name(), device, dtype)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor ``name`` of the model, such as its embeddings."""
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The tensor ``name`` of the model, such as its embeddings, in ``dtype`` or the model's."""
         if not self.streams:
-            return self.model.get_parameter_or_buffer(name).data
-        return self._tensor(name, self.dtype)
+            return self.model.get_parameter_or_buffer(name).data.to(dtype or self.dtype)
+        return self._tensor(name, dtype or self.dtype)
 
-    def whole(self, dtype: torch.dtype | None = None):
-        """The whole model in memory, in ``dtype`` or its own; the one that was given, where one was."""
+    def whole(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"):
+        """The whole model in the memory of ``device``, in ``dtype`` or its own; the one that was given, where one was.
+
+        Tensors go there one at a time, so that a GPU's model is never in the machine's memory.
+        """
         if not self.streams:
             return self.model
         model = copy.deepcopy(self.model)
-        tensors = {name: self._tensor(name, dtype or self.dtype) for name in stored_tensors(self.model)}
+        tensors = {name: self._tensor(name, dtype or self.dtype).to(device) for name in stored_tensors(self.model)}
         model.load_state_dict(tensors, strict=False, assign=True)
         model.tie_weights()
-        return model.eval()
+        return model.eval().to(device)  # what is in no file, too
 
     def weight_bytes(self, dtype: torch.dtype | None = None) -> int:
         """How much memory the whole model takes."""

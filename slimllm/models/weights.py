@@ -265,6 +265,39 @@ class PickledTensors(_Reader):
         return self._open(path)[stored].to(dtype=dtype, copy=True)
 
 
+class Rounded(_Reader):
+    """The tensors of another reader with the values that ``dtype`` can hold. Raises UserError for one that is too large for it."""
+
+    def __init__(self, tensors, dtype: torch.dtype):
+        self._tensors, self.dtype, self.files = tensors, dtype, tensors.files
+
+    @property
+    def names(self) -> list[str]:
+        return self._tensors.names
+
+    def shape(self, name: str) -> list[int]:
+        return self._tensors.shape(name)
+
+    def is_number(self, name: str) -> bool:
+        return self._tensors.is_number(name)
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        tensor = self._tensors.read(name, dtype)
+        if tensor.is_floating_point():
+            round_to(self.dtype, tensor, name)
+        return tensor
+
+
+def round_to(dtype: torch.dtype, tensor: torch.Tensor, name: str) -> None:
+    """Gives ``tensor``, in place, the values that ``dtype`` can hold. Raises UserError, by its ``name``, where one is too large for it."""
+    tensor = torch.atleast_1d(tensor)
+    for rows in tensor.split(max(1, PIECE * len(tensor) // max(1, tensor.numel()))):
+        held = rows.to(dtype)
+        if dtype == torch.float16 and held.isinf().any():
+            raise UserError(f"{name}: a value is beyond float16, which ends at 65504; save in another dtype with --save_dtype bfloat16")
+        rows.copy_(held)
+
+
 class GgufTensors(_Reader):
     """The tensors of a .gguf file, each dequantized when it is read.
 
@@ -277,8 +310,7 @@ class GgufTensors(_Reader):
         self.files = [Path(path)]
         reader = gguf_reader(path)
         self._arch = reader.fields["general.architecture"].contents()
-        license_field = reader.fields.get("general.license")
-        self.license: str | None = license_field and license_field.contents()
+        self.origin = origin_of(reader)
         found = {
             tensor.name: (
                 int(tensor.data_offset),
@@ -289,7 +321,7 @@ class GgufTensors(_Reader):
             )
             for tensor in reader.tensors
         }
-        del reader, license_field
+        del reader
         _parsed.cache_clear()  # it holds every token of the vocabulary as an object
         return_free_memory()
         by_name = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -321,6 +353,24 @@ class GgufTensors(_Reader):
         if family.norm_offset and family.is_norm(name):
             tensor -= family.norm_offset  # the file holds what multiplies
         return from_pairs(tensor, heads) if self._arch in ROPE_IN_PAIRS and heads else tensor
+
+
+def origin_of(reader: gguf.GGUFReader) -> dict:
+    """What a .gguf file says of where it comes from, as a model card names it: licence, languages, the hub name of its base model."""
+
+    def value(name: str):
+        field = reader.fields.get(f"general.{name}")
+        return field and field.contents()
+
+    address = value("base_model.0.repo_url") or value("repo_url") or value("source.url") or ""
+    on_hub = address.partition("huggingface.co/")[2].strip("/")
+    return {
+        "license": value("license"),
+        "license_name": value("license.name"),
+        "license_link": value("license.link"),
+        "language": value("languages"),
+        "base_model": on_hub if on_hub.count("/") == 1 else None,
+    }
 
 
 def in_pairs(tensor: torch.Tensor, heads: int) -> torch.Tensor:

@@ -77,7 +77,7 @@ class PruneConfig:
     """
 
     base_model: str | None = flag("model", "local folder, hub name or .gguf file (required)")
-    dtype: str = flag("model", "dtype of weights and compute: float32 on a CPU, the checkpoint's own on a GPU", "auto", choices=DTYPES)
+    dtype: str = flag("model", "dtype of compute: float32 on a CPU, the checkpoint's own on a GPU", "auto", choices=DTYPES)
     device: str = flag("model", "where the layers are computed; auto takes a GPU if there is one", "auto")
     eval_device: str = flag("model", "where perplexity is computed", "auto")
     tmp_dir: str | None = flag("model", "folder for activations that do not fit in memory [TMPDIR, or the system's]")
@@ -125,6 +125,12 @@ class PruneConfig:
     )
     recovery: str | None = flag(
         "method", "what the kept output weights become [the method's: linear; best: least_squares]", choices=RECOVERIES
+    )
+    new_bias: bool = flag(
+        "method",
+        "let the recovery add biases to output projections that have none (--no_new_bias: the fit goes through zero)",
+        True,
+        negatable=True,
     )
     ridge: float | None = flag(
         "method", "least_squares: ridge as a multiple of the median input variance [4096 / calibration tokens, at most 1]"
@@ -183,6 +189,9 @@ class PruneConfig:
     top_p: float = flag("evaluation", "nucleus of these continuations, 0 to 1", 0.95)
 
     save_ckpt_log_name: str = flag("output", "NAME: everything goes to prune_log/NAME/", "llama_prune")
+    save_dtype: str = flag(
+        "output", "dtype of the checkpoint; auto: the base model's, or bfloat16 for a .gguf file of fewer bits", "auto", choices=DTYPES
+    )
     save_model: bool = flag("output", "write the pruned model (--no_save_model: only the record)", True, negatable=True)
     overwrite: bool = flag("output", "replace an existing prune_log/NAME/", False)
     resume: bool | None = flag(
@@ -269,6 +278,10 @@ class PruneConfig:
         """Whether layers are pruned from what the dense model gives them, as some method is published; not with another recovery."""
         method = METHODS[self.method]
         return method.dense_stream and self.recovery == method.recovery
+
+    def adds_bias(self, shape: ModelShape) -> bool:
+        """Whether the output projections that are pruned get a bias where the dense model has none."""
+        return self.recovery != "none" and self.new_bias and limits_of(self.runtime, shape).new_bias
 
     def ridge_for(self, tokens: int) -> float:
         """The ridge of a fit from so many tokens."""

@@ -69,13 +69,13 @@ def footprint(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig, si
     temporary, beside = (temporary, journal) if config.tmp_dir is None else (temporary + journal, 0)
     if sizes.on_gpu:
         layer = _layer_bytes(shape, sizes) * sizes.stored // sizes.compute
-        return Footprint(program + GPU_CONTEXT + max(embedding, 3 * layer), peak, temporary, kept * sizes.compute, beside)
-    return Footprint(program + peak, 0, temporary, kept * sizes.compute, beside)
+        return Footprint(program + GPU_CONTEXT + max(embedding, 3 * layer), peak, temporary, kept * sizes.saved, beside)
+    return Footprint(program + peak, 0, temporary, kept * sizes.saved, beside)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a number in the model's files, in computation and in evaluation; how many tokens one process works on.
+    """Bytes of a number in the model's files, in computation, in evaluation and in the checkpoint; how many tokens a process works on.
 
     ``speaks``: whether the model is needed whole, for text of its own; ``may_speak``: whether it would be, if it fits in what is
     ``free`` where it is evaluated. ``room``: bytes of activations that may stay in memory, besides what a layer takes.
@@ -84,6 +84,7 @@ class Sizes:
     stored: int
     compute: int
     evaluation: int
+    saved: int
     tokens: int
     evaluated_tokens: int = 0
     speaks: bool = False
@@ -94,8 +95,15 @@ class Sizes:
     on_gpu: bool = False
 
 
-def sizes_of(config: PruneConfig, stored: torch.dtype | None, dtype: torch.dtype, device: torch.device, eval_device: torch.device) -> Sizes:
-    """The sizes of a run: weights ``stored`` in this dtype (None: a .gguf file's), computed in ``dtype`` on ``device``."""
+def sizes_of(
+    config: PruneConfig,
+    stored: torch.dtype | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    eval_device: torch.device,
+    saved: torch.dtype,
+) -> Sizes:
+    """The sizes of a run: weights ``stored`` in this dtype (None: a .gguf file's), computed in ``dtype`` on ``device``, then ``saved``."""
     evaluated = 0 if config.eval_data and "none" in config.eval_data else TYPICAL_TEXTS
     if evaluated and config.eval_limit:
         evaluated = config.eval_limit * config.max_seq_len * (len(config.eval_data) if config.eval_data else 2)
@@ -104,6 +112,7 @@ def sizes_of(config: PruneConfig, stored: torch.dtype | None, dtype: torch.dtype
         stored=4 if stored is None else stored.itemsize,
         compute=dtype.itemsize,
         evaluation=evaluation_dtype(dtype, eval_device).itemsize,
+        saved=saved.itemsize,
         tokens=-(-config.num_examples // processes.expected()) * config.seq_len,
         evaluated_tokens=-(-evaluated // processes.expected()),
         speaks=config.test_after_train or config.calibration in (None, "self") or (config.needs_probe_ids and not from_file),

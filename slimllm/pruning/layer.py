@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..models.adapter import columns
-from ..models.shape import ModelShape, limits_of
+from ..models.shape import ModelShape
 from ..utils import processes
 from . import surgery
 from .allocation.head_units import HeadUnits
@@ -81,7 +81,7 @@ def prune_layer(
     adapter = runner.adapter
     report = report or whole_layer(index, None, plan, shape)
     how = {"recovery": config.recovery, "ridge": config.ridge_for(runner.tokens), "replace": not config.dense_stream}
-    new_bias = limits_of(config.runtime, shape).new_bias
+    new_bias = config.adds_bias(shape)
 
     with Sublayer(hidden, adapter.attention(layer), runner.arguments[index], runner.memory) as sub:
         if plan.heads < shape.heads:

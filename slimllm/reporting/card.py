@@ -16,8 +16,10 @@ from huggingface_hub.utils import validate_repo_id
 from ..deploy import export_gguf
 from ..errors import UserError
 from ..models import hub, loading
+from ..models.adapter import LayerAdapter
 from ..models.families import is_pruned
-from ..models.weights import gguf_reader
+from ..models.weights import Tensors, gguf_reader, weight_files
+from ..models.weights import origin_of as gguf_origin_of
 from ..utils import outputs
 from ..utils.files import file_hash, write_text
 from .record import PruningRecord
@@ -41,18 +43,23 @@ def write(folder: Path, run: PruningRecord) -> None:
     hashes = outputs.seal(folder)
     config = loading.load_config(str(folder), "DIR", pruned=True)
     data = ModelCardData(
-        base_model=run.model.hub_name,
+        base_model=run.model.hub_name or run.model.base_model,
         license=run.model.license,
+        license_name=run.model.license_name,
+        license_link=run.model.license_link,
+        language=run.model.language,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["slimllm", "structured-pruning", "pruned"],
     )
+    name = Path(run.config["save_ckpt_log_name"]).name
     shared = [f"{f['data']} ({f['calibration_overlap']} samples)" for f in run.evaluation if f.get("calibration_overlap")]
     card = ModelCard.from_template(
         data,
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         run=run,
-        name=Path(run.config["save_ckpt_log_name"]).name,
+        name=name,
+        where=run.config.get("push_to_hub") or name,
         base=run.model.name,
         hub_name=run.model.hub_name,
         parameters=run.parameters,
@@ -60,6 +67,8 @@ def write(folder: Path, run: PruningRecord) -> None:
         figures=_figures(run.evaluation),
         shared=", ".join(shared),
         own_code=is_pruned(config),
+        biased=any(LayerAdapter(config).is_output_bias(name) for name in Tensors(weight_files(folder)).names),
+        picture=next((path.relative_to(folder).as_posix() for path in (folder / "figures").glob("*.png")), None),
         deci=hasattr(config, "block_configs"),
         files_heading=FILES_HEADING,
         method=METHOD_SOURCES.get(run.config.get("method"), run.config.get("method")),
@@ -78,28 +87,31 @@ def update_files(folder: Path) -> None:
         write_text(path, text.split(FILES_HEADING)[0] + f"{FILES_HEADING}\n\n{_files(folder)}\n")
 
 
-def origin_of(base_model: str) -> dict[str, str | None]:
-    """``hub_name`` and ``license`` of a base model, as far as its name, its card or its .gguf metadata tell; else None.
+def origin_of(base_model: str) -> dict:
+    """``hub_name``, ``license``, ``license_name``, ``license_link``, ``language`` and ``base_model`` of a model, as far as its name, its
+    card or its .gguf metadata tell.
 
-    A hub that does not answer leaves the license open.
+    A hub that does not answer leaves all but the name open.
     """
-    license_name, hub_name, path = None, None, Path(base_model)
+    path = Path(base_model)
     if path.suffix == ".gguf":
-        field = gguf_reader(path).fields.get("general.license")
-        license_name = field and field.contents()
-    elif (path / FILE).is_file():
-        found = re.match(r"---\n(.*?)\n---", (path / FILE).read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-        entry = found and re.search(r"^license:\s*(\S+)\s*$", found[1], re.MULTILINE)
-        license_name = entry and entry[1]
-    elif not path.exists():
-        try:
-            validate_repo_id(base_model)
-            if "/" in base_model:
-                hub_name = base_model
-                license_name = ModelCard.load(base_model).data.license if hub.reachable() else None
-        except (HFValidationError, HTTPError, OSError, ValueError):
-            pass
-    return {"hub_name": hub_name, "license": license_name}
+        return gguf_origin_of(gguf_reader(path))
+    if path.exists():
+        return _of_card(hub.card_data(path))
+    try:
+        validate_repo_id(base_model)
+        if "/" in base_model:
+            found = ModelCard.load(base_model).data.to_dict() if hub.reachable() else {}
+            return {"hub_name": base_model} | _of_card(found)
+    except HFValidationError:
+        return {}
+    except (HTTPError, OSError, ValueError):
+        return {"hub_name": base_model}
+    return {}
+
+
+def _of_card(data: dict) -> dict:
+    return {name: data[name] for name in ("license", "license_name", "license_link", "language", "base_model") if data.get(name)}
 
 
 def _figures(figures: list[dict]) -> str:

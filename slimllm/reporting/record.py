@@ -121,7 +121,9 @@ class Stopwatch:
 
 @dataclass
 class ModelInfo:
-    """The dense model of a run. ``hub_name`` and ``license`` as far as they are known; ``shape``: its ModelShape."""
+    """The dense model of a run, ``shape``: its ModelShape. From ``hub_name`` on, as far as it is known; ``base_model``: what it was made
+    of itself.
+    """
 
     name: str
     type: str
@@ -130,6 +132,10 @@ class ModelInfo:
     shape: dict
     hub_name: str | None = None
     license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    language: list[str] | str | None = None
+    base_model: list[str] | str | None = None
 
 
 @dataclass
@@ -162,6 +168,7 @@ class PruningRecord(_Record):
     ``config``: the PruneConfig. ``evaluation``: one entry per text, as EvalText.figure makes it, with perplexities ``dense``,
     ``pruned`` and ``tuned``. ``layers``: one LayerReport each. ``distillation``: a Distillation, where there was one.
     ``predicted_memory``: what was expected of ``peak_memory`` before the run began.
+    ``bytes``: of the files of weights, ``dense`` and ``pruned``, where a checkpoint was written.
     """
 
     FILE: ClassVar[str] = "pruning.json"
@@ -176,6 +183,7 @@ class PruningRecord(_Record):
     distillation: dict | None = None
     post_training: dict | None = None
     predicted_memory: dict[str, int] | None = None
+    bytes: dict[str, int] | None = None
     command: str = field(default_factory=command)
     environment: dict = field(default_factory=environment)
     peak_memory: dict[str, int] = field(default_factory=peak_memory)

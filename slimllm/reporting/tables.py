@@ -20,11 +20,22 @@ from ..utils.memory import peak_memory
 from . import record
 from .record import PruningRecord
 
+GPU_MULTIPLE = 8  # of 16-bit numbers, whose rows are then aligned as the fast matrix products of NVIDIA GPUs want them
+
 
 def table(records: list[tuple[str, PruningRecord]]) -> str:
-    """One row per run: parameters, what was removed, perplexity dense and pruned, time, memory. Takes (name, record) pairs."""
+    """One row per run: parameters, what was removed, bytes, perplexity dense and pruned, time, memory. Takes (name, record) pairs."""
     texts = list(dict.fromkeys(figure["data"] for _, r in records for figure in r.evaluation))
-    header = ["run", "parameters", "decoder removed", "all removed", *(f"{t} dense / pruned" for t in texts), "pruning", "peak memory"]
+    header = [
+        "run",
+        "parameters",
+        "decoder removed",
+        "all removed",
+        "on disk",
+        *(f"{t} dense / pruned" for t in texts),
+        "pruning",
+        "peak memory",
+    ]
     rows = [header]
     for name, r in records:
         size = r.parameters
@@ -36,12 +47,24 @@ def table(records: list[tuple[str, PruningRecord]]) -> str:
                 f"{size.dense / 1e6:.1f} M -> {size.pruned / 1e6:.1f} M",
                 f"{size.decoder_removed:.2%}",
                 f"{size.removed:.2%}",
+                f"{r.bytes['dense'] / 1e6:.1f} MB -> {r.bytes['pruned'] / 1e6:.1f} MB" if r.bytes else "-",
                 *(figures.get(t, "-") for t in texts),
                 f"{r.seconds['pruning']:.1f} s",
                 memory,
             ]
         )
     return "\n".join([*aligned(rows), *_limits([f for _, r in records for f in r.evaluation])])
+
+
+def odd_widths(layers: list[dict]) -> str | None:
+    """A line on channels that a GPU computes slowly, where some of the ``layers`` (LayerReports) keep such numbers of them."""
+    odd = sum(len(layer["channels"]) % GPU_MULTIPLE > 0 for layer in layers)
+    if not odd:
+        return None
+    return (
+        f"{odd} of {len(layers)} layers keep a number of channels that is no multiple of {GPU_MULTIPLE}: "
+        "NVIDIA GPUs compute these slowly; for a model that is faster there, prune with --round_to 64"
+    )
 
 
 def _limits(figures: list[dict]) -> list[str]:
@@ -68,8 +91,13 @@ def layer_line(layer: LayerReport, shape: ModelShape) -> str:
     return f"{line}  {layer.seconds:.2f} s  {peak_memory()['cpu_bytes'] / 1e9:.2f} GB"
 
 
-def dry_run(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig, dtype: torch.dtype, how: str, takes: Footprint) -> str:
-    """The plans in words: widths, parameters, bytes, KV cache per token, what the run ``takes``. ``how``: where the plans are from."""
+def dry_run(
+    shape: ModelShape, plans: list[LayerPlan], config: PruneConfig, dtype: torch.dtype, how: str, takes: Footprint, before: int
+) -> str:
+    """The plans in words: widths, parameters, bytes, KV cache per token, what the run ``takes``. ``how``: where the plans are from.
+
+    ``before``: bytes of the dense model's files.
+    """
     dense, removed = shape.decoder_parameters + shape.other_parameters, removed_parameters(shape, plans, config)
     widths = {(p.heads, p.kv_heads, p.channels) for p in plans if p.ratio}
     kv = [
@@ -98,8 +126,8 @@ def dry_run(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig, dtyp
         ["peak memory of a run, about", "", f"{takes.host / 1e9:.2f} GB"],
         *([["peak memory of the GPU, about", "", f"{takes.device / 1e9:.2f} GB"]] if takes.device else []),
         ["activations in the temporary folder", "", f"{takes.temporary / 1e9:.2f} GB"],
-        ["the checkpoint", "", f"{takes.result / 1e9:.3f} GB"],
-        *([["beside it until the end, for --resume", "", f"{takes.beside / 1e9:.2f} GB"]] if takes.beside else []),
+        ["weights on disk", f"{before / 1e6:.1f} MB", f"{takes.result / 1e6:.1f} MB"],
+        *([["beside them until the end, for --resume", "", f"{takes.beside / 1e9:.2f} GB"]] if takes.beside else []),
     ]
     return f"dry run, {how} over {sum(p.ratio > 0 for p in plans)} of {shape.layers} layers; no weights read\n" + "\n".join(aligned(rows))
 

@@ -49,7 +49,7 @@ def gpu_has_bfloat16() -> bool:
 
 
 def pruning_dtype(name: str, device: torch.device, own: torch.dtype | None) -> torch.dtype:
-    """What the weights are loaded, computed and saved in for ``--dtype NAME``.
+    """What the weights are loaded and computed in for ``--dtype NAME``.
 
     auto: float32 on a CPU; on a GPU the checkpoint's ``own``, or bfloat16 where it has none.
     """
@@ -60,6 +60,16 @@ def pruning_dtype(name: str, device: torch.device, own: torch.dtype | None) -> t
     if own is None:
         return torch.bfloat16 if gpu_has_bfloat16() else torch.float16
     return own
+
+
+def saving_dtype(name: str, stored: torch.dtype | None, computed: torch.dtype) -> torch.dtype:
+    """What the weights are saved in for ``--save_dtype NAME``, where the source's are ``stored`` in and the method ``computed`` in.
+
+    auto: the source's, so that a checkpoint is no larger than what it was made of; where fewer bits were computed in, these.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    return stored if stored in (torch.float16, torch.bfloat16) and computed == torch.float32 else computed
 
 
 def evaluation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

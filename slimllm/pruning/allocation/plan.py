@@ -121,7 +121,7 @@ def from_ratios(
 
 def removed_parameters(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig) -> int:
     """Decoder parameters that the plans remove, less the biases that the recovery and the runtime's form of the model add."""
-    kept, new_bias = _pruned_shape(shape, plans, config), config.recovery != "none" and limits_of(config.runtime, shape).new_bias
+    kept, new_bias = _pruned_shape(shape, plans, config), config.adds_bias(shape)
     left = sum(
         kept.layer_parameters(
             p.heads,
@@ -137,7 +137,7 @@ def removed_parameters(shape: ModelShape, plans: list[LayerPlan], config: PruneC
 
 def _pruned_shape(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig) -> ModelShape:
     """The shape with the biases that every layer of the pruned model has."""
-    if config.recovery == "none" or not limits_of(config.runtime, shape).all_biases:
+    if not config.adds_bias(shape) or not limits_of(config.runtime, shape).all_biases:
         return shape
     attention, mlp = any(p.heads < shape.heads for p in plans), any(p.channels < shape.channels for p in plans)
     return dataclasses.replace(
