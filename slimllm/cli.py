@@ -42,6 +42,7 @@ def check_choices(settings) -> None:
                 check_choice(f.name, item, f.metadata["choices"])
 
 
+LARGEST = 2**62  # whole number: what is added to one still fits in 64 bits
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
 
 
@@ -64,12 +65,23 @@ def check_types(settings) -> None:
 
 def _typed(option_name: str, kind: type, value):
     if kind is str and isinstance(value, os.PathLike):
-        return os.fspath(value)
+        value = os.fspath(value)
+    _check_value(option_name, value)
     if kind in (int, float) and not isinstance(value, bool) and isinstance(value, numbers.Integral if kind is int else numbers.Real):
         return value if isinstance(value, int | float) else kind(value)
     if kind not in (int, float) and isinstance(value, kind):
         return value
     raise UserError(f"--{option_name} {value!r}: must be {_KINDS[kind]}")
+
+
+def _check_value(option_name: str, value) -> None:
+    """Raises UserError for a string that is no text, and so no name of anything (a NUL in it, or bytes that are not UTF-8), and for a
+    whole number that nothing can count to.
+    """
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise UserError(f"--{option_name}: too large a number; at most {LARGEST}")
+    if isinstance(value, str) and ("\0" in value or any("\ud800" <= character <= "\udfff" for character in value)):
+        raise UserError(f"--{option_name} {value!r}: not UTF-8 text")
 
 
 def check_range(settings, name: str, low: float, high: float = math.inf, right_open: bool = False, left_open: bool = False) -> None:
@@ -165,6 +177,9 @@ def parse(parser: argparse.ArgumentParser, settings: type, argv=None):
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         raise UserError(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], known)}")
+    for name, value in vars(namespace).items():
+        for item in value if isinstance(value, list | tuple) else (value,):
+            _check_value(name, item)
     return settings(**vars(namespace))
 
 
@@ -178,7 +193,7 @@ def guarded(prog: str, run, interrupted: str = "nothing was written") -> int:
     try:
         return run() or 0
     except UserError as error:
-        _say(f"{prog}: error: {'; '.join([str(error), *_notes(error)])}")
+        _say(" ".join(f"{prog}: error: {'; '.join([str(error), *_notes(error)])}".splitlines()))
         return 2
     except KeyboardInterrupt as error:
         _say(f"{prog}: interrupted; {'; '.join(_notes(error)) or interrupted}")

@@ -14,9 +14,10 @@ from peft import inject_adapter_in_model as inject
 from torch import nn
 from transformers import LlamaForSequenceClassification, LlamaModel
 
+import hf_prune
 import slimllm
 from slimllm.models.given import check_model
-from slimllm.pruning.config import PruneConfig
+from slimllm.pruning.config import PruneConfig, parse_args
 from slimllm.training.config import TrainConfig
 from tests.conftest import FAMILY_CASES, TEXT, family_config, logits, make_ids, make_model
 
@@ -280,3 +281,26 @@ def test_a_plan_that_is_a_pipe_or_too_deep_is_named(tmp_path):
     ):
         with pytest.raises(slimllm.UserError, match=f"--plan .*{name}: {said}"):
             slimllm.prune(make_model(), calibration=make_ids(), plan=str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("base_model", "a\0b", "--base_model 'a.x00b': not UTF-8 text"),
+        ("save_ckpt_log_name", "\udcff", "not UTF-8 text"),
+        ("eval_data", ("t.txt", "\ud800"), "--eval_data '.ud800': not UTF-8 text"),
+        ("seed", 10**30, "--seed: too large a number; at most"),
+        ("seq_len", 10**400, "--seq_len: too large a number"),
+    ],
+)
+def test_a_value_that_nothing_can_be_is_named(name, value, said):
+    with pytest.raises(slimllm.UserError, match=said):
+        PruneConfig(**{"base_model": "m", name: value})
+    items = [str(item) for item in (value if isinstance(value, tuple) else [value])]
+    with pytest.raises(slimllm.UserError, match=said):
+        parse_args(["--base_model", "m", f"--{name}", *items])
+
+
+def test_a_mistake_is_one_line_whatever_is_in_it(capsys):
+    assert hf_prune.main(["--base_model", "m", "--device", "a\nb"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

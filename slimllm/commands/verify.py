@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -56,10 +56,10 @@ def run(config: VerifyConfig) -> int:
 
 def checks(config: VerifyConfig) -> list[Check]:
     """Every check, in order. Raises UserError for what is no checkpoint or cannot be read."""
-    if not Path(config.folder).is_dir():
+    if not os.path.isdir(config.folder):
         raise UserError(f"{config.folder}: no such folder")
     for path in config.files:
-        if not Path(path).is_file():
+        if not os.path.isfile(path):
             raise UserError(f"{path}: no such file")
     found = checks_of_bytes(config.folder)
     if not all(check.passed for check in found):

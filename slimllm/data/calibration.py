@@ -193,7 +193,10 @@ def _text_files(name: str) -> list[Path]:
     """The text file or files that ``--calibration NAME`` means. Raises UserError where there are none, or what cannot be one."""
     path = Path(name)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES)
+        try:
+            files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES)
+        except OSError as error:
+            raise UserError(f"--calibration {name}: {error.filename}: {error.strerror}") from None
         if not files:
             raise UserError(f"--calibration {name}: the folder holds no {' or '.join(TEXT_SUFFIXES)} file")
     elif path.suffix in TEXT_SUFFIXES:

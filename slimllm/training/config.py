@@ -84,6 +84,7 @@ class TrainConfig:
             check_range(self, name, 1)
         check_range(self, "cutoff_len", 2)
         check_range(self, "val_set_size", 0)
+        check_range(self, "seed", 0, 2**32 - 1)  # numpy takes no other
         check_range(self, "instruction_weight", 0)
         if self.teacher is None and self.instruction_weight != 1.0:
             raise UserError(f"--instruction_weight {self.instruction_weight:g}: weighs the loss against that of a --teacher; name one")
