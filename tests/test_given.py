@@ -213,7 +213,10 @@ def test_a_calibration_file_may_be_a_path(text_file, tiny_tokenizer):
         (["\n \n\n"], "nothing but blanks"),
         (["good\ud800"], "half of a surrogate pair"),
     ],
-    ids=repr,
+    ids=[
+        *("float32", "NaN", "floats", "bool", "negative", "too large", "no list", "empty list", "empty tensor", "flat", "ragged"),
+        *("text and number", "None", "dict", "number", "blanks", "surrogate"),
+    ],
 )
 def test_a_calibration_that_is_none_is_named(given, said, tiny_tokenizer):
     with pytest.raises(slimllm.UserError, match=said):
