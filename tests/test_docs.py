@@ -52,8 +52,8 @@ def test_the_readme_is_short():
 @pytest.mark.parametrize("page, command", LINES)
 def test_a_command_names_flags_and_files_that_exist(page, command):
     words = [w for w in shlex.split(command) if not re.fullmatch(r"(?s)[A-Z_]+=.*", w)]
-    if words[:2] == ["torchrun", "--nproc_per_node"]:
-        words = ["python", *words[3:]]
+    if words[:3] == ["torchrun", "--standalone", "--nproc_per_node"]:
+        words = ["python", *words[4:]]
     if words[:2] == ["python", "hf_prune.py"]:
         assert isinstance(pruning.parse_args(words[2:]), pruning.PruneConfig)
     elif words[:2] == ["python", "post_training.py"]:
@@ -78,7 +78,7 @@ def test_flags_named_in_the_text_exist():
     known |= {option for build in (pruning.build_parser, training.build_parser) for a in build()._actions for option in a.option_strings}
     for page, text in PAGES.items():
         named = set(re.findall(r"`(--\w+)", text))
-        assert named <= known | {"--nproc_per_node"}, (page, named - known)
+        assert named <= known | {"--standalone", "--nproc_per_node"}, (page, named - known)
 
 
 def test_the_page_of_flags_is_the_programs_own():

@@ -178,3 +178,62 @@ def test_another_run_is_not_gone_on_with(folder, text_file, change, said, monkey
 def test_nothing_to_go_on_with(folder, text_file, capsys):
     assert hf_prune.main(flags(text_file, "--resume")) == 2
     assert "--resume: no stopped run left anything for prune_log/run; start without the flag" in capsys.readouterr().err
+
+
+def test_the_states_lie_in_tmp_dir_and_go_with_the_run(folder, text_file, monkeypatch):
+    whole = run_whole(text_file)
+    (folder / "scratch").mkdir()
+    prune_layer = pipeline.prune_layer
+    monkeypatch.setattr(pipeline, "prune_layer", _stopping_at(4, prune_layer))
+    stopped = flags(text_file, "--overwrite", "--tmp_dir", "scratch")
+    assert hf_prune.main(stopped) == 130
+    [left] = Path("scratch").iterdir()
+    assert list(left.glob("states-00003-*.safetensors")) and not list(Path("prune_log").rglob("states-*.safetensors"))
+    assert hf_prune.main(stopped) == 130  # anew: what the first one left goes, here and there
+    [other] = Path("scratch").iterdir()
+    assert other != left
+    monkeypatch.setattr(pipeline, "prune_layer", prune_layer)
+    assert hf_prune.main(flags(text_file, "--overwrite", "--resume")) == 0  # which knows where they are
+    assert contents(Path("prune_log/run")) == whole
+    assert hf_prune.main(flags(text_file, "--overwrite", "--tmp_dir", "scratch")) == 0
+    assert not list(Path("scratch").iterdir()) and contents(Path("prune_log/run")) == whole
+
+
+def test_states_that_are_gone_are_said(folder, text_file, monkeypatch, capsys):
+    (folder / "scratch").mkdir()
+    monkeypatch.setattr(pipeline, "prune_layer", _stopping_at(4, pipeline.prune_layer))
+    assert hf_prune.main(flags(text_file, "--tmp_dir", "scratch")) == 130
+    [left] = Path("scratch").iterdir()
+    for path in left.glob("states-*"):
+        path.unlink()
+    capsys.readouterr()
+    assert hf_prune.main(flags(text_file, "--resume")) == 2
+    err = capsys.readouterr().err
+    assert f"{left.name}/states-" in err and "is gone; start anew without the flag" in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_run_without_resume_keeps_nothing_for_it(folder, text_file, monkeypatch, capsys):
+    whole = run_whole(text_file)
+    written, finish = [], pipeline.Journal.finish_layer
+    monkeypatch.setattr(pipeline.Journal, "finish_layer", lambda *args: written.append(args[1]) or finish(*args))
+    assert hf_prune.main(flags(text_file, "--overwrite", "--no_resume")) == 0
+    assert contents(Path("prune_log/run")) == whole and not written
+    monkeypatch.setattr(pipeline, "prune_layer", _stopping_at(4, pipeline.prune_layer))
+    capsys.readouterr()
+    assert hf_prune.main(flags(text_file, "--overwrite", "--no_resume")) == 130
+    assert "--resume" not in capsys.readouterr().err and [path.name for path in Path("prune_log").iterdir()] == ["run"]
+
+
+def test_a_plan_of_a_file_needs_no_pass_for_importance(folder, text_file, monkeypatch):
+    run_whole(text_file)
+    plan = Path("prune_log/run/pruning.json")
+    plan.rename("plan.json")
+    monkeypatch.setattr(pipeline.LayerRunner, "layer_cosines", lambda *_: pytest.fail("pass 1 was made"))
+    known = flags(text_file, "--plan", "plan.json", "--overwrite")
+    del known[known.index("--target_sparsity") : known.index("--target_sparsity") + 2]
+    assert hf_prune.main(known) == 0
+    record = json.loads(plan.read_text())
+    assert all(layer["cosine"] is None for layer in record["layers"])
+    assert [layer["channels"] for layer in record["layers"]] == [
+        layer["channels"] for layer in json.loads(Path("plan.json").read_text())["layers"]
+    ]

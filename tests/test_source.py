@@ -1,6 +1,7 @@
 """Layers read from files one at a time: the same model, the same pruning, whatever the files are."""
 
 import copy
+import errno
 import gc
 import json
 import weakref
@@ -189,3 +190,27 @@ def test_of_a_model_of_text_and_images_the_text_model_is_read(tmp_path):
     text = loading.load_model(str(tmp_path), "auto")
     assert type(text).__name__ == "Gemma3ForCausalLM"
     assert torch.equal(logits(text, make_ids()), logits(whole, make_ids()))
+
+
+@pytest.mark.parametrize("refusal", [AttributeError, errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_disk_that_cannot_take_room_beforehand_is_written_to_all_the_same(refusal, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(refusal, "not here")
+
+    if refusal is AttributeError:  # macOS
+        monkeypatch.delattr(weights.os, "posix_fallocate")
+    else:
+        monkeypatch.setattr(weights.os, "posix_fallocate", refuse)
+    tensor = torch.arange(6.0).view(2, 3)
+    with weights.TensorFile(tmp_path / "a.safetensors", {"a": (torch.float32, tensor.shape)}) as file:
+        file.write("a", tensor)
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["a"], tensor)
+
+
+def test_a_disk_that_is_too_small_is_found_when_the_file_is_laid_out(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(weights.os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        weights.TensorFile(tmp_path / "a.safetensors", {"a": (torch.float32, torch.Size([2]))})

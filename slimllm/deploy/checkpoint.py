@@ -84,14 +84,15 @@ def _outputs(runner: LayerRunner, states: ActivationStore) -> dict[str, torch.Te
     return {name: torch.stack(values) for name, values in found.items()}
 
 
-def _reference(folder: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """What stands in :data:`REFERENCE`, and how it was computed: in which ``dtype``, on which ``device``, as far as it says.
+def _reference(folder: str | os.PathLike) -> tuple[dict[str, torch.Tensor], str, str]:
+    """(what stands in :data:`REFERENCE`, the dtype and the kind of device that it was computed in and on).
 
-    Raises UserError for a folder without it.
+    The dtype of older ones is "auto", that of the weights. Raises UserError for a folder without it.
     """
     try:
         with safe_open(Path(folder) / REFERENCE, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            dtype, _, device = (file.metadata() or {}).get("computed", "auto on cpu").partition(" on ")
+            return {name: file.get_tensor(name) for name in file.keys()}, dtype, device
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: no readable {REFERENCE} ({error}); checkpoints of hf_prune.py and post_training.py have one") from None
 
@@ -103,12 +104,11 @@ def compare_with_reference(model, folder: str | os.PathLike, device: torch.devic
     ``model`` may be a ModelSource; it is computed on ``device``, by default where it is. Raises UserError for a folder without
     :data:`REFERENCE`.
     """
-    (reference, how), source = _reference(folder), ModelSource.of(model)
+    (reference, _, computed_on), source = _reference(folder), ModelSource.of(model)
     runner = LayerRunner(source, reference["ids"], device or source.home, split=False)
     found = _outputs(runner, runner.last_states())
     difference = float(torch.stack([(found[name] - reference[name]).abs().max() for name in found]).max())  # not a number stays none
-    same_device = how.get("device", "cpu") == runner.device.type
-    return difference, tolerance(runner.dtype, same_device) * float(reference["last_logits"].abs().max())
+    return difference, tolerance(runner.dtype, computed_on == runner.device.type) * float(reference["last_logits"].abs().max())
 
 
 def covered_rows(source: ModelSource, folder: str | os.PathLike) -> tuple[int, int]:
@@ -127,8 +127,8 @@ def weight_bytes(folder: str | os.PathLike) -> int:
 
 def reference_dtype(folder: str | os.PathLike) -> torch.dtype | str:
     """What the outputs in ``folder`` were computed in, which a comparison has to do too; "auto" is what its weights are saved in."""
-    named = _reference(folder)[1].get("dtype")
-    return getattr(torch, named) if named else "auto"
+    named = _reference(folder)[1]
+    return named if named == "auto" else getattr(torch, named)
 
 
 def _written(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
@@ -213,7 +213,8 @@ def write_tokenizer(tokenizer, folder: Path, base_model: str, config) -> None:
 def _write_reference(folder: Path, runner: LayerRunner, states: ActivationStore) -> None:
     """What the model in memory gives for the runner's token ids; ``states``: of these, after the last layer."""
     found = {"ids": runner.ids.contiguous(), **_outputs(runner, states)}
-    save_file(found, folder / REFERENCE, {"dtype": name_of(runner.dtype), "device": runner.device.type})
+    how = f"{name_of(runner.dtype)} on {runner.device.type}"
+    save_file(found, folder / REFERENCE, {"computed": how})  # one entry: several would come in any order
 
 
 def _write_config(model, folder: Path, dtype: torch.dtype | None = None) -> None:
