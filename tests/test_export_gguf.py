@@ -94,7 +94,7 @@ def save(case, folder, tokenizer, pruned=True, sizes=SIZES, **settings):
 def checks(folder, path, length=20):
     """The rows of ``slimllm.verify`` for one file, as {last words of the check: Check}."""
     model, tokenizer = checkpoint.load(folder, torch.float32), AutoTokenizer.from_pretrained(folder)
-    blocks = texts.blocks_of(texts.EvalText("t", TEXT, "t"), tokenizer, model.config, length, 1)
+    blocks = texts.in_blocks(texts.token_ids(TEXT, tokenizer), length, None)[:1]
     return verify.checks_of_file(str(path), model, tokenizer, TEXT, blocks)
 
 
