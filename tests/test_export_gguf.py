@@ -392,6 +392,30 @@ def test_verify_passes_what_was_saved_and_says_what_its_text_does_not_reach(seal
     assert table.count(" ok ") == 5 and f"the saved outputs follow from {covered} of 97 rows of the embeddings" in table
 
 
+def test_verify_names_what_came_beside_the_files_that_were_written(sealed, tmp_path, capsys, text_file):
+    folder = shutil.copytree(sealed, tmp_path / "m")
+    (folder / "chat_template.jinja").write_text("mine")
+    assert run_verify(folder, "--text", text_file, "--seq_len", 16, "--blocks", 1) == 0
+    assert "not from the run that wrote the rest, so not compared: chat_template.jinja" in capsys.readouterr().out
+
+
+REFERENCES = {  # what stands in the file of saved outputs
+    "another thing": dict(x=torch.ones(1)),
+    "no samples": dict(ids=torch.zeros(0, 4).long(), log_probabilities=torch.zeros(0, 3), last_logits=torch.zeros(0, 97)),
+    "ids of no token": dict(ids=torch.full((2, 4), 97), log_probabilities=torch.zeros(2, 3), last_logits=torch.zeros(2, 97)),
+    "one value for all": dict(ids=torch.zeros(2, 4).long(), log_probabilities=torch.zeros(1, 1), last_logits=torch.zeros(2, 97)),
+    "another vocabulary": dict(ids=torch.zeros(2, 4).long(), log_probabilities=torch.zeros(2, 3), last_logits=torch.zeros(2, 98)),
+}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_saved_outputs_that_make_no_sense_are_one_line(name, tmp_path):
+    save_file(REFERENCES[name], tmp_path / checkpoint.REFERENCE)
+    with pytest.raises(UserError, match=r"no readable reference.safetensors|of a model with another vocabulary") as caught:
+        checkpoint.compare_with_reference(make_model(), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("measured, allowed", [(float("inf"), float("inf")), (1.0, float("inf")), (float("nan"), 1.0), (0.0, float("nan"))])
 def test_what_is_not_finite_proves_nothing(measured, allowed):
     assert not verify.Check("x", measured, allowed).passed and verify.Check("x", 1.0, 1.0).passed

@@ -13,8 +13,8 @@ from transformers.models.llama import modeling_llama
 from slimllm import api
 from slimllm.deploy import checkpoint, export_gguf
 from slimllm.errors import UserError
-from slimllm.models import loading
-from tests.conftest import family_config, logits, make_config, make_ids, make_model
+from slimllm.models import gguf_settings, loading
+from tests.conftest import LLAMA3, YARN, family_config, logits, make_config, make_ids, make_model
 
 WEIGHTS = "model.safetensors"
 
@@ -186,6 +186,45 @@ def test_tensors_that_the_config_does_not_know_are_refused_by_name(name, tmp_pat
         loading.open_source(str(tmp_path), torch.float32)
 
 
+def test_the_tensors_of_another_model_are_not_taken_for_the_text_model_s(tmp_path):
+    altered(saved(tmp_path), lambda tensors: tensors.update({f"language_model.{name}": -value for name, value in tensors.items()}))
+    with pytest.raises(UserError, match="the files hold language_model.lm_head.weight, and 20 more, of which"):
+        loading.open_source(str(tmp_path), torch.float32)
+
+
+def renamed(change):
+    return lambda tensors: [tensors.update({change(name): tensors.pop(name)}) for name in list(tensors)]
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model."])
+def test_tensors_of_other_names_are_shown_where_some_are_missing(prefix, tmp_path):
+    altered(saved(tmp_path), renamed(lambda name: prefix + name))
+    said = f"21 weights are missing, the first lm_head.weight; the files name others, such as {prefix}lm_head"
+    with pytest.raises(UserError, match=said):
+        loading.open_source(str(tmp_path), torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 32)])
+def test_a_tied_head_without_rows_is_one_line(shape, tmp_path):
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    altered(saved(tmp_path, "llama_tied"), lambda tensors: tensors.update({name: torch.zeros(shape) for name in names}))
+    with pytest.raises(UserError, match="do not belong together"):
+        loading.open_source(str(tmp_path), torch.float32)
+
+
+def test_a_model_folder_may_end_in_gguf(tmp_path):
+    folder = saved(tmp_path / "model.gguf")
+    assert torch.equal(logits(loading.load_model(str(folder), torch.float32), make_ids()), logits(make_model(), make_ids()))
+
+
+def test_a_gguf_file_that_was_replaced_is_read_anew(tiny_gguf, tmp_path):
+    loading.load_config(str(tiny_gguf))
+    content = tiny_gguf.read_bytes()
+    tiny_gguf.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="not a whole .gguf file"):
+        loading.load_config(str(tiny_gguf))
+
+
 def test_an_adapter_beside_a_model_or_alone_is_refused_with_the_way_out(tmp_path):
     saved(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
@@ -293,6 +332,45 @@ def tiny_gguf(tmp_path, tiny_tokenizer):
     return path
 
 
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+LLAMA_YARN = {name: value for name, value in YARN.items() if "scal" not in name}
+LLAMA_3_1 = {**LLAMA3, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
+GGUF_CASES = {
+    "llama": ("llama_gqa", {}),
+    "llama3 scaling": ("llama3_rope", {}),
+    "llama3 scaling of Llama 3.1": ("llama3_rope", dict(rope_parameters=LLAMA_3_1, head_dim=128)),
+    "linear scaling": ("llama_gqa", dict(rope_parameters=LINEAR)),
+    "yarn": ("llama_gqa", dict(rope_parameters=LLAMA_YARN)),
+    "soft caps, scores and windows": ("gemma2", {}),
+    "windows and two bases": ("gemma3", dict(num_hidden_layers=4)),
+    "scores by the hidden size": ("gemma3", dict(num_hidden_layers=62, query_pre_attn_scalar=8)),
+}
+
+
+def gguf_of(model, folder, monkeypatch):
+    model.save_pretrained(folder / "model")
+    monkeypatch.setattr(export_gguf.gguf_tokenizer, "add", lambda writer, folder, size: _add_tokens(writer, size))
+    return str(export_gguf.export(folder / "model", folder / "model.gguf", "f32"))
+
+
+@pytest.mark.parametrize("name", GGUF_CASES)
+def test_a_gguf_file_is_the_model_that_its_metadata_describes(name, tmp_path, monkeypatch):
+    case, sizes = GGUF_CASES[name]
+    model = make_model(case, **sizes)
+    found = loading.load_model(gguf_of(model, tmp_path, monkeypatch), torch.float32)
+    assert torch.allclose(logits(found, make_ids()), logits(model, make_ids()), rtol=1e-3, atol=1e-3)
+
+
+def test_a_scaling_that_no_setting_describes_is_refused(tmp_path, monkeypatch):
+    path = gguf_of(make_model("phi3_long"), tmp_path, monkeypatch)
+    with pytest.raises(UserError, match=r"a scaling of the rotary embeddings \(longrope\) .* name the model in the form of transformers"):
+        loading.load_config(path)
+    monkeypatch.setattr(gguf_settings, "_llama3", lambda *_: None)
+    path = gguf_of(make_model("llama3_rope"), tmp_path, monkeypatch)
+    with pytest.raises(UserError, match=r"a scaling of the rotary embeddings \(rope_freqs.weight\)"):
+        loading.load_config(path)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.7, 0.999])
 def test_a_gguf_file_that_is_cut_short_is_one_line(share, tiny_gguf):
     content = tiny_gguf.read_bytes()
@@ -343,6 +421,9 @@ BAD_CONFIGS = {
     "dtype unknown": dict(dtype="float31"),
     "dtype a number": dict(dtype=7),
     "context null": dict(max_position_embeddings=None),
+    "weights elsewhere": dict(transformers_weights="../x.safetensors"),
+    "weights that are none": dict(transformers_weights="config.json"),
+    "weights a number": dict(transformers_weights=3),
     "tied as text": dict(tie_word_embeddings="yes"),
     "model_type a list": dict(model_type=["llama"]),
     "model_type null": dict(model_type=None),

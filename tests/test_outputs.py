@@ -47,6 +47,45 @@ def test_a_run_s_own_folder_is_replaced_with_what_belongs_to_it(tmp_path):
     assert names(target) == ["a", outputs.SEAL] and names(tmp_path) == ["run"]
 
 
+@pytest.mark.parametrize("folders", [(), ("adapter",)])
+def test_training_states_belong_to_a_training_of_this_program_only(folders, tmp_path):
+    target = tmp_path / "run"
+    write_text(target / "checkpoint-500" / "trainer_state.json", "{}")
+    outputs.seal(target, [], folders)
+    assert outputs.foreign(target) == (None if folders else target / "checkpoint-500")
+
+
+def test_what_came_deep_inside_meanwhile_stays(tmp_path):
+    target = written(tmp_path / "run")
+    with pytest.raises(UserError, match="no run of this program wrote .*mine.png"), atomic_dir(target, True):
+        write_text(target / "figures" / "mine.png", "mine")
+    assert (target / "figures" / "mine.png").read_text() == "mine" and names(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize("make", [lambda path: path.write_text("mine"), os.mkfifo], ids=["file", "pipe"])
+def test_what_has_the_name_of_a_lock_and_is_none_stays(make, tmp_path):
+    make(tmp_path / ".run.lock")
+    with pytest.raises(UserError, match=r"\.run\.lock: no run of this program wrote it.*move it away"), atomic_dir(tmp_path / "run", False):
+        pytest.fail("the work began")
+    assert names(tmp_path) == [".run.lock"]
+
+
+def test_a_folder_named_like_one_that_was_set_aside_stays(tmp_path):
+    write_text(tmp_path / ".run.20240101.old" / "thesis.tex", "mine")
+    written(tmp_path / "run")
+    assert names(tmp_path) == [".run.20240101.old", "run"]
+
+
+def test_a_seal_that_was_edited_is_no_crash(tmp_path):
+    folder, strange = written(tmp_path / "run"), ["x" * 5000, "a\0b", "../run", "/dev/zero"]
+    (folder / "notes.txt").touch()
+    outputs.seal(folder, [])
+    found = json.loads((folder / outputs.SEAL).read_text()) | {"files": dict.fromkeys(strange, "0")}
+    (folder / outputs.SEAL).write_text(json.dumps(found))
+    assert outputs.altered(folder) == strange
+    assert outputs.unsealed(folder) == ["figures/layers.png", "model.safetensors", "notes.txt"]
+
+
 def add_link(folder):
     (folder / "link").symlink_to(folder.parent)
 

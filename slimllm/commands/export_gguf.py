@@ -50,6 +50,8 @@ class ExportConfig:
 
 def run(settings: ExportConfig) -> None:
     """Writes every file that the settings ask for."""
+    if not Path(settings.folder).is_dir():  # before its place for the file is made
+        raise UserError(f"{settings.folder}: no such folder")
     targets = [(name, settings.target(name)) for name in settings.outtypes]
     way = "name another --output"
     with contextlib.ExitStack() as names:

@@ -92,8 +92,14 @@ def _reference(folder: str | os.PathLike) -> tuple[dict[str, torch.Tensor], str,
     try:
         with safe_open(Path(folder) / REFERENCE, "pt") as file:
             dtype, _, device = (file.metadata() or {}).get("computed", "auto on cpu").partition(" on ")
-            return {name: file.get_tensor(name) for name in file.keys()}, dtype, device
-    except (OSError, SafetensorError) as error:
+            found = {name: file.get_tensor(name) for name in file.keys()}
+        (samples, length), (rows, vocabulary) = found["ids"].shape, found["last_logits"].shape
+        if rows != samples or found["log_probabilities"].shape != (samples, length - 1) or not found["ids"].numel():
+            raise ValueError("its shapes do not belong together")
+        if not 0 <= int(found["ids"].min()) <= int(found["ids"].max()) < vocabulary:
+            raise ValueError("its token ids are not of its vocabulary")
+        return found, dtype, device
+    except (KeyError, ValueError, OSError, SafetensorError) as error:
         raise UserError(f"{folder}: no readable {REFERENCE} ({error}); checkpoints of hf_prune.py and post_training.py have one") from None
 
 
@@ -105,6 +111,8 @@ def compare_with_reference(model, folder: str | os.PathLike, device: torch.devic
     :data:`REFERENCE`.
     """
     (reference, _, computed_on), source = _reference(folder), ModelSource.of(model)
+    if reference["last_logits"].shape[1] != source.config.vocab_size:
+        raise UserError(f"{folder}: {REFERENCE} is of a model with another vocabulary; restore the folder, or make it anew")
     runner = LayerRunner(source, reference["ids"], device or source.home, split=False)
     found = _outputs(runner, runner.last_states())
     difference = float(torch.stack([(found[name] - reference[name]).abs().max() for name in found]).max())  # not a number stays none

@@ -12,13 +12,13 @@ import torch
 from ..errors import UserError
 from ..models.adapter import LayerAdapter
 from ..models.families import FAMILIES, family_of
+from ..models.gguf_settings import SCALAR_OF_HIDDEN, llama3_factors
 from ..models.shape import HEADS_FILL_HIDDEN, free_architecture_of, head_dim_of, irregular, rope_of, widths_of, window_of
 from ..models.weights import ROPE_IN_PAIRS, in_pairs
 
 PER_LAYER = ("deci", "openelm")  # architectures that read the widths of each layer
 OUTPUT_BIASES = ("llama", "deci", "granite")  # those that have biases in the output projections
 OWN_WINDOWS = ("gemma2", "gemma3", "olmo2", "exaone4")  # those whose layers may look back only so far
-SCALAR_OF_HIDDEN = {"gemma2": 46, "gemma3": 62}  # models of so many layers divide scores by the root of hidden size / heads
 EXAONE_WINDOWS = (64, 4)  # layers of the one model to which exaone4's graph gives windows, and their period
 SPARSE_ROPE = 4  # smollm3's graph leaves out the rotary embeddings of every fourth layer, and exaone4's of layers without a window
 ROPE_SETTINGS = {  # rope types, and what of each llama.cpp computes as transformers does
@@ -170,12 +170,7 @@ def rope_factors(config) -> dict[str, np.ndarray]:
         return {f"rope_factors_{length}.weight": np.array(rope[f"{length}_factor"], dtype=np.float32) for length in ("long", "short")}
     if rope.get("rope_type") != "llama3":
         return {}
-    head_dim = head_dim_of(config)
-    frequency = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)  # in the original context
-    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return {"rope_freqs.weight": (1 / ((1 - smooth) / factor + smooth)).float().numpy()}
+    return {"rope_freqs.weight": llama3_factors(rope, head_dim_of(config)).numpy()}
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,8 @@ def checks_of_bytes(folder: str) -> list[Check]:
     else:
         named = f": not {', '.join(wrong)}" if wrong else ""
         checks.append(Check(f"files with the SHA-256 that {outputs.SEAL} holds{named}", len(wrong), 0, "differ"))
+        if unknown := outputs.unsealed(Path(folder)):
+            log.warning("%s: not from the run that wrote the rest, so not compared: %s", folder, ", ".join(unknown))
     if (planned := _planned_widths(Path(folder))) is not None and not wrong:
         source = open_source(folder, "auto", "DIR")  # which refuses weights of other widths than the config's
         found = source.adapter.all_widths(source.model)
@@ -84,7 +86,7 @@ def _planned_widths(folder: Path) -> list[tuple[int, int, int]] | None:
         return [tuple(len({int(i) for i in layer[name]}) for name in ("heads", "kv_heads", "channels")) for layer in layers]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder / PLAN}: not the record of a pruning run ({first_line(error)})") from None
 
 

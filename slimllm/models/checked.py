@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 
 import torch
 from transformers.activations import ACT2FN
@@ -16,6 +17,7 @@ MOST_LAYERS = 10_000
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "sliding_window")
 _FLAGS = ("attention_bias", "mlp_bias", "tie_word_embeddings")
+_WEIGHTS = (".safetensors", ".safetensors.index.json")  # what transformers takes by a name of its own
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -48,6 +50,9 @@ def check_config(config, where: str) -> None:
     if not isinstance(activation, str) or activation not in ACT2FN:
         raise UserError(f"{where}: hidden_act is {activation!r}, which transformers does not know{nearest(str(activation), ACT2FN)}")
     _check_layer_types(config, where)
+    weights = getattr(config, "transformers_weights", None)
+    if weights is not None and not (isinstance(weights, str) and weights == Path(weights).name and weights.endswith(_WEIGHTS)):
+        raise UserError(f"{where}: transformers_weights is {weights!r}, not the name of a file of weights beside it (*.safetensors)")
     epsilon = getattr(config, "rms_norm_eps", 0.0)
     if not isinstance(epsilon, int | float) or not math.isfinite(epsilon) or epsilon < 0:
         raise UserError(f"{where}: rms_norm_eps is {epsilon!r}, not a number of at least 0")

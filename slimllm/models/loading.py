@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from ..errors import UserError, first_line
 from ..utils.device import evaluation_dtype
 from ..utils.memory import free_memory, return_free_memory
-from . import hub
+from . import gguf_settings, hub
 from .checked import check_config
 from .families import dense_family_of, family_of
 from .shape import ModelShape, shape_of
@@ -31,7 +31,7 @@ log = logging.getLogger("slimllm")
 
 
 def is_gguf(base_model: str) -> bool:
-    return str(base_model).endswith(".gguf")
+    return str(base_model).endswith(".gguf") and not os.path.isdir(base_model)
 
 
 def own_dtype(base_model: str, config) -> torch.dtype | None:
@@ -119,16 +119,20 @@ def load_config(base_model: str, option_name: str = "--base_model", pruned: bool
     Raises UserError for a missing, broken, unsupported or quantized model, and for one that is pruned already unless ``pruned`` allows it.
     """
     source, kwargs = _source(base_model, option_name)
+    where = f"{option_name} {base_model}"
     config = _read("config", base_model, option_name, lambda: AutoConfig.from_pretrained(source, trust_remote_code=False, **kwargs))
     quantization = getattr(config, "quantization_config", None)
     if text := getattr(config, "text_config", None):
         if not isinstance(text, PreTrainedConfig):
             raise UserError(f"{option_name} {base_model}: config.json: text_config is {text!r}, not the settings of a model")
+        text.transformers_weights = getattr(config, "transformers_weights", None)
         text.dtype, text.tie_word_embeddings = text.dtype or config.dtype, config.tie_word_embeddings  # the head is the outer model's
         config = text
     family = (family_of if pruned else dense_family_of)(config)
+    if kwargs:
+        _read("config", base_model, option_name, lambda: gguf_settings.complete(config, gguf_reader(base_model), where))
     config._attn_implementation = None  # how attention is computed is not the file's to choose
-    check_config(config, f"{option_name} {base_model}: config.json" if not kwargs else f"{option_name} {base_model}")
+    check_config(config, where if kwargs else f"{where}: config.json")
     _read("config", base_model, option_name, lambda: shape_of(config, family))
     if quantization is not None and not kwargs:
         settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
@@ -216,10 +220,11 @@ def _check_tensors(skeleton, weights, where: str) -> None:
     """Raises UserError where the files do not hold the model of the config: tensors missing, of another shape, of no use, or unknown."""
     wanted, known = stored_tensors(skeleton), set(weights.names)
     missing = [name for name in wanted if name not in known]
-    if missing:
-        raise UserError(f"{where}: {len(missing)} weights are missing, the first {min(missing)}")
     patterns = "|".join([_FOLLOWS, *(getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or [])])
     strange = [name for name in known - set(skeleton.state_dict()) if not re.search(patterns, name)]
+    if missing:
+        instead = f"; the files name others, such as {min(strange)}: rename them, or download the model again" if strange else ""
+        raise UserError(f"{where}: {len(missing)} weights are missing, the first {min(missing)}{instead}")
     if strange:
         more = f", and {len(strange) - 1} more" if len(strange) > 1 else ""
         raise UserError(

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError, first_line
+from ..utils.files import state_of
 from ..utils.memory import return_free_memory
 from .adapter import LayerAdapter
 from .families import FAMILIES
@@ -31,6 +32,7 @@ INDEX = "model.safetensors.index.json"
 WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER = "adapter_config.json"  # where it lies beside a model, transformers applies the adapter whenever the model is read
 TEXT_MODEL = "language_model."  # in the names of the text model's tensors, in a model of text and images
+EMBEDDINGS = {f"{family.decoder}.{family.embedding}.weight" for family in FAMILIES.values()}
 HEADS = tuple({f"{family.head}." for family in FAMILIES.values()})  # which such a model may keep without that mark
 _ROPE_FACTORS = re.compile(r"rope_(freqs|factors_\w+)\.weight$")  # of a .gguf file, whose metadata says the same
 PIECE = 16 << 20  # numbers of a tensor that are read at once
@@ -88,6 +90,8 @@ class _Reader:
         shape = self.shape(one)
         if list(shape) != list(self.shape(other)):
             return False
+        if not shape or not math.prod(shape):
+            return True  # nothing to compare; that they have no rows is another mistake
         rows = max(1, PIECE * shape[0] // math.prod(shape))
         pieces = (slice(start, start + rows) for start in range(0, shape[0], rows))
         return all(torch.equal(self.rows(one, piece), self.rows(other, piece)) for piece in pieces)
@@ -145,8 +149,11 @@ class Tensors(_Reader):
 
 
 def _of_text_model(at: dict) -> dict:
-    """The tensors of the text model by their names in it, where they are marked as such among others; else all."""
-    if not any(TEXT_MODEL in name for name in at):
+    """The tensors of the text model by their names in it, where they are marked as such among others; else all.
+
+    Files that hold embeddings without the mark are a text model's own, whatever else they hold.
+    """
+    if not any(TEXT_MODEL in name for name in at) or not EMBEDDINGS.isdisjoint(at):
         return at
     return {name.replace(TEXT_MODEL, "", 1): place for name, place in at.items() if TEXT_MODEL in name or name.startswith(HEADS)}
 
@@ -387,7 +394,7 @@ _GgufReader = gguf.GGUFReader
 
 
 @functools.lru_cache(maxsize=1)
-def _parsed(path: str) -> gguf.GGUFReader:
+def _parsed(path: str, state: tuple) -> gguf.GGUFReader:
     try:
         reader = _GgufReader(path)
     except OSError:
@@ -408,7 +415,7 @@ def gguf_reader(path: str | os.PathLike) -> gguf.GGUFReader:
 
     Raises UserError for one that is cut short or is part of a model.
     """
-    return _parsed(os.path.realpath(path))
+    return _parsed(os.path.realpath(path), state_of(os.path.realpath(path)))  # not what lay there before
 
 
 @contextmanager

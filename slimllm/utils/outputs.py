@@ -75,8 +75,29 @@ def altered(folder: Path) -> list[str] | None:
     found = read_seal(folder)
     if found is None:
         return None
-    paths = {name: Path(folder) / name for name in found["files"]}
-    return [name for name, path in paths.items() if not path.is_file() or file_hash(path) != found["files"][name]]
+    return [name for name, known in found["files"].items() if not _holds(Path(folder) / name, known)]
+
+
+def _holds(path: Path, known: str) -> bool:
+    """Whether this is a file that can be read, with the SHA-256 ``known``."""
+    try:
+        return path.is_file() and file_hash(path) == known
+    except OSError:
+        return False
+
+
+def unsealed(folder: Path) -> list[str]:
+    """The files in a sealed folder that its seal knows nothing of, by path: neither its hashes, nor folders of their own, nor what
+    programs of this package put beside a checkpoint.
+    """
+    found = read_seal(folder) or {"files": {}, "folders": []}
+    known = {*found["files"], *_UNSEALED}
+    inside = [(path, path.relative_to(folder)) for path in sorted(Path(folder).rglob("*")) if not path.is_dir()]
+    return [
+        name.as_posix()
+        for path, name in inside
+        if name.as_posix() not in known and name.parts[0] not in found["folders"] and not is_export(path) and not is_results(path)
+    ]
 
 
 def foreign(path: Path) -> Path | None:
@@ -99,7 +120,7 @@ def foreign(path: Path) -> Path | None:
             strange = None if _regular(entry) and (entry.name in known or is_export(entry) or is_results(entry)) else entry
         elif entry.name in found["folders"]:
             strange = foreign(entry)
-        elif _is_training_state(entry):
+        elif found["folders"] and _is_training_state(entry):  # only a training of this program has folders of its own
             strange = None
         elif any(name.startswith(f"{entry.name}/") for name in known):
             inside = (file for file in sorted(entry.rglob("*")) if file.is_symlink() or not file.is_dir())
@@ -244,6 +265,10 @@ def _name_lock(target: Path) -> tuple[int, Path] | None:
     path = target.with_name(f".{target.name}.lock")
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_size:
+            os.close(descriptor)
+            raise UserError(f"{path}: no run of this program wrote it, and the name is needed for a while; move it away")
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -301,6 +326,8 @@ def atomic_dir(
                     seal(staging)
                 if state_of(target) != before:
                     raise UserError(f"{target} was made or changed by something else while this run went on; {otherwise}")
+                if before is not None:
+                    check_target(target, True, otherwise, inputs)  # what came deeper inside
                 with _undisturbed(f"everything lies in {target}/"):
                     _replace(staging, target)
                     if transient:
@@ -369,6 +396,8 @@ def _lock(folder: Path) -> int | None:
 def _put_back(target: Path) -> None:
     """Puts a target back that a run had set aside when it was killed. Says so."""
     for aside in target.parent.glob(f".{glob.escape(target.name)}.{_MKDTEMP}.old"):
+        if not aside.is_dir() or any(entry.name != target.name for entry in aside.iterdir()):
+            continue  # none of ours, which hold nothing else
         if not target.exists() and (aside / target.name).exists():
             (aside / target.name).rename(target)
             log.info("%s: put back; a run was killed while it replaced it", target)
