@@ -259,3 +259,10 @@ def test_a_large_file_of_one_line_is_read(tmp_path, monkeypatch):
         assert len(text) == 200 and text.replace("\n", " ") in TEXT.replace("\n", " ")
     with pytest.raises(UserError, match=r"bad.txt: not UTF-8 text \(byte [0-9]{4}\)"):
         texts.read_text(tmp_path / "bad.txt", 500, random.Random(1))
+
+
+@pytest.mark.parametrize("text", ["word " * 1000, "two\nlines"])
+def test_a_text_in_place_of_a_name_is_not_repeated(text):
+    with pytest.raises(UserError, match="a text of .* give texts as a list") as caught:
+        calibration.check_source(text)
+    assert len(str(caught.value)) < 200

@@ -36,6 +36,7 @@ TEXT_SUFFIXES = (".txt", ".jsonl")
 MAX_CHARACTERS = 8_000_000  # enough for over ten thousand samples of 128 tokens; more is not read
 SELF_SAMPLE_BATCH = 32  # samples that are made at once, at least
 SELF_SAMPLE_CACHE = 512 << 20  # bytes of keys and values that more of them may take
+LONGEST_PATH = 4096  # characters
 PROBE_SAMPLES = 4
 OVERLAP_TOKENS = 16  # a run this long in common is no accident
 _OLD_PROBE_IDS = "held_back_ids"  # files written before the first release call them so
@@ -143,6 +144,8 @@ def check_source(name: str | None) -> None:
     """Raises UserError early, before a model is read, where ``--calibration`` names nothing that exists or can be read."""
     if name is None or name in CALIBRATION_NAMES:
         return
+    if len(name) > LONGEST_PATH or "\n" in name:
+        raise UserError(f"calibration: a text of {len(name)} characters in place of a name; give texts as a list, or in a file")
     if not os.path.lexists(name):
         raise UserError(
             f"--calibration {name}: no such file or folder, and not one of {', '.join(CALIBRATION_NAMES)}{nearest(name, CALIBRATION_NAMES)}"
