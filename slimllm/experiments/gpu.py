@@ -53,7 +53,8 @@ MODELS = {
         ),
     },
 }
-TRAINING_ROWS, ROUND_TO = 256, 64
+TRAINING_ROWS = 256
+ROUND_TO = {"full": "64", "tiny": "8"}  # widths that a GPU computes fast
 
 
 @dataclass
@@ -108,7 +109,7 @@ def steps(device: str, size: str) -> list[Step]:
     few = ("--num_examples", "8" if size == "tiny" else "64")
     more = ("--num_examples", "8" if size == "tiny" else "128")
     paper = ("--recipe", "paper", *text, *measured)
-    whole_blocks = ("--recipe", "best", "--round_to", str(ROUND_TO), *more, *text, *measured)  # which a GPU computes fast
+    whole_blocks = ("--recipe", "best", "--round_to", ROUND_TO[size], *more, *text, *measured)
     found = [
         _pruning("paper", "LLaMA-7B", "bfloat16", device, *paper, said=_perplexity),
         _pruning("best", "LLaMA-7B", "bfloat16", device, *whole_blocks, said=_perplexity),
