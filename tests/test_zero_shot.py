@@ -168,3 +168,8 @@ def test_bad_data_is_named(model, tiny_tokenizer, tmp_path, content, said):
 def test_an_unreachable_hub_is_said(model, tiny_tokenizer):
     with pytest.raises(UserError, match="piqa.*--data_dir"):
         zero_shot.score(model, tiny_tokenizer, "piqa")
+
+
+def test_a_question_with_a_token_that_the_model_lacks_is_one_line():
+    with pytest.raises(UserError, match="zero-shot questions: token id 97 is outside the model's vocabulary of 97"):
+        zero_shot.score_choices(make_model(), [((1, 2), (3,)), ((1, 97), (3,))], longest=12)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from ..data.texts import check_vocabulary
 from ..errors import UserError, first_line
 from ..models import hub
 from ..models.adapter import LayerAdapter
@@ -182,7 +183,10 @@ def score_choices(model, pairs: list[tuple[tuple, tuple]], longest: int, bar: bo
 
     Args:
         pairs: (context ids, continuation ids), neither empty. longest: no row is made longer than this.
+    Raises UserError for a token that the model does not have.
     """
+    used = {token for pair in pairs for part in pair for token in part}
+    check_vocabulary(torch.tensor(sorted(used), dtype=torch.long), model.config.vocab_size, "zero-shot questions")
     answers = defaultdict(list)
     for index, (context, _) in enumerate(pairs):
         answers[context].append(index)
