@@ -157,8 +157,11 @@ def _merge(first, second, monkeypatch):
     monkeypatch.undo()
 
 
-def in_processes(count, run, folder):
-    """What ``run()`` gives in each of ``count`` processes, forked from this one, that have joined."""
+def in_processes(count, run, folder, patience=30):
+    """What ``run()`` gives in each of ``count`` processes, forked from this one, that have joined.
+
+    The others than the first have ``patience`` seconds more than it.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -178,7 +181,7 @@ def in_processes(count, run, folder):
     for process in started:
         process.start()
     for process in started:
-        process.join(60 if process is started[0] else 5)
+        process.join(60 if process is started[0] else patience)
         process.kill()
     return [torch.load(folder / f"{rank}.pt") for rank in range(count) if (folder / f"{rank}.pt").is_file()]
 
@@ -202,7 +205,7 @@ def test_each_number_of_processes_distils_as_one(count, samples, tmp_path, monke
 
 
 def test_a_process_that_hangs_ends_the_others_with_a_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "PATIENCE", timedelta(seconds=3))
+    monkeypatch.setattr(processes, "PATIENCE", timedelta(seconds=6))
 
     def run():
         processes.wait()
@@ -210,7 +213,7 @@ def test_a_process_that_hangs_ends_the_others_with_a_line(tmp_path, monkeypatch)
             os.kill(os.getpid(), signal.SIGSTOP)
         processes.wait()
 
-    [said] = in_processes(2, run, tmp_path)
+    [said] = in_processes(2, run, tmp_path, patience=0)
     assert said.startswith("another process of this run has not answered (")
 
 
