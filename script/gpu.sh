@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # What pruning takes and gives on a GPU, in about eight minutes and with no network: bash script/gpu.sh [flags of python -m slimllm gpu]
 #
-# For a machine with an NVIDIA GPU, Python 3.11 or newer, and PyTorch and transformers installed. Models are made there, with random
-# weights. It needs 35 GB of disk (--work_dir names where) and leaves a table and eval_log/gpu.json.
+# For a machine with an NVIDIA GPU, Python 3.11 or newer, and the packages of requirement.txt but lm_eval (script/llama_prune.sh makes a
+# .venv with them; PYTHON=.venv/bin/python then). Models are made there, with random weights. It needs 35 GB of disk (--work_dir names
+# where) and leaves a table and eval_log/gpu.json. What would begin after --minutes is left out, and the table says so.
 #   PYTHON=...       another interpreter than python3
 #   GPU_WHEELS=DIR   wheels of packages that are missing there, put beside the installed ones for this run only
 set -euo pipefail
@@ -20,7 +21,7 @@ names = ("torch", "transformers", "accelerate", "safetensors", "gguf", "datasets
 print(*[name for name in names if importlib.util.find_spec(name) is None])')"
 if [ -n "$missing" ]; then
     echo "gpu.sh: $python has no $missing; on a machine with a network, pip download --no-deps -d wheels $missing" \
-        "(and what these need), then GPU_WHEELS=wheels bash $0" >&2
+        "(and what these need), then GPU_WHEELS=wheels bash $0; or name another interpreter with PYTHON=..." >&2
     exit 2
 fi
 "$python" -m slimllm gpu "$@"

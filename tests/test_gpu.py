@@ -75,3 +75,9 @@ def test_a_device_without_a_number_is_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     assert device.resolved("cuda") == torch.device("cuda", 3) and device.resolved("cuda:1") == torch.device("cuda", 1)
     assert device.resolved("cpu") == torch.device("cpu")
+
+
+def test_without_a_gpu_nothing_is_begun(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert programs.main(["gpu", "--output", str(tmp_path / "gpu.json")]) == 2
+    assert "torch finds no GPU here" in capsys.readouterr().err and not list(tmp_path.iterdir())

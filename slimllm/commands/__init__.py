@@ -109,6 +109,7 @@ COMMANDS = {
         "GpuConfig",
         "[flags]",
         "What pruning takes and gives on a GPU, on random models made on the spot; script/gpu.sh.",
+        "the steps that are finished are in the file of results",
     ),
     "families": Command("commands.families", "NoSettings", "", "The supported model families, as Markdown: docs/families.md."),
     "flags": Command("commands.flags", "NoSettings", "", "Every flag of every program, as Markdown."),
