@@ -51,7 +51,10 @@ def contents(run):
 
 
 def _finished_layers() -> int:
-    return len(list(Path("prune_log").glob(".run.*.partial/.journal/layer-*.json")))
+    try:
+        return len(list(Path("prune_log").glob(".run.*.partial/.journal/layer-*.json")))
+    except FileNotFoundError:  # the run ends while it is looked at
+        return 0
 
 
 def _child(folder, arguments):
