@@ -180,11 +180,11 @@ def _training(folder: Path) -> dict:
 def run(config: GpuConfig) -> int:
     """Makes the models, runs the steps, and prints their table. Returns the exit status: 1 where a step failed or was left out."""
     device, started = device_of("device", config.device), time.perf_counter()
-    if config.device == "auto" and device.type != "cuda":
-        raise UserError("--device auto: torch finds no GPU here; to rehearse the check on the CPU: --device cpu --size tiny")
     results = {"format": record.FORMAT, "size": config.size, "device": str(device), "steps": []}
     output = Path(config.output).absolute()
     with record.results_at(output, True), tempfile.TemporaryDirectory(prefix="slimllm-", dir=config.work_dir) as scratch:
+        if config.device == "auto" and device.type != "cuda":
+            raise UserError("--device auto: torch finds no GPU here; to rehearse the check on the CPU: --device cpu --size tiny")
         folder = Path(scratch)
         _write_texts(folder)
         _make("small", config.size, folder, device)
