@@ -163,12 +163,11 @@ def open_source(base_model: str, dtype: torch.dtype | str, option_name: str = "-
     skeleton = _read("config", base_model, option_name, lambda: skeleton_of(config, dtype))
     names = list(stored_tensors(skeleton))
     weights = _read("weights", base_model, option_name, lambda: _weights(base_model, source, config, names))
-    if _settle_head(config, skeleton, weights):
+    if _settle_head(config, weights):
         skeleton = skeleton_of(config, dtype)
     _check_tensors(skeleton, weights, where)
-    if not kwargs:
-        with contextlib.suppress(FileNotFoundError):  # it may have none
-            skeleton.generation_config = _generation_config(source, base_model, option_name)
+    if not kwargs and (found := _generation_config(source, base_model, option_name)) is not None:
+        skeleton.generation_config = found
     return ModelSource(skeleton, weights, dtype)
 
 
@@ -180,9 +179,11 @@ def skeleton_of(config, dtype: torch.dtype):
     return skeleton
 
 
-def _generation_config(source: str, base_model: str, option_name: str):
-    if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "generation_config.json")):
-        raise FileNotFoundError
+def _generation_config(source: str, base_model: str, option_name: str) -> GenerationConfig | None:
+    """The generation config that comes with a model; None where it has none. Raises UserError for a broken one."""
+    local = os.path.isdir(source)
+    if local and not os.path.isfile(os.path.join(source, "generation_config.json")):
+        return None
 
     def read():
         found = GenerationConfig.from_pretrained(source)
@@ -195,12 +196,12 @@ def _generation_config(source: str, base_model: str, option_name: str):
     try:
         return _read("generation_config.json", base_model, option_name, read)
     except UserError:
-        if os.path.isdir(source):
+        if local:
             raise
-        raise FileNotFoundError from None  # the hub's may have none
+        return None  # the hub's may have none
 
 
-def _settle_head(config, skeleton, weights) -> bool:
+def _settle_head(config, weights) -> bool:
     """Whether the output head is the embeddings is what the files say, as in transformers; returns whether the config was wrong.
 
     It says that they are one: files with two different ones keep both, and files with a head alone mean both by it.

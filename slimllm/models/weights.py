@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -71,6 +72,12 @@ def listed_in(index: Path) -> list[str]:
     return names
 
 
+def _pieces(shape) -> Iterator[slice]:
+    """The rows of a tensor of this shape, PIECE numbers at a time."""
+    rows = max(1, PIECE * shape[0] // max(1, math.prod(shape)))
+    return (slice(start, start + rows) for start in range(0, shape[0], rows))
+
+
 class _Reader:
     """What the readers have in common: ``_at`` holds where each tensor is, by the name that transformers gives it."""
 
@@ -92,9 +99,7 @@ class _Reader:
             return False
         if not shape or not math.prod(shape):
             return True  # nothing to compare; that they have no rows is another mistake
-        rows = max(1, PIECE * shape[0] // math.prod(shape))
-        pieces = (slice(start, start + rows) for start in range(0, shape[0], rows))
-        return all(torch.equal(self.rows(one, piece), self.rows(other, piece)) for piece in pieces)
+        return all(torch.equal(self.rows(one, piece), self.rows(other, piece)) for piece in _pieces(shape))
 
 
 class Tensors(_Reader):
@@ -140,9 +145,8 @@ class Tensors(_Reader):
             if math.prod(shape) <= PIECE:
                 return file.get_tensor(stored).to(dtype=dtype, copy=True)
             tensor = torch.empty(shape, dtype=dtype or file.get_slice(stored)[:1].dtype)
-        rows = max(1, PIECE * shape[0] // math.prod(shape))
-        for start in range(0, shape[0], rows):
-            tensor[start : start + rows] = self.rows(name, slice(start, start + rows))
+        for piece in _pieces(shape):
+            tensor[piece] = self.rows(name, piece)
         return tensor
 
     __getitem__ = read
@@ -298,7 +302,8 @@ class Rounded(_Reader):
 def round_to(dtype: torch.dtype, tensor: torch.Tensor, name: str) -> None:
     """Gives ``tensor``, in place, the values that ``dtype`` can hold. Raises UserError, by its ``name``, where one is too large for it."""
     tensor = torch.atleast_1d(tensor)
-    for rows in tensor.split(max(1, PIECE * len(tensor) // max(1, tensor.numel()))):
+    for piece in _pieces(tensor.shape):
+        rows = tensor[piece]
         held = rows.to(dtype)
         if dtype == torch.float16 and held.isinf().any():
             raise UserError(f"{name}: a value is beyond float16, which ends at 65504; save in another dtype with --save_dtype bfloat16")
