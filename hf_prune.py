@@ -33,10 +33,10 @@ def run(config) -> None:
     from slimllm.models import hub, loading
     from slimllm.models.checked import warn_of_length
     from slimllm.models.shape import shape_of
-    from slimllm.pruning import journal
     from slimllm.pruning.allocation.layer_ratios import without_scores
     from slimllm.pruning.footprint import check_room, footprint, sizes_of
     from slimllm.reporting import tables
+    from slimllm.streaming import journal
     from slimllm.utils import processes
     from slimllm.utils.device import device_of, pruning_dtype, saving_dtype
     from slimllm.utils.memory import memory_errors
@@ -98,10 +98,12 @@ def _prune_into(folder: Path, config, model_config, eval_device, dtype, saved, t
     """
     from slimllm import api
     from slimllm.data import calibration, texts
-    from slimllm.deploy.checkpoint import CheckpointSink, weight_bytes, write_tokenizer
+    from slimllm.deploy.checkpoint import write_tokenizer
+    from slimllm.deploy.sink import CheckpointSink
+    from slimllm.deploy.weight_files import weight_bytes
     from slimllm.models import loading
-    from slimllm.pruning.journal import Journal
     from slimllm.reporting import card, figures, record
+    from slimllm.streaming.journal import Journal
     from slimllm.utils import processes
     from slimllm.utils.device import device_of, evaluation_dtype, name_of
 

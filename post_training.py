@@ -66,8 +66,8 @@ def _train(config, output: Path, lines):
     from slimllm.evaluation.perplexity import perplexity
     from slimllm.models import loading
     from slimllm.models.checked import warn_of_length
-    from slimllm.pruning.journal import check_same
     from slimllm.reporting.record import Stopwatch, TrainingRecord, command
+    from slimllm.streaming.journal import check_same
     from slimllm.training import trainer as training
     from slimllm.training.data import load_data
     from slimllm.utils.device import device_of, name_of, training_dtype
@@ -216,6 +216,7 @@ def _eval_loss(entry: dict) -> float:
 def _write_merged(output: Path, config, record, ids) -> None:
     """OUTPUT_DIR/merged: the checkpoint with the adapter's update added to its weights, its record and its card."""
     from slimllm.deploy import checkpoint
+    from slimllm.deploy.reference import reload_and_compare
     from slimllm.models import loading
     from slimllm.training.trainer import merged
     from slimllm.utils.outputs import atomic_dir
@@ -223,7 +224,7 @@ def _write_merged(output: Path, config, record, ids) -> None:
     with atomic_dir(output / "merged", overwrite=True) as folder:
         model = merged(loading.load_model(config.prune_model, "auto", "--prune_model"), output / "adapter", ids)
         checkpoint.save(model, loading.load_tokenizer(config.prune_model, "--prune_model"), folder, ids, config.prune_model)
-        checkpoint.reload_and_compare(folder, model.dtype)
+        reload_and_compare(folder, model.dtype)
         _describe_merged(folder, output.name, config, record)
     log.info("merged model: %s (the same logits as model and adapter)", output / "merged")
 

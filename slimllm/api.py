@@ -21,26 +21,27 @@ from transformers import PreTrainedTokenizerBase
 from .data import calibration as calibrations
 from .data.calibration import Calibration
 from .data.texts import check_vocabulary
-from .deploy import checkpoint
+from .deploy import checkpoint, reference
 from .deploy.runtimes import convert_for_runtime
+from .deploy.sink import pruned_skeleton
 from .errors import UserError, nearest
 from .models import loading
 from .models.adapter import LayerAdapter
 from .models.checked import warn_of_length
 from .models.families import dense_family_of
+from .models.gguf_tensors import GgufTensors
 from .models.given import check_model, in_eval_mode
 from .models.shape import shape_of
 from .models.source import ModelSource
-from .models.weights import GgufTensors
 from .pruning import pipeline
 from .pruning.allocation.layer_ratios import without_scores
 from .pruning.allocation.plan_file import read_plan
 from .pruning.config import PruneConfig
-from .pruning.journal import Journal
 from .pruning.layer import LayerReport
-from .pruning.runner import Progress, no_progress
 from .reporting import card
 from .reporting.record import ModelInfo, Parameters, PruningRecord, Stopwatch
+from .streaming.journal import Journal
+from .streaming.progress import Progress, no_progress
 from .training import distillation
 from .training.distillation import Distillation, Teacher
 from .utils.device import device_of, name_of, saving_dtype
@@ -177,7 +178,7 @@ def _prune(model, tokenizer, calibration, on_layer, progress, config, timed, sin
         layers = pipeline.prune(pruned, calibration.ids, config, device, on_layer, calibration.probe_ids, progress, plans, sink, journal)
     if source.streams:
         widths = [(len(layer.heads), len(layer.kv_heads), len(layer.channels)) for layer in layers]
-        model = checkpoint.pruned_skeleton(source, widths, config)
+        model = pruned_skeleton(source, widths, config)
     else:
         _take_over(source.adapter, pruned.model, model)
         convert_for_runtime(model, config.runtime)
@@ -348,7 +349,7 @@ def save(result: PruneResult, folder: str | os.PathLike, overwrite: bool = False
     with atomic_dir(Path(folder), overwrite, "choose another folder", inputs=inputs) as staging, in_eval_mode(result.model):
         dtype = saving_dtype(config.save_dtype, None, result.model.dtype)
         checkpoint.save(result.model, result.tokenizer, staging, samples.ids[:2, :64], config.base_model, dtype)
-        checkpoint.reload_and_compare(staging, result.model.dtype, result.model.device)
+        reference.reload_and_compare(staging, result.model.dtype, result.model.device)
         samples.save(staging)
         record = result.record()
         record.config["save_ckpt_log_name"] = Path(folder).name

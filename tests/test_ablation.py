@@ -5,7 +5,7 @@ from PIL import Image
 
 from slimllm.__main__ import main as slim
 from slimllm.experiments import ablation, trials
-from slimllm.reporting import tables
+from slimllm.reporting import trial_tables
 from tests.conftest import stop_at_fourth_pruning
 
 
@@ -51,7 +51,7 @@ def test_the_picture_takes_each_recovery_once():
 def test_a_missing_figure_is_a_dash():
     figure = {"data": "ptb", "pruned": 3.0, "limited": False, "blocks": 1, "seq_len": 8}
     found = [{"name": "a", "variant": "", "share": 0.2, "perplexity": [figure]}]
-    assert tables.ablation_table(found, (0.2, 0.5))[-1].split("|")[3:5] == [" 3.0       ", " -         "]
+    assert trial_tables.ablation_table(found, (0.2, 0.5))[-1].split("|")[3:5] == [" 3.0       ", " -         "]
 
 
 @pytest.mark.parametrize("wrong, said", [(["--target_sparsity", "1.5"], "above 0 and below 1"), (["--base_model", ""], "required")])

@@ -15,6 +15,7 @@ TIERS = (
     ("utils", "cli"),
     ("models",),
     ("data",),
+    ("streaming",),
     ("pruning",),
     ("evaluation", "deploy", "training"),
     ("reporting",),

@@ -21,7 +21,7 @@ import slimllm
 from slimllm.__main__ import main as slim
 from slimllm.data import calibration
 from slimllm.models import hub as models_hub
-from slimllm.reporting import card, record, tables
+from slimllm.reporting import card, paper_table, record
 from slimllm.reporting.record import PruningRecord
 from tests.conftest import TEXT, make_ids, make_model, run_cli
 from tests.test_export_gguf import bpe_tokenizer, save
@@ -295,7 +295,7 @@ def test_a_post_trained_model_has_a_card_of_both_steps(prune, text, tmp_path):
     merged = tmp_path / "tuned" / "merged"
     flags = [str(merged), "--tasks", "none", "--eval_data", str(text), "--max_seq_len", "16", "--output", str(tmp_path / "r.json")]
     assert slim(["evaluate", *flags]) == 0
-    (row,) = tables.paper_cells([json.loads((tmp_path / "r.json").read_text())])[1:]
+    (row,) = paper_table.paper_cells([json.loads((tmp_path / "r.json").read_text())])[1:]
     assert row[0] == f"{run['parameters']['decoder_removed']:.0%}".replace("%", " %") + " w/ tune"
 
 

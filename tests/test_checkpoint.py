@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from slimllm import modeling
-from slimllm.deploy import checkpoint, runtimes
+from slimllm.deploy import checkpoint, reference, runtimes
 from slimllm.errors import UserError
 from slimllm.models.families import family_of
 from slimllm.pruning import pipeline
@@ -168,10 +168,10 @@ def spoil(folder):
 def test_a_checkpoint_that_is_another_model_fails_the_run(tmp_path, tiny_tokenizer):
     model = pruned()
     checkpoint.save(model, tiny_tokenizer, tmp_path, make_ids(2), "dense")
-    checkpoint.reload_and_compare(tmp_path, model.dtype)
+    reference.reload_and_compare(tmp_path, model.dtype)
     spoil(tmp_path)
     with pytest.raises(RuntimeError, match="does not load as the model that was saved"):
-        checkpoint.reload_and_compare(tmp_path, model.dtype)
+        reference.reload_and_compare(tmp_path, model.dtype)
 
 
 def test_staged_moves_into_place_and_leaves_nothing_behind(tmp_path):

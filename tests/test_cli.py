@@ -17,7 +17,7 @@ import hf_prune
 from slimllm.commands.evaluate import EvalConfig
 from slimllm.commands.latency import LatencyConfig
 from slimllm.data import calibration
-from slimllm.deploy import checkpoint, runtimes
+from slimllm.deploy import checkpoint, runtimes, sink
 from slimllm.errors import UserError
 from slimllm.models import loading
 from slimllm.models.source import ModelSource
@@ -413,13 +413,13 @@ def test_interrupted_in_the_middle_leaves_the_old_checkpoint(cli, monkeypatch):
 
 
 def test_a_save_that_fails_to_load_fails_the_run(cli, monkeypatch):
-    write_reference = checkpoint._write_reference
+    write_reference = sink.write_reference
 
     def wrong(folder, *rest):
         write_reference(folder, *rest)
         spoil(folder)
 
-    monkeypatch.setattr(checkpoint, "_write_reference", wrong)
+    monkeypatch.setattr(sink, "write_reference", wrong)
     with pytest.raises(RuntimeError, match="does not load as the model that was saved"):
         cli()
     assert not any((cli.folder / "prune_log").glob("[!.]*"))

@@ -8,7 +8,8 @@ import torch
 
 import hf_prune
 import slimllm
-from slimllm.deploy.checkpoint import CheckpointSink, WeightFiles
+from slimllm.deploy.sink import CheckpointSink
+from slimllm.deploy.weight_files import WeightFiles
 from slimllm.models import loading
 from slimllm.pruning import pipeline
 from slimllm.training import distillation

@@ -10,7 +10,7 @@ from slimllm.data import texts
 from slimllm.deploy import checkpoint
 from slimllm.evaluation import zero_shot
 from slimllm.evaluation.perplexity import perplexity
-from slimllm.reporting import tables
+from slimllm.reporting import paper_table
 from tests.conftest import make_model, prune_to, tiny_tokenizer_of
 from tests.test_zero_shot import NUMBER, ROWS
 
@@ -120,16 +120,18 @@ def row(removed=None, tuned=None, model="llama-7b-hf", tasks=(), perplexity=()):
 def test_the_paper_s_layout():
     every = [(name, 0.5) for name in zero_shot.TASKS]
     given = [row(0.497, "abc", "x_50", every[:1]), row(0.2, None, "x_20"), row(None, None, "tiny", every, [("ptb", 22.0)])]
-    header, *rows = tables.paper_cells(given)
+    header, *rows = paper_table.paper_cells(given)
     assert header == ["Ratio", "Method", "PTB", "BoolQ", "PIQA", "HellaSwag", "WinoGrande", "ARC-e", "ARC-c", "OBQA", "Average"]
     assert [cells[0] for cells in rows] == ["0 %", "20 % w/o tune", "50 % w/ tune"]
     assert rows[0][2:] == ["22.00", "50.00", "50.00", "25.00", "50.00", "50.00", "25.00", "25.00", "39.29"]
     assert rows[2][-1] == "50.00 (1 tasks)" and rows[2][3:5] == ["50.00", "-"]
-    assert len(tables.latex([header, *rows]).splitlines()) == 2 + 1 + 1 + 3 + 2 and r"20 \% w/o tune" in tables.latex([header, *rows])
+    assert len(paper_table.latex([header, *rows]).splitlines()) == 2 + 1 + 1 + 3 + 2 and r"20 \% w/o tune" in paper_table.latex(
+        [header, *rows]
+    )
 
 
 def test_the_paper_s_rows_stand_beside_llama_7b():
-    header, *rows = tables.paper_cells([row(None, None, "llama-7b-hf")])
+    header, *rows = paper_table.paper_cells([row(None, None, "llama-7b-hf")])
     assert header[2:4] == ["WikiText2", "PTB"] and len(rows) == 6
     averages = [cells[-1] for cells in rows[1:]]
     assert averages == ["63.25", "61.22", "62.41", "50.10", "53.16"]  # as the paper prints them

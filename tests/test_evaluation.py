@@ -19,7 +19,7 @@ def test_perplexity_is_the_exponential_of_the_mean_loss():
 def test_perplexity_does_not_depend_on_the_batch(monkeypatch):
     model, blocks = make_model(), make_ids(7, 20)
     expected = perplexity(model, blocks)
-    monkeypatch.setattr("slimllm.pruning.runner.TOKENS_PER_BATCH", 40)
+    monkeypatch.setattr("slimllm.streaming.runner.TOKENS_PER_BATCH", 40)
     monkeypatch.setattr("slimllm.evaluation.perplexity.MIN_ACTIVATION_BYTES", 3 * 20 * 32 * 4)  # three blocks at a time
     monkeypatch.setattr("slimllm.evaluation.perplexity.LOGIT_ROWS", 3)
     assert perplexity(model, blocks) == pytest.approx(expected, rel=1e-6)

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import slimllm
 from slimllm.__main__ import main as slim
 from slimllm.data import texts
-from slimllm.deploy import checkpoint, export_gguf, gguf_tokenizer, runtimes, verify
+from slimllm.deploy import checkpoint, export_gguf, gguf_tokenizer, reference, runtimes, verify
 from slimllm.deploy.llama_cpp import LlamaCpp
 from slimllm.errors import UserError
 from slimllm.models.families import FAMILIES
@@ -325,7 +325,7 @@ def altered(path, name, change):
 
 def spare_rows(folder):
     """Rows of the embeddings that the reference's text does not have."""
-    used = load_file(folder / checkpoint.REFERENCE)["ids"].unique()
+    used = load_file(folder / reference.REFERENCE)["ids"].unique()
     return torch.tensor([row for row in range(97) if row not in used])
 
 
@@ -345,7 +345,7 @@ ALTERATIONS = {  # what was altered -> (file, how)
     "bit": (WEIGHTS, lambda f: altered(f / WEIGHTS, DOWN, flip_bit)),
     "sign": (WEIGHTS, lambda f: altered(f / WEIGHTS, DOWN, lambda w: w.view(-1)[:1].neg_())),
     "scale": (WEIGHTS, lambda f: altered(f / WEIGHTS, DOWN, lambda w: w.mul_(1.02))),
-    "reference": (checkpoint.REFERENCE, lambda f: altered(f / checkpoint.REFERENCE, "last_logits", lambda w: w[0, :1].fill_(torch.inf))),
+    "reference": (reference.REFERENCE, lambda f: altered(f / reference.REFERENCE, "last_logits", lambda w: w[0, :1].fill_(torch.inf))),
     "plan": ("pruning.json", lambda f: alter_heads(f / "pruning.json")),
 }
 
@@ -410,9 +410,9 @@ REFERENCES = {  # what stands in the file of saved outputs
 
 @pytest.mark.parametrize("name", REFERENCES)
 def test_saved_outputs_that_make_no_sense_are_one_line(name, tmp_path):
-    save_file(REFERENCES[name], tmp_path / checkpoint.REFERENCE)
+    save_file(REFERENCES[name], tmp_path / reference.REFERENCE)
     with pytest.raises(UserError, match=r"no readable reference.safetensors|of a model with another vocabulary") as caught:
-        checkpoint.compare_with_reference(make_model(), tmp_path)
+        reference.compare_with_reference(make_model(), tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -432,7 +432,7 @@ def test_verify_says_what_cannot_be_read(case, tmp_path, capsys, text_file):
     elif case == "missing":
         path.unlink()
     elif case == "no reference":
-        (folder / checkpoint.REFERENCE).unlink()
+        (folder / reference.REFERENCE).unlink()
     else:
         folder = tmp_path / "nowhere"
     assert run_verify(folder, path, "--text", text_file, "--seq_len", 16) == 2

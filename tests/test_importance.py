@@ -8,7 +8,8 @@ import torch
 from slimllm.experiments import plain
 from slimllm.pruning.importance.channels import CHANNEL_SCORES, ChannelStatistics, select_channels
 from slimllm.pruning.importance.heads import greedy_search, leave_one_out, output_gram, similarity
-from slimllm.pruning.importance.layers import cosine_sum, importance_weights, uniform_weights
+from slimllm.pruning.importance.layers import importance_weights, uniform_weights
+from slimllm.streaming.runner import cosine_sum
 
 
 def heads_case(heads=5, width=3, dims=8, tokens=60, seed=0):

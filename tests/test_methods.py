@@ -9,7 +9,7 @@ from slimllm.pruning import pipeline
 from slimllm.pruning.allocation.layer_ratios import without_scores
 from slimllm.pruning.config import METHODS, PruneConfig
 from slimllm.pruning.importance.taylor import saliencies
-from slimllm.pruning.runner import LayerRunner
+from slimllm.streaming.runner import LayerRunner
 from tests.conftest import FAMILY_CASES, logits, make_ids, make_model, make_shape
 
 CASES = ("llama_mha", "llama_gqa", "qwen2")

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.llama import modeling_llama
 
 from slimllm import api
-from slimllm.deploy import checkpoint, export_gguf
+from slimllm.deploy import checkpoint, export_gguf, gguf_architecture
+from slimllm.deploy.sink import CheckpointSink
 from slimllm.errors import UserError
 from slimllm.models import gguf_settings, loading
 from tests.conftest import LLAMA3, YARN, family_config, logits, make_config, make_ids, make_model
@@ -270,7 +271,7 @@ def test_persistent_buffers_are_read_written_and_missed(tmp_path, tiny_tokenizer
     assert torch.equal(logits(source.whole(), make_ids()), logits(model, make_ids()))
     checkpoint.save(model, tiny_tokenizer, tmp_path / "copy", make_ids(2), "dense")
     assert torch.equal(logits(checkpoint.load(tmp_path / "copy"), make_ids()), logits(model, make_ids()))
-    sink = checkpoint.CheckpointSink(tmp_path / "pruned", source, config := make_config(), make_ids(2), "cpu")
+    sink = CheckpointSink(tmp_path / "pruned", source, config := make_config(), make_ids(2), "cpu")
     api.pipeline.prune(source, make_ids(), config, sink=sink)
     sink.finish()
     assert load_file(tmp_path / "pruned" / WEIGHTS)["model.layers.1.layer_scalar"].tolist() == [0.5]
@@ -381,7 +382,7 @@ def test_a_gguf_file_that_is_cut_short_is_one_line(share, tiny_gguf):
 
 
 def test_one_of_several_gguf_files_is_refused_as_that(tmp_path, monkeypatch, tiny_gguf):
-    export = export_gguf.add_settings
+    export = gguf_architecture.add_settings
     monkeypatch.setattr(export_gguf, "add_settings", lambda writer, config: (export(writer, config), writer.add_uint16("split.count", 2)))
     monkeypatch.setattr(export_gguf.gguf_tokenizer, "add", lambda writer, folder, size: _add_tokens(writer, size))
     part = export_gguf.export(tmp_path / "model", tmp_path / "m-00001-of-00002.gguf", "f16")

@@ -13,7 +13,7 @@ from slimllm.pruning.allocation.inputs import AllocationInputs
 from slimllm.pruning.allocation.plan import LayerPlan
 from slimllm.pruning.config import HEAD_UNITS
 from slimllm.pruning.recovery import RECOVERIES
-from slimllm.pruning.statistics import ActivationMemory
+from slimllm.streaming.activations import ActivationMemory
 from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model, make_shape
 
 
@@ -67,9 +67,9 @@ def test_samples_in_batches_and_on_disk_decide_the_same(where, monkeypatch):
     twin = copy.deepcopy(model)
     batch = 48 if where == "memory" else 2048
     reports = pipeline.prune(model, ids, make_config(recovery="least_squares"))
-    monkeypatch.setattr("slimllm.pruning.runner.TOKENS_PER_BATCH", batch)
+    monkeypatch.setattr("slimllm.streaming.runner.TOKENS_PER_BATCH", batch)
     if where == "disk":
-        monkeypatch.setattr("slimllm.pruning.runner.ActivationMemory", lambda limit, folder: ActivationMemory(0, folder))
+        monkeypatch.setattr("slimllm.streaming.runner.ActivationMemory", lambda limit, folder: ActivationMemory(0, folder))
     again = pipeline.prune(twin, ids, make_config(recovery="least_squares"))
     assert [(r.heads, r.channels) for r in reports] == [(r.heads, r.channels) for r in again]
     torch.testing.assert_close(logits(model, ids), logits(twin, ids), rtol=1e-3, atol=1e-3)

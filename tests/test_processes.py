@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import hf_prune
 from slimllm.pruning import pipeline
-from slimllm.pruning.statistics import Covariance, PairMoments, SquareSum
+from slimllm.streaming.statistics import Covariance, PairMoments, SquareSum
 from slimllm.training import distillation
 from slimllm.training.distillation import Teacher
 from slimllm.utils import processes

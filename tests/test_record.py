@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 import slimllm
-from slimllm.reporting import card, record, tables
+from slimllm.reporting import card, record, tables, trial_tables
 from slimllm.reporting.record import PruningRecord
 from tests.conftest import make_ids, make_model
 
@@ -43,4 +43,4 @@ def test_a_perplexity_that_is_not_finite_is_a_number_for_who_reads_it(tmp_path, 
         )
         for name, share in (("dense", 0.0), ("random", 0.2))
     ]
-    assert "nan" in tables.comparison_table(rows)[-1] and "nan" in tables.ablation_table(rows, [0.2])[-1]
+    assert "nan" in trial_tables.comparison_table(rows)[-1] and "nan" in trial_tables.ablation_table(rows, [0.2])[-1]

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import hf_prune
-from slimllm.deploy import checkpoint
-from slimllm.models import weights
-from slimllm.pruning import pipeline
+from slimllm.models import tensor_file
+from slimllm.pruning import layer, pipeline
+from slimllm.streaming import journal, runner
 from tests.conftest import ROOT, make_model
 
 FILES = ("*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json", "modeling.py")
@@ -103,13 +103,13 @@ def test_killed_at_ten_random_moments_and_resumed_each_time(folder, text_file, m
 
 @pytest.mark.parametrize("layer, shard_bytes", [(2, 10**9), (4, 40_000), (7, 10**9)])
 def test_only_the_layers_that_are_missing_are_pruned_again(folder, text_file, layer, shard_bytes, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr("slimllm.deploy.weight_files.SHARD_BYTES", shard_bytes)
     whole = run_whole(text_file)
     prune_layer, pruned = pipeline.prune_layer, []
     monkeypatch.setattr(pipeline, "prune_layer", _stopping_at(layer, prune_layer))
     assert hf_prune.main(flags(text_file, "--overwrite")) == 130
     monkeypatch.setattr(pipeline, "prune_layer", lambda *args: pruned.append(args[3]) or prune_layer(*args))
-    monkeypatch.setattr(pipeline.LayerRunner, "layer_cosines", lambda *_: pytest.fail("pass 1 was made again"))
+    monkeypatch.setattr(runner.LayerRunner, "layer_cosines", lambda *_: pytest.fail("pass 1 was made again"))
     assert hf_prune.main(flags(text_file, "--overwrite", "--resume")) == 0
     assert pruned == [index for index in range(layer, 8) if index in pruned] and layer in pruned
     assert contents(Path("prune_log/run")) == whole
@@ -126,7 +126,7 @@ def _stopping_at(layer, prune_layer):
 
 def test_a_disk_that_fills_up_in_the_middle_and_is_given_room(folder, text_file, monkeypatch, capsys):
     whole = run_whole(text_file)
-    put, count = weights.TensorFile._put, []
+    put, count = tensor_file.TensorFile._put, []
 
     def full(self, data, offset):
         count.append(1)
@@ -134,13 +134,13 @@ def test_a_disk_that_fills_up_in_the_middle_and_is_given_room(folder, text_file,
             raise OSError(errno.ENOSPC, "No space left on device")
         put(self, data, offset)
 
-    monkeypatch.setattr(weights.TensorFile, "_put", full)
+    monkeypatch.setattr(tensor_file.TensorFile, "_put", full)
     capsys.readouterr()
     assert hf_prune.main(flags(text_file, "--overwrite")) == 2
     err = capsys.readouterr().err.strip()
     assert "prune_log/run: cannot be written (No space left on device)" in err and err.endswith("--resume") and len(err.splitlines()) == 1
     assert 0 < _finished_layers() < 8
-    monkeypatch.setattr(weights.TensorFile, "_put", put)
+    monkeypatch.setattr(tensor_file.TensorFile, "_put", put)
     assert hf_prune.main(flags(text_file, "--overwrite", "--resume")) == 0
     assert contents(Path("prune_log/run")) == whole
 
@@ -157,7 +157,7 @@ def test_a_disk_that_fills_up_in_the_middle_and_is_given_room(folder, text_file,
     ],
 )
 def test_another_run_is_not_gone_on_with(folder, text_file, change, said, monkeypatch, capsys):
-    prune_layer = pipeline.prune_layer
+    prune_layer = layer.prune_layer
     monkeypatch.setattr(pipeline, "prune_layer", _stopping_at(5, prune_layer))
     assert hf_prune.main(flags(text_file)) == 130
     monkeypatch.setattr(pipeline, "prune_layer", prune_layer)
@@ -186,7 +186,7 @@ def test_nothing_to_go_on_with(folder, text_file, capsys):
 def test_the_states_lie_in_tmp_dir_and_go_with_the_run(folder, text_file, monkeypatch):
     whole = run_whole(text_file)
     (folder / "scratch").mkdir()
-    prune_layer = pipeline.prune_layer
+    prune_layer = layer.prune_layer
     monkeypatch.setattr(pipeline, "prune_layer", _stopping_at(4, prune_layer))
     stopped = flags(text_file, "--overwrite", "--tmp_dir", "scratch")
     assert hf_prune.main(stopped) == 130
@@ -204,7 +204,7 @@ def test_the_states_lie_in_tmp_dir_and_go_with_the_run(folder, text_file, monkey
 
 def test_states_that_are_gone_are_said(folder, text_file, monkeypatch, capsys):
     (folder / "scratch").mkdir()
-    monkeypatch.setattr(pipeline, "prune_layer", _stopping_at(4, pipeline.prune_layer))
+    monkeypatch.setattr(pipeline, "prune_layer", _stopping_at(4, layer.prune_layer))
     assert hf_prune.main(flags(text_file, "--tmp_dir", "scratch")) == 130
     [left] = Path("scratch").iterdir()
     for path in left.glob("states-*"):
@@ -217,11 +217,11 @@ def test_states_that_are_gone_are_said(folder, text_file, monkeypatch, capsys):
 
 def test_a_run_without_resume_keeps_nothing_for_it(folder, text_file, monkeypatch, capsys):
     whole = run_whole(text_file)
-    written, finish = [], pipeline.Journal.finish_layer
-    monkeypatch.setattr(pipeline.Journal, "finish_layer", lambda *args: written.append(args[1]) or finish(*args))
+    written, finish = [], journal.Journal.finish_layer
+    monkeypatch.setattr(journal.Journal, "finish_layer", lambda *args: written.append(args[1]) or finish(*args))
     assert hf_prune.main(flags(text_file, "--overwrite", "--no_resume")) == 0
     assert contents(Path("prune_log/run")) == whole and not written
-    monkeypatch.setattr(pipeline, "prune_layer", _stopping_at(4, pipeline.prune_layer))
+    monkeypatch.setattr(pipeline, "prune_layer", _stopping_at(4, layer.prune_layer))
     capsys.readouterr()
     assert hf_prune.main(flags(text_file, "--overwrite", "--no_resume")) == 130
     assert "--resume" not in capsys.readouterr().err and [path.name for path in Path("prune_log").iterdir()] == ["run"]
@@ -231,7 +231,7 @@ def test_a_plan_of_a_file_needs_no_pass_for_importance(folder, text_file, monkey
     run_whole(text_file)
     plan = Path("prune_log/run/pruning.json")
     plan.rename("plan.json")
-    monkeypatch.setattr(pipeline.LayerRunner, "layer_cosines", lambda *_: pytest.fail("pass 1 was made"))
+    monkeypatch.setattr(runner.LayerRunner, "layer_cosines", lambda *_: pytest.fail("pass 1 was made"))
     known = flags(text_file, "--plan", "plan.json", "--overwrite")
     del known[known.index("--target_sparsity") : known.index("--target_sparsity") + 2]
     assert hf_prune.main(known) == 0

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from slimllm import modeling
 from slimllm.__main__ import main as slim
 from slimllm.deploy import checkpoint, runtimes
 from slimllm.errors import UserError
@@ -193,7 +194,7 @@ def test_a_checkpoint_that_is_regular_can_be_exported_as_a_stock_one(tmp_path, t
     before = logits(model, make_ids())
     assert slim(["export-transformers", str(tmp_path / "slim"), str(tmp_path / "stock")]) == 0
     config = json.loads((tmp_path / "stock" / "config.json").read_text())
-    left = {*runtimes.PER_LAYER_SETTINGS, "auto_map", "per_layer_config", "allow_global_per_layer_attribute_access"}
+    left = {*modeling.PER_LAYER_SETTINGS, "auto_map", "per_layer_config", "allow_global_per_layer_attribute_access"}
     assert config["model_type"] == "llama" and not set(config) & left
     assert not (tmp_path / "stock" / "modeling.py").exists()
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "stock"), make_ids()), before)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import hf_prune
 import slimllm
 from slimllm.__main__ import main as slim
-from slimllm.deploy import checkpoint
+from slimllm.deploy import checkpoint, reference
 from slimllm.errors import UserError
 from slimllm.models import loading
 from slimllm.models.weights import Tensors, round_to, weight_files
@@ -64,9 +64,9 @@ def test_a_run_on_a_cpu_saves_what_it_was_given(prune, distill):
 
 def test_the_comparison_is_of_what_was_saved_and_as_strict_as_in_float32(prune):
     folder, _ = prune("short")
-    source = loading.open_source(str(folder), checkpoint.reference_dtype(folder), "DIR")
-    difference, allowed = checkpoint.compare_with_reference(source, folder)
-    largest = float(load_file(folder / checkpoint.REFERENCE)["last_logits"].abs().max())
+    source = loading.open_source(str(folder), reference.reference_dtype(folder), "DIR")
+    difference, allowed = reference.compare_with_reference(source, folder)
+    largest = float(load_file(folder / reference.REFERENCE)["last_logits"].abs().max())
     assert source.dtype == F32 and difference <= allowed == pytest.approx(1e-5 * largest)
 
 

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from slimllm.deploy import checkpoint, export_gguf, runtimes
+from slimllm.deploy.sink import CheckpointSink
 from slimllm.errors import UserError
 from slimllm.evaluation.perplexity import perplexities, perplexity
-from slimllm.models import loading, weights
+from slimllm.models import loading, tensor_file, weights
 from slimllm.models.source import ModelSource
 from slimllm.pruning import pipeline
 from tests.conftest import FAMILY_CASES, family_config, logits, make_config, make_ids, make_model, make_shape
@@ -133,7 +134,7 @@ def test_a_streamed_pruning_is_that_of_the_model_in_memory(case, runtime, tmp_pa
     config, ids = make_config(shape=shape, **settings), make_ids(samples=12)
     streamed, source = tmp_path / "streamed", loading.open_source(str(tmp_path / "dense"), torch.float32)
     checkpoint.write_tokenizer(tiny_tokenizer, streamed, "dense", source.config)
-    sink = checkpoint.CheckpointSink(streamed, source, config, ids[:2], "cpu")
+    sink = CheckpointSink(streamed, source, config, ids[:2], "cpu")
     reports = pipeline.prune(source, ids, config, sink=sink)
     sink.finish()
     model = copy.deepcopy(dense)
@@ -148,7 +149,7 @@ def test_a_streamed_pruning_is_that_of_the_model_in_memory(case, runtime, tmp_pa
 
 
 def test_a_large_checkpoint_is_written_in_several_files(tmp_path, tiny_tokenizer, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr("slimllm.deploy.weight_files.SHARD_BYTES", 30_000)
     model = make_model()
     checkpoint.save(runtimes.as_slim_model(model), tiny_tokenizer, tmp_path, make_ids(2), "dense")
     names = json.loads((tmp_path / weights.INDEX).read_text())["weight_map"]
@@ -161,12 +162,12 @@ def test_a_large_checkpoint_is_written_in_several_files(tmp_path, tiny_tokenizer
 def test_a_file_of_tensors_is_an_ordinary_safetensors_file(tmp_path):
     tensors = {"b": torch.randn(3, 4), "a": torch.randn(5).bfloat16(), "c": torch.arange(4)}
     layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-    with weights.TensorFile(tmp_path / "x.safetensors", layout) as file:
+    with tensor_file.TensorFile(tmp_path / "x.safetensors", layout) as file:
         for name in ("c", "b"):
             file.write(name, tensors[name])
         with pytest.raises(ValueError, match=r"a: torch.float32 \[5\], laid out as torch.bfloat16 \[5\]"):
             file.write("a", tensors["a"].float())
-    with weights.TensorFile(tmp_path / "x.safetensors", layout) as file:  # opened again it keeps what it has
+    with tensor_file.TensorFile(tmp_path / "x.safetensors", layout) as file:  # opened again it keeps what it has
         file.write("a", tensors["a"])
     found = load_file(tmp_path / "x.safetensors")
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
@@ -198,11 +199,11 @@ def test_a_disk_that_cannot_take_room_beforehand_is_written_to_all_the_same(refu
         raise OSError(refusal, "not here")
 
     if refusal is AttributeError:  # macOS
-        monkeypatch.delattr(weights.os, "posix_fallocate")
+        monkeypatch.delattr(tensor_file.os, "posix_fallocate")
     else:
-        monkeypatch.setattr(weights.os, "posix_fallocate", refuse)
+        monkeypatch.setattr(tensor_file.os, "posix_fallocate", refuse)
     tensor = torch.arange(6.0).view(2, 3)
-    with weights.TensorFile(tmp_path / "a.safetensors", {"a": (torch.float32, tensor.shape)}) as file:
+    with tensor_file.TensorFile(tmp_path / "a.safetensors", {"a": (torch.float32, tensor.shape)}) as file:
         file.write("a", tensor)
     assert torch.equal(load_file(tmp_path / "a.safetensors")["a"], tensor)
 
@@ -211,6 +212,6 @@ def test_a_disk_that_is_too_small_is_found_when_the_file_is_laid_out(tmp_path, m
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(weights.os, "posix_fallocate", full)
+    monkeypatch.setattr(tensor_file.os, "posix_fallocate", full)
     with pytest.raises(OSError, match="No space left"):
-        weights.TensorFile(tmp_path / "a.safetensors", {"a": (torch.float32, torch.Size([2]))})
+        tensor_file.TensorFile(tmp_path / "a.safetensors", {"a": (torch.float32, torch.Size([2]))})

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from slimllm.errors import UserError
-from slimllm.pruning.statistics import ActivationMemory, ActivationStore, Covariance, PairMoments, SquareSum
+from slimllm.streaming.activations import ActivationMemory, ActivationStore
+from slimllm.streaming.statistics import Covariance, PairMoments, SquareSum
 
 
 def rows(count=1000, size=7, offset=0.0):
@@ -32,7 +33,7 @@ def test_covariance_survives_a_mean_far_above_the_spread():
 
 
 def test_covariance_wider_than_a_column_block_is_symmetric(monkeypatch):
-    monkeypatch.setattr("slimllm.pruning.statistics._COLUMN_BLOCK", 3)
+    monkeypatch.setattr("slimllm.streaming.statistics._COLUMN_BLOCK", 3)
     x = rows()
     covariance = Covariance(7)
     covariance.update(x[:500])

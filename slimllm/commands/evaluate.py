@@ -18,7 +18,7 @@ from ..evaluation import zero_shot
 from ..evaluation.perplexity import perplexities
 from ..models import loading
 from ..models.checked import warn_of_length
-from ..reporting import record, tables
+from ..reporting import paper_table, record
 from ..utils import processes
 from ..utils.device import DTYPES, device_of, evaluation_dtype, name_of
 from ..utils.files import file_hash
@@ -88,7 +88,7 @@ def run(config: EvalConfig) -> None:
         if not processes.is_first():
             log.setLevel(logging.ERROR)
         results = evaluate(config)
-    log.info("\n%s\n\neverything lies in %s", "\n".join(tables.paper_table([results])), config.output)
+    log.info("\n%s\n\neverything lies in %s", "\n".join(paper_table.paper_table([results])), config.output)
 
 
 def evaluate(config: EvalConfig) -> dict:

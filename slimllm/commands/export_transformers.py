@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from ..cli import flag
-from ..deploy import checkpoint
+from ..deploy import checkpoint, reference
 from ..deploy.runtimes import as_stock_model
 from ..errors import UserError
 from ..models import loading
@@ -38,10 +38,10 @@ def run(settings: StockConfig) -> None:
     source, target = settings.folders
     with atomic_dir(Path(target), settings.overwrite, "name another folder", inputs=[source]) as folder:
         model = loading.load_model(source, "auto", "DIR")
-        if not (Path(source) / checkpoint.REFERENCE).is_file():
-            raise UserError(f"{source}: it has no {checkpoint.REFERENCE}; name a checkpoint of hf_prune.py or post_training.py")
-        ids = load_file(Path(source) / checkpoint.REFERENCE)["ids"]
+        if not (Path(source) / reference.REFERENCE).is_file():
+            raise UserError(f"{source}: it has no {reference.REFERENCE}; name a checkpoint of hf_prune.py or post_training.py")
+        ids = load_file(Path(source) / reference.REFERENCE)["ids"]
         as_stock_model(model)
         checkpoint.save(model, loading.load_tokenizer(source, "DIR"), folder, ids, source)
-        checkpoint.reload_and_compare(folder, model.dtype)
+        reference.reload_and_compare(folder, model.dtype)
     log.info("%s: %s, the same logits", target, type(model).__name__)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..cli import flag
 from ..errors import UserError
-from ..reporting import record, tables
+from ..reporting import paper_table, record, tables
 
 log = logging.getLogger("slimllm")
 
@@ -38,9 +38,9 @@ def run(config: ReportConfig) -> None:
             results = [record.read_json(path) for path in config.records]
             if any("fingerprint" not in result for result in results):
                 raise ValueError("not results of python -m slimllm evaluate")
-            log.info("%s", "\n".join(tables.paper_table(results)))
+            log.info("%s", "\n".join(paper_table.paper_table(results)))
             if config.output:
-                tables.write_paper_table(results, Path(config.output))
+                paper_table.write_paper_table(results, Path(config.output))
         else:
             log.info("%s", tables.table([(Path(folder).name, record.PruningRecord.read(folder)) for folder in config.records]))
     except OSError as error:

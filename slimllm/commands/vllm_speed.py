@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ..cli import check_range, flag
 from ..deploy import vllm
-from ..deploy.checkpoint import weight_bytes
 from ..deploy.vllm import trust_flag
+from ..deploy.weight_files import weight_bytes
 from ..errors import UserError
 from ..reporting.tables import speed_table
 

@@ -13,8 +13,8 @@ from ..errors import UserError
 from ..models.adapter import LayerAdapter
 from ..models.families import FAMILIES, family_of
 from ..models.gguf_settings import SCALAR_OF_HIDDEN, llama3_factors
+from ..models.gguf_tensors import ROPE_IN_PAIRS, in_pairs
 from ..models.shape import HEADS_FILL_HIDDEN, free_architecture_of, head_dim_of, irregular, rope_of, widths_of, window_of
-from ..models.weights import ROPE_IN_PAIRS, in_pairs
 
 PER_LAYER = ("deci", "openelm")  # architectures that read the widths of each layer
 OUTPUT_BIASES = ("llama", "deci", "granite")  # those that have biases in the output projections

@@ -10,8 +10,8 @@ import gguf
 
 from ..errors import UserError
 from ..models import hub
+from ..models.gguf_tensors import gguf_reader
 from ..models.loading import load_tokenizer
-from ..models.weights import gguf_reader
 from ..utils.files import atomic_file
 
 FILE = "tokenizer.gguf"  # beside a checkpoint that came from a .gguf file: that file's metadata of tokenizer and origin, and no tensors

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ..errors import UserError, first_line
 from ..models.loading import open_source
 from ..utils import outputs
-from . import checkpoint, vllm
+from . import reference, vllm
 from .llama_cpp import LlamaCpp
 
 log = logging.getLogger("slimllm")
@@ -42,7 +42,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        return checkpoint.agrees(self.measured, self.allowed)
+        return reference.agrees(self.measured, self.allowed)
 
     def row(self) -> list[str]:
         return [self.what, f"{self.measured:.3g} {self.unit}".strip(), f"{self.allowed:.3g}", "ok" if self.passed else "FAILED"]
@@ -92,11 +92,11 @@ def _planned_widths(folder: Path) -> list[tuple[int, int, int]] | None:
 
 def checks_of_folder(folder: str, model, tokenizer, blocks: torch.Tensor) -> list[Check]:
     """The checks that need transformers only. ``model`` is the one of ``folder`` in float32, ``blocks`` [n, length] text."""
-    own = open_source(folder, checkpoint.reference_dtype(folder), "DIR")
-    covered, rows = checkpoint.covered_rows(own, folder)
+    own = open_source(folder, reference.reference_dtype(folder), "DIR")
+    covered, rows = reference.covered_rows(own, folder)
     if covered < rows:
         log.info("the saved outputs follow from %d of %d rows of the embeddings; the others are compared by SHA-256 alone", covered, rows)
-    checks = [Check("saved model against the model in memory: logits", *checkpoint.compare_with_reference(own, folder))]
+    checks = [Check("saved model against the model in memory: logits", *reference.compare_with_reference(own, folder))]
     prompt = blocks[0, : blocks.shape[1] // 2]
     cached, plain = (greedy(model, prompt, GREEDY_TOKENS, tokenizer.all_special_ids, use) for use in (True, False))
     checks.append(Check("greedy generation with KV cache against without", _lost(model, prompt, plain, cached), 1e-3, "nats"))
@@ -116,7 +116,7 @@ def _padding(model, blocks: torch.Tensor) -> tuple[float, float]:
     positions = (attention.cumsum(-1) - 1).clamp_min(0)
     together = model(batch, attention_mask=attention, position_ids=positions, use_cache=False).logits[:, -1].float()
     alone = torch.cat([model(text[None], use_cache=False).logits[:, -1].float() for text in texts])
-    return float((together - alone).abs().max()), 10 * checkpoint.tolerance(model.dtype) * float(alone.abs().max())
+    return float((together - alone).abs().max()), 10 * reference.tolerance(model.dtype) * float(alone.abs().max())
 
 
 def checks_of_file(path: str, model, tokenizer, text: str, blocks: torch.Tensor) -> list[Check]:
@@ -178,7 +178,7 @@ def _compared(name: str, asked: _Asked, model, tokenizer, tokens, values, said, 
     """What another runtime answered (token ids, log-probabilities, continuation) against ``model`` in transformers."""
     expected = tokenizer(asked.text).input_ids
     differing = sum(a != b for a, b in zip(expected, tokens)) + abs(len(expected) - len(tokens))
-    in_transformers = checkpoint.log_probabilities(model(asked.blocks, use_cache=False).logits.float(), asked.blocks)
+    in_transformers = reference.log_probabilities(model(asked.blocks, use_cache=False).logits.float(), asked.blocks)
     difference = (torch.tensor(values) - in_transformers).abs()
     lost = _lost(model, asked.prompt, greedy(model, asked.prompt, asked.new_tokens, asked.banned), said)
     return [

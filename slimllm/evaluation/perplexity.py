@@ -10,7 +10,8 @@ from torch import nn
 from ..data.texts import as_it_came, check_vocabulary
 from ..errors import UserError
 from ..models.source import ModelSource
-from ..pruning.runner import LOGIT_ROWS, MIN_ACTIVATION_BYTES, LayerRunner, Progress, no_progress
+from ..streaming.progress import Progress, no_progress
+from ..streaming.runner import LOGIT_ROWS, MIN_ACTIVATION_BYTES, LayerRunner
 from ..utils import processes
 
 

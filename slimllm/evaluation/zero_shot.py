@@ -24,10 +24,10 @@ from ..errors import UserError, first_line
 from ..models import hub
 from ..models.adapter import LayerAdapter
 from ..models.shape import window_of
-from ..pruning.runner import LOGIT_ROWS
+from ..streaming.runner import LOGIT_ROWS
 from ..utils import processes
 
-TOKENS_PER_BATCH = 4096
+TOKENS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def score_choices(model, pairs: list[tuple[tuple, tuple]], longest: int, bar: bo
     results: list = [None] * len(pairs)
     with tqdm(total=len(pairs), desc="answers", leave=False, disable=None if bar else True) as progress:
         while rows:
-            count = max(1, TOKENS_PER_BATCH // rows[0][0])
+            count = max(1, TOKENS_AT_ONCE // rows[0][0])
             batch, rows = rows[:count], rows[count:]
             for index, result in _score_rows(model, pairs, batch):
                 results[index] = result

@@ -34,15 +34,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from ..cli import check_choice, check_range, flag
 from ..data.calibration import PROBE_SAMPLES, Calibration
-from ..deploy.checkpoint import WeightFiles
+from ..deploy.weight_files import WeightFiles
 from ..models import loading
 from ..models.adapter import LayerAdapter, with_multi_head_attention
 from ..models.shape import shape_of
 from ..pruning import pipeline
 from ..pruning.config import RECIPES, PruneConfig
-from ..pruning.runner import TOKENS_PER_BATCH
 from ..reporting import record
 from ..reporting.tables import aligned
+from ..streaming.runner import TOKENS_PER_BATCH
 from . import plain
 
 log = logging.getLogger("slimllm")

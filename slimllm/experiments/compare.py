@@ -19,7 +19,7 @@ from ..evaluation import zero_shot
 from ..models import loading
 from ..pruning.config import METHODS
 from ..reporting.figures import comparison
-from ..reporting.tables import comparison_table
+from ..reporting.trial_tables import comparison_table
 from ..utils.files import write_text
 from .trials import Bench, Trial, TrialsConfig, measure
 

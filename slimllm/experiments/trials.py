@@ -25,9 +25,9 @@ from ..models.shape import shape_of
 from ..models.source import ModelSource
 from ..pruning import pipeline
 from ..pruning.config import PruneConfig
-from ..pruning.runner import no_progress
 from ..reporting import record
 from ..reporting.record import Stopwatch
+from ..streaming.progress import no_progress
 from ..training.distillation import Teacher
 from ..utils.device import DTYPES, device_of, name_of, pruning_dtype
 

@@ -20,9 +20,10 @@ from ..utils.memory import free_memory, return_free_memory
 from . import gguf_settings, hub
 from .checked import check_config
 from .families import dense_family_of, family_of
+from .gguf_tensors import GgufTensors, gguf_reader, parsed_once
 from .shape import ModelShape, shape_of
 from .source import ModelSource, stored_tensors
-from .weights import ADAPTER, GgufTensors, PickledTensors, Tensors, gguf_reader, parsed_once, weight_files
+from .weights import ADAPTER, PickledTensors, Tensors, weight_files
 
 # Tensors that old files hold besides the model's, which follow from the config. The model's class may name more.
 _FOLLOWS = r"rotary_emb\.inv_freq$|(^|\.)position_ids$"

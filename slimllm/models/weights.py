@@ -6,27 +6,17 @@ open only while one of its tensors is read, so that no page of it stays in memor
 
 from __future__ import annotations
 
-import errno
-import functools
 import json
 import math
 import os
-import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import gguf
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError, first_line
-from ..utils.files import state_of
-from ..utils.memory import return_free_memory
-from .adapter import LayerAdapter
 from .families import FAMILIES
-from .shape import widths_of
 
 INDEX = "model.safetensors.index.json"
 # What may hold a model's weights, in the order in which transformers looks for it; nothing else in the folder counts.
@@ -35,11 +25,7 @@ ADAPTER = "adapter_config.json"  # where it lies beside a model, transformers ap
 TEXT_MODEL = "language_model."  # in the names of the text model's tensors, in a model of text and images
 EMBEDDINGS = {f"{family.decoder}.{family.embedding}.weight" for family in FAMILIES.values()}
 HEADS = tuple({f"{family.head}." for family in FAMILIES.values()})  # which such a model may keep without that mark
-_ROPE_FACTORS = re.compile(r"rope_(freqs|factors_\w+)\.weight$")  # of a .gguf file, whose metadata says the same
 PIECE = 16 << 20  # numbers of a tensor that are read at once
-ROWS = 4096  # of a .gguf tensor that are dequantized at once
-# GGUF architectures that turn neighbouring dimensions of a head where transformers turns its two halves
-ROPE_IN_PAIRS = ("llama", "deci", "smollm3", "mistral3", "granite")
 
 
 def weight_files(folder: str | os.PathLike, named: str | None = None) -> list[Path]:
@@ -78,7 +64,7 @@ def _pieces(shape) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, shape[0], rows))
 
 
-class _Reader:
+class TensorReader:
     """What the readers have in common: ``_at`` holds where each tensor is, by the name that transformers gives it."""
 
     def __init__(self):
@@ -102,7 +88,7 @@ class _Reader:
         return all(torch.equal(self.rows(one, piece), self.rows(other, piece)) for piece in _pieces(shape))
 
 
-class Tensors(_Reader):
+class Tensors(TensorReader):
     """Safetensors files. A tensor that several hold counts as in the last one. Raises UserError for a broken file, or without tensors."""
 
     def __init__(self, files: list[Path]):
@@ -162,83 +148,7 @@ def _of_text_model(at: dict) -> dict:
     return {name.replace(TEXT_MODEL, "", 1): place for name, place in at.items() if TEXT_MODEL in name or name.startswith(HEADS)}
 
 
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.bool: "BOOL",
-}
-
-
-class TensorFile:
-    """A safetensors file whose tensors are written one at a time, in any order.
-
-    ``layout``: name -> (dtype, shape) of all of them. Its room is taken when it is opened, so that a disk too small is found at
-    once. A file of this layout that is there already keeps what was written to it. On leaving, all of it is on the disk.
-    """
-
-    def __init__(self, path: str | os.PathLike, layout: dict[str, tuple[torch.dtype, torch.Size]]):
-        entries, self._offsets, end = {"__metadata__": {"format": "pt"}}, {}, 0
-        for name, (dtype, shape) in sorted(layout.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
-            start, end = end, end + dtype.itemsize * math.prod(shape)
-            entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-            self._offsets[name] = start
-        header = json.dumps(entries, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)
-        self._layout, self._start = layout, 8 + len(header)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            _take_room(self._file, self._start + end)
-            os.ftruncate(self._file, self._start + end)
-            self._put(len(header).to_bytes(8, "little") + header, 0)
-        except BaseException:
-            os.close(self._file)
-            raise
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Writes one tensor. Raises ValueError where the layout says another dtype or shape."""
-        dtype, shape = self._layout[name]
-        if (tensor.dtype, tuple(tensor.shape)) != (dtype, tuple(shape)):
-            raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)}, laid out as {dtype} {list(shape)}")
-        self._put(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, self._start + self._offsets[name])
-
-    def _put(self, data, offset: int) -> None:
-        data = memoryview(data)
-        while len(data):
-            written = os.pwrite(self._file, data, offset)
-            data, offset = data[written:], offset + written
-
-    def sync(self) -> None:
-        os.fsync(self._file)
-
-    def close(self) -> None:
-        try:
-            self.sync()
-        finally:
-            os.close(self._file)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-
-def _take_room(file: int, size: int) -> None:
-    """Takes room on the disk for ``size`` bytes, where the system and the file system can: elsewhere it is found to be full later."""
-    try:
-        os.posix_fallocate(file, 0, size)
-    except AttributeError:
-        pass  # macOS
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
-
-
-class PickledTensors(_Reader):
+class PickledTensors(TensorReader):
     """PyTorch's own files, mapped into memory and never run as code; they are otherwise like :class:`Tensors`."""
 
     def __init__(self, files: list[Path]):
@@ -276,7 +186,7 @@ class PickledTensors(_Reader):
         return self._open(path)[stored].to(dtype=dtype, copy=True)
 
 
-class Rounded(_Reader):
+class Rounded(TensorReader):
     """The tensors of another reader with the values that ``dtype`` can hold. Raises UserError for one that is too large for it."""
 
     def __init__(self, tensors, dtype: torch.dtype):
@@ -308,126 +218,3 @@ def round_to(dtype: torch.dtype, tensor: torch.Tensor, name: str) -> None:
         if dtype == torch.float16 and held.isinf().any():
             raise UserError(f"{name}: a value is beyond float16, which ends at 65504; save in another dtype with --save_dtype bfloat16")
         rows.copy_(held)
-
-
-class GgufTensors(_Reader):
-    """The tensors of a .gguf file, each dequantized when it is read.
-
-    ``config`` is what transformers makes of the file, ``names`` what it calls the tensors of such a model. Raises UserError for a
-    file that is cut short, and for one of several that hold a model together.
-    """
-
-    def __init__(self, path: str | os.PathLike, config, names: list[str]):
-        super().__init__()
-        self.files = [Path(path)]
-        reader = gguf_reader(path)
-        self._arch = reader.fields["general.architecture"].contents()
-        self.origin = origin_of(reader)
-        found = {
-            tensor.name: (
-                int(tensor.data_offset),
-                tensor.data.shape,
-                tensor.data.dtype,
-                tensor.tensor_type,
-                [*map(int, tensor.shape[::-1])],
-            )
-            for tensor in reader.tensors
-        }
-        del reader
-        _parsed.cache_clear()  # it holds every token of the vocabulary as an object
-        return_free_memory()
-        by_name = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
-        places = gguf.get_tensor_name_map(by_name[self._arch], config.num_hidden_layers)
-        for name in names:
-            stem, _, suffix = name.rpartition(".")
-            place = f"{places.get_name(stem)}.{suffix}"
-            if place in found:
-                self._at[name] = found.pop(place)
-        self._at |= {place: value for place, value in found.items() if not _ROPE_FACTORS.match(place)}  # what the config has no place for
-        self._adapter, self._widths = LayerAdapter(config), widths_of(config)
-
-    def shape(self, name: str) -> list[int]:
-        return self._at[name][4]
-
-    def is_number(self, name: str) -> bool:
-        return self._at[name][3].name not in ("I8", "I16", "I32", "I64")
-
-    def dtype_name(self, name: str) -> str:
-        return self._at[name][3].name
-
-    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        offset, stored, kind, quantization, shape = self._at[name]
-        raw = np.fromfile(self.files[0], dtype=kind, count=math.prod(stored), offset=offset).reshape(stored)
-        tensor = torch.empty(shape, dtype=dtype or torch.float32)
-        for start in range(0, len(raw), ROWS):  # what it is unpacked into on the way takes several times its room
-            tensor[start : start + ROWS] = torch.from_numpy(gguf.dequantize(raw[start : start + ROWS], quantization))
-        family, heads = self._adapter.family, self._adapter.rotary_heads(name, self._widths)
-        if family.norm_offset and family.is_norm(name):
-            tensor -= family.norm_offset  # the file holds what multiplies
-        return from_pairs(tensor, heads) if self._arch in ROPE_IN_PAIRS and heads else tensor
-
-
-def origin_of(reader: gguf.GGUFReader) -> dict:
-    """What a .gguf file says of where it comes from, as a model card names it: licence, languages, the hub name of its base model."""
-
-    def value(name: str):
-        field = reader.fields.get(f"general.{name}")
-        return field and field.contents()
-
-    address = value("base_model.0.repo_url") or value("repo_url") or value("source.url") or ""
-    on_hub = address.partition("huggingface.co/")[2].strip("/")
-    return {
-        "license": value("license"),
-        "license_name": value("license.name"),
-        "license_link": value("license.link"),
-        "language": value("languages"),
-        "base_model": on_hub if on_hub.count("/") == 1 else None,
-    }
-
-
-def in_pairs(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """A query or key projection, weight [heads * size, D] or bias [heads * size], from halves to neighbouring pairs."""
-    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-
-
-def from_pairs(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """The inverse of :func:`in_pairs`."""
-    return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-
-
-_GgufReader = gguf.GGUFReader
-
-
-@functools.lru_cache(maxsize=1)
-def _parsed(path: str, state: tuple) -> gguf.GGUFReader:
-    try:
-        reader = _GgufReader(path)
-    except OSError:
-        raise
-    except Exception as error:  # whatever a header that ends too soon, or is none, makes of the parser
-        raise UserError(f"{path}: not a whole .gguf file ({first_line(error)}); copy or download it again") from None
-    parts = reader.fields.get("split.count")
-    if parts is not None and parts.contents() > 1:
-        raise UserError(
-            f"{path}: one of {parts.contents()} files that hold the model together; join them with llama.cpp's "
-            "llama-gguf-split --merge FIRST OUT.gguf and name the outcome"
-        )
-    return reader
-
-
-def gguf_reader(path: str | os.PathLike) -> gguf.GGUFReader:
-    """The parsed file, seconds of work that is kept until another file is read or the weights of this one are opened.
-
-    Raises UserError for one that is cut short or is part of a model.
-    """
-    return _parsed(os.path.realpath(path), state_of(os.path.realpath(path)))  # not what lay there before
-
-
-@contextmanager
-def parsed_once():
-    """transformers parses a .gguf file for the config and again for the tokenizer: inside, it gets :func:`gguf_reader`'s."""
-    gguf.GGUFReader = lambda path, *_: gguf_reader(path)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader = _GgufReader

@@ -11,14 +11,14 @@ import torch
 from ..errors import UserError
 from ..models.shape import ModelShape
 from ..models.weights import PIECE
+from ..streaming.activations import temporary_folder
+from ..streaming.runner import LOGIT_ROWS, MIN_ACTIVATION_BYTES, TOKENS_PER_BATCH
 from ..utils import processes
 from ..utils.device import evaluation_dtype
 from ..utils.memory import activation_room, free_memory
 from .allocation.plan import LayerPlan, removed_parameters
 from .config import PruneConfig
 from .recovery import NEEDS_INPUT_COVARIANCE
-from .runner import LOGIT_ROWS, MIN_ACTIVATION_BYTES, TOKENS_PER_BATCH
-from .statistics import temporary_folder
 
 log = logging.getLogger("slimllm")
 

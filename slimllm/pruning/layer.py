@@ -10,6 +10,8 @@ from torch import nn
 
 from ..models.adapter import columns
 from ..models.shape import ModelShape
+from ..streaming.activations import ActivationStore
+from ..streaming.runner import LayerRunner
 from ..utils import processes
 from . import surgery
 from .allocation.head_units import HeadUnits
@@ -24,8 +26,7 @@ from .importance.channels import (
 from .importance.heads import HEAD_CHOICES, NEEDS_NORM, HeadStatistics
 from .importance.taylor import Saliency
 from .recovery import NEEDS_INPUT_COVARIANCE
-from .runner import LayerRunner, Sublayer
-from .statistics import ActivationStore
+from .sublayer import Sublayer
 
 if TYPE_CHECKING:
     from .config import PruneConfig

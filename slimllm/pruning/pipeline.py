@@ -17,15 +17,16 @@ from torch import nn
 from ..models.families import dense_family_of
 from ..models.shape import shape_of
 from ..models.source import ModelSource
+from ..streaming.activations import ActivationStore
+from ..streaming.journal import Journal
+from ..streaming.progress import Progress, no_progress
+from ..streaming.runner import LayerRunner
 from .allocation.inputs import Allocation, AllocationInputs
 from .allocation.layer_ratios import LAYER_RATIOS
 from .allocation.plan import LayerPlan
 from .config import PruneConfig
 from .importance.taylor import NEEDS_GRADIENTS, Saliency, saliencies
-from .journal import Journal
 from .layer import LayerReport, prune_layer, removes, whole_layer
-from .runner import LayerRunner, Progress, no_progress
-from .statistics import ActivationStore
 
 
 class Sink(Protocol):

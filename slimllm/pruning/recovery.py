@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import UserError
-from .statistics import Covariance, PairMoments
+from ..streaming.statistics import Covariance, PairMoments
 
 
 @dataclass

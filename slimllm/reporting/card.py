@@ -18,8 +18,8 @@ from ..errors import UserError
 from ..models import hub, loading
 from ..models.adapter import LayerAdapter
 from ..models.families import is_pruned
-from ..models.weights import Tensors, gguf_reader, weight_files
-from ..models.weights import origin_of as gguf_origin_of
+from ..models.gguf_tensors import gguf_reader, origin_in
+from ..models.weights import Tensors, weight_files
 from ..utils import outputs
 from ..utils.files import file_hash, write_text
 from .record import PruningRecord
@@ -95,7 +95,7 @@ def origin_of(base_model: str) -> dict:
     """
     path = Path(base_model)
     if path.suffix == ".gguf":
-        return gguf_origin_of(gguf_reader(path))
+        return origin_in(gguf_reader(path))
     if path.exists():
         return _of_card(hub.card_data(path))
     try:

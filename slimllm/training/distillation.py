@@ -20,8 +20,9 @@ from ..errors import UserError
 from ..models.adapter import LayerAdapter
 from ..models.source import ModelSource
 from ..pruning.footprint import DISTILLED_ROWS, DISTILLED_TOKENS
-from ..pruning.runner import MIN_ACTIVATION_BYTES, LayerRunner, Progress, no_progress
-from ..pruning.statistics import ActivationMemory, ActivationStore
+from ..streaming.activations import ActivationMemory, ActivationStore
+from ..streaming.progress import Progress, no_progress
+from ..streaming.runner import MIN_ACTIVATION_BYTES, LayerRunner
 from ..utils import processes
 from ..utils.device import distillation_dtype, resolved
 from ..utils.memory import activation_room, return_free_memory

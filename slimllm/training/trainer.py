@@ -182,7 +182,7 @@ def trainer_for(model, train, held_out, config: TrainConfig, arguments: Training
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if sys.stderr.isatty():
-        trainer.add_callback(Progress)
+        trainer.add_callback(LossBar)
     return trainer
 
 
@@ -250,7 +250,7 @@ def stay_on(arguments: TrainingArguments, device: torch.device) -> None:
         arguments.__dict__["_setup_devices"] = device  # the cached value that arguments.device gives
 
 
-class Progress(ProgressCallback):
+class LossBar(ProgressCallback):
     """transformers' bar, with the loss beside it in place of a line per step."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):

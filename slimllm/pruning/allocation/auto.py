@@ -16,12 +16,12 @@ import torch
 
 from ...errors import UserError
 from ...models.shape import Limits, ModelShape
+from ...streaming.activations import ActivationStore
+from ...streaming.runner import mean_cosines
 from ...utils import processes
 from ...utils.device import evaluation_dtype
 from ..importance.layers import importance_weights
 from ..layer import prune_layer
-from ..runner import mean_cosines
-from ..statistics import ActivationStore
 from .head_units import HeadUnits
 from .inputs import Allocation, AllocationInputs
 from .plan import LayerPlan, from_ratios, plan

@@ -9,8 +9,9 @@ import torch
 
 from ...models.shape import ModelShape
 from ...models.source import ModelSource
+from ...streaming.progress import Progress, no_progress
+from ...streaming.runner import LayerRunner
 from ..importance.taylor import Saliency
-from ..runner import LayerRunner, Progress, no_progress
 from .plan import LayerPlan
 
 if TYPE_CHECKING:

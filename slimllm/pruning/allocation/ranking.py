@@ -9,7 +9,7 @@ import torch
 
 from ...errors import UserError
 from ...models.shape import ModelShape, limits_of
-from ..runner import Sublayer
+from ..sublayer import Sublayer
 from .head_units import HeadUnits
 from .inputs import Allocation, AllocationInputs
 from .plan import LayerPlan, fill_with_channels, from_ratios, removed_parameters

@@ -5,14 +5,6 @@ from __future__ import annotations
 import torch
 
 
-def cosine_sum(inputs: torch.Tensor, outputs: torch.Tensor) -> float:
-    """Sum over tokens of the cosine similarity of a layer's input and output, both [..., D].
-
-    Divided by the number of tokens it is c_l: a layer that hardly turns its input (c near 1) matters less.
-    """
-    return float(torch.nn.functional.cosine_similarity(inputs.float(), outputs.float(), dim=-1).double().sum())
-
-
 def importance_weights(cosine: list[float], pruned_layers: int, alpha: float) -> list[float]:
     """One weight per layer [L]: pruned_layers * softmax(alpha * c) over the ``pruned_layers`` layers of highest cosine c, 0 elsewhere.
 

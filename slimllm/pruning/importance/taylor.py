@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ...streaming.runner import LOGIT_ROWS, LayerRunner
 from ...utils import processes
-from ..runner import LOGIT_ROWS, LayerRunner
 
 NEEDS_GRADIENTS = {"taylor"}  # choices of heads and scores of channels that take a Saliency
 

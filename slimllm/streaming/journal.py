@@ -9,10 +9,11 @@ import tempfile
 from pathlib import Path
 
 from ..errors import UserError
-from ..models.weights import TensorFile, Tensors
+from ..models.tensor_file import TensorFile
+from ..models.weights import Tensors
 from ..utils import processes
 from ..utils.files import fsync_folder, write_text
-from .statistics import ActivationStore
+from .activations import ActivationStore
 
 NAME = ".journal"  # inside the folder of a run that is not finished
 _STATES, _OF = "slimllm-states-", "of"  # the folder of its states in another place, and the file there that says whose they are

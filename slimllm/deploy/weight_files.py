@@ -1,0 +1,62 @@
+"""The weights of a checkpoint, written one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from ..models.source import stored_tensors
+from ..models.tensor_file import TensorFile
+from ..models.weights import INDEX
+
+SHARD_BYTES = 5_000_000_000  # of weights in one file, at most; a single tensor may be larger
+
+
+def weight_bytes(folder: str | os.PathLike) -> int:
+    """Of the files of weights in a checkpoint folder."""
+    return sum(path.stat().st_size for path in Path(folder).glob("model*.safetensors"))
+
+
+def _written(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """What a tensor is written in where the weights are written in ``dtype``, or in their own."""
+    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+
+
+class WeightFiles:
+    """The weights of a checkpoint, written one tensor at a time: one file, or several where it is large, and their index.
+
+    ``model`` says what tensors there will be; it may be without weights. ``dtype``: what they are written in, the model's by default.
+    """
+
+    def __init__(self, folder: Path, model, dtype: torch.dtype | None = None):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.layout = {name: (_written(tensor, dtype), tensor.shape) for name, tensor in stored_tensors(model).items()}
+        shards, size, total = [{}], 0, 0
+        for name, (dtype, shape) in self.layout.items():
+            tensor_bytes = dtype.itemsize * shape.numel()
+            if size and size + tensor_bytes > SHARD_BYTES:
+                shards, size = [*shards, {}], 0
+            shards[-1][name], size, total = (dtype, shape), size + tensor_bytes, total + tensor_bytes
+        self._files, self._index = {}, {"metadata": {"total_size": total}, "weight_map": {}}
+        for number, layout in enumerate(shards, 1):
+            name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            self._files |= dict.fromkeys(layout, TensorFile(folder / name, layout))
+            self._index["weight_map"] |= dict.fromkeys(layout, name)
+        self._folder = folder
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Writes one tensor, whose values the dtype that it is written in can hold."""
+        self._files[name].write(name, tensor.to(self.layout[name][0]))
+
+    def sync(self) -> None:
+        for file in set(self._files.values()):
+            file.sync()
+
+    def close(self) -> None:
+        """Writes the index, without which vLLM would take every .safetensors file in the folder for weights."""
+        for file in set(self._files.values()):
+            file.close()
+        (self._folder / INDEX).write_text(json.dumps(self._index, indent=1) + "\n")

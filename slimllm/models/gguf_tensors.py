@@ -1,0 +1,153 @@
+"""The tensors of .gguf files."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+
+from ..errors import UserError, first_line
+from ..utils.files import state_of
+from ..utils.memory import return_free_memory
+from .adapter import LayerAdapter
+from .shape import widths_of
+from .weights import TensorReader
+
+_ROPE_FACTORS = re.compile(r"rope_(freqs|factors_\w+)\.weight$")  # of a .gguf file, whose metadata says the same
+
+
+ROWS = 4096  # of a .gguf tensor that are dequantized at once
+
+
+# GGUF architectures that turn neighbouring dimensions of a head where transformers turns its two halves
+ROPE_IN_PAIRS = ("llama", "deci", "smollm3", "mistral3", "granite")
+
+
+class GgufTensors(TensorReader):
+    """The tensors of a .gguf file, each dequantized when it is read.
+
+    ``config`` is what transformers makes of the file, ``names`` what it calls the tensors of such a model. Raises UserError for a
+    file that is cut short, and for one of several that hold a model together.
+    """
+
+    def __init__(self, path: str | os.PathLike, config, names: list[str]):
+        super().__init__()
+        self.files = [Path(path)]
+        reader = gguf_reader(path)
+        self._arch = reader.fields["general.architecture"].contents()
+        self.origin = origin_in(reader)
+        found = {
+            tensor.name: (
+                int(tensor.data_offset),
+                tensor.data.shape,
+                tensor.data.dtype,
+                tensor.tensor_type,
+                [*map(int, tensor.shape[::-1])],
+            )
+            for tensor in reader.tensors
+        }
+        del reader
+        _parsed.cache_clear()  # it holds every token of the vocabulary as an object
+        return_free_memory()
+        by_name = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+        places = gguf.get_tensor_name_map(by_name[self._arch], config.num_hidden_layers)
+        for name in names:
+            stem, _, suffix = name.rpartition(".")
+            place = f"{places.get_name(stem)}.{suffix}"
+            if place in found:
+                self._at[name] = found.pop(place)
+        self._at |= {place: value for place, value in found.items() if not _ROPE_FACTORS.match(place)}  # what the config has no place for
+        self._adapter, self._widths = LayerAdapter(config), widths_of(config)
+
+    def shape(self, name: str) -> list[int]:
+        return self._at[name][4]
+
+    def is_number(self, name: str) -> bool:
+        return self._at[name][3].name not in ("I8", "I16", "I32", "I64")
+
+    def dtype_name(self, name: str) -> str:
+        return self._at[name][3].name
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        offset, stored, kind, quantization, shape = self._at[name]
+        raw = np.fromfile(self.files[0], dtype=kind, count=math.prod(stored), offset=offset).reshape(stored)
+        tensor = torch.empty(shape, dtype=dtype or torch.float32)
+        for start in range(0, len(raw), ROWS):  # what it is unpacked into on the way takes several times its room
+            tensor[start : start + ROWS] = torch.from_numpy(gguf.dequantize(raw[start : start + ROWS], quantization))
+        family, heads = self._adapter.family, self._adapter.rotary_heads(name, self._widths)
+        if family.norm_offset and family.is_norm(name):
+            tensor -= family.norm_offset  # the file holds what multiplies
+        return from_pairs(tensor, heads) if self._arch in ROPE_IN_PAIRS and heads else tensor
+
+
+def origin_in(reader: gguf.GGUFReader) -> dict:
+    """What a .gguf file says of where it comes from, as a model card names it: licence, languages, the hub name of its base model."""
+
+    def value(name: str):
+        field = reader.fields.get(f"general.{name}")
+        return field and field.contents()
+
+    address = value("base_model.0.repo_url") or value("repo_url") or value("source.url") or ""
+    on_hub = address.partition("huggingface.co/")[2].strip("/")
+    return {
+        "license": value("license"),
+        "license_name": value("license.name"),
+        "license_link": value("license.link"),
+        "language": value("languages"),
+        "base_model": on_hub if on_hub.count("/") == 1 else None,
+    }
+
+
+def in_pairs(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """A query or key projection, weight [heads * size, D] or bias [heads * size], from halves to neighbouring pairs."""
+    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def from_pairs(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """The inverse of :func:`in_pairs`."""
+    return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+_GgufReader = gguf.GGUFReader
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed(path: str, state: tuple) -> gguf.GGUFReader:
+    try:
+        reader = _GgufReader(path)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a header that ends too soon, or is none, makes of the parser
+        raise UserError(f"{path}: not a whole .gguf file ({first_line(error)}); copy or download it again") from None
+    parts = reader.fields.get("split.count")
+    if parts is not None and parts.contents() > 1:
+        raise UserError(
+            f"{path}: one of {parts.contents()} files that hold the model together; join them with llama.cpp's "
+            "llama-gguf-split --merge FIRST OUT.gguf and name the outcome"
+        )
+    return reader
+
+
+def gguf_reader(path: str | os.PathLike) -> gguf.GGUFReader:
+    """The parsed file, seconds of work that is kept until another file is read or the weights of this one are opened.
+
+    Raises UserError for one that is cut short or is part of a model.
+    """
+    return _parsed(os.path.realpath(path), state_of(os.path.realpath(path)))  # not what lay there before
+
+
+@contextmanager
+def parsed_once():
+    """transformers parses a .gguf file for the config and again for the tokenizer: inside, it gets :func:`gguf_reader`'s."""
+    gguf.GGUFReader = lambda path, *_: gguf_reader(path)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = _GgufReader
