@@ -501,6 +501,15 @@ def test_a_file_says_where_its_model_comes_from(tmp_path):
     assert (found["general.base_model.0.name"], found["general.base_model.0.organization"]) == ("The Source", "Them")
 
 
+def test_a_card_may_name_several_licenses_and_bases(tmp_path):
+    folder = save("llama_gqa", tmp_path / "m", bpe_tokenizer())
+    (folder / "README.md").write_text("---\nlicense: [mit, cc0-1.0]\nbase_model: [me/Llama-3.2-1B, gpt2]\n---\n")
+    found = origin(export_gguf.export(folder, tmp_path / "x.gguf"))
+    assert found["general.license"] == "mit,cc0-1.0" and found["general.base_model.count"] == 2
+    assert (found["general.base_model.0.name"], found["general.base_model.1.name"]) == ("Llama-3.2-1B", "gpt2")
+    assert found["general.base_model.0.organization"] == "me" and "general.base_model.1.organization" not in found
+
+
 def test_the_matrices_that_stay_f16_are_named(tmp_path, capsys):
     folder = save("llama_gqa", tmp_path / "m", bpe_tokenizer(), target_sparsity=0.3, pruned_layers=3, round_to=1)
     assert slim(["export-gguf", str(folder), "--outtype", "q8_0"]) == 0

@@ -17,6 +17,14 @@ from ..utils.files import atomic_file
 FILE = "tokenizer.gguf"  # beside a checkpoint that came from a .gguf file: that file's metadata of tokenizer and origin, and no tensors
 PREFIX = "tokenizer."
 ORIGIN = tuple(f"general.{name}" for name in ("license", "author", "organization", "languages", "tags", "base_model"))
+CARD_FIELDS = {  # at the head of a model card -> in the file
+    "license": gguf.Keys.General.LICENSE,
+    "license_name": gguf.Keys.General.LICENSE_NAME,
+    "license_link": gguf.Keys.General.LICENSE_LINK,
+    "language": gguf.Keys.General.LANGUAGES,
+    "tags": gguf.Keys.General.TAGS,
+    "base_model": gguf.Keys.General.BASE_MODEL_COUNT,
+}
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -71,6 +79,8 @@ def add(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
     else:
         writer.add_token_merges([" ".join(pair) for pair in merges])
         writer.add_add_space_prefix(False)
+    # Asked of the tokenizer itself. gguf.SpecialVocab reads the files: it takes an id that no tokenizer has (pad) from config.json, and
+    # writes no add_bos_token where tokenizer.json has no template for it, which llama.cpp then takes for yes in a llama-bpe file.
     for name in ("bos", "eos", "unk", "pad"):
         index = getattr(tokenizer, f"{name}_token_id")
         if index is not None:
@@ -86,26 +96,14 @@ def add_origin(writer: gguf.GGUFWriter, folder: Path) -> None:
     """Adds where the model comes from: what the .gguf file said that it was made of, or else its card."""
     if (folder / FILE).is_file():
         _copy(writer, folder / FILE, ORIGIN)
-    data = {name: value for name, value in hub.card_data(folder).items() if value}
-    known = {entry for entries in writer.kv_data for entry in entries}
-    for name, key, add in (
-        ("license", "general.license", writer.add_license),
-        ("license_name", "general.license.name", writer.add_license_name),
-        ("license_link", "general.license.link", writer.add_license_link),
-        ("language", "general.languages", lambda value: writer.add_languages(_list(value))),
-        ("tags", "general.tags", lambda value: writer.add_tags(_list(value))),
-    ):
-        if name in data and key not in known:
-            add(data[name])
-    bases = _list(data.get("base_model", []))
-    if bases and "general.base_model.count" not in known:
-        writer.add_base_model_count(len(bases))
-        for number, base in enumerate(bases):
-            organization, _, name = base.rpartition("/")
-            writer.add_base_model_name(number, name)
-            if organization:
-                writer.add_base_model_organization(number, organization)
-                writer.add_base_model_repo_url(number, f"https://huggingface.co/{base}")
+    known = {field for fields in writer.kv_data for field in fields}
+    card = hub.card_data(folder)
+    said = {name: card[name] for name, field in CARD_FIELDS.items() if card.get(name) and field not in known}
+    metadata = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(name=""), said)  # an empty name is not written: the file has one
+    bases = said.get("base_model", [])
+    for base, name in zip(metadata.base_models or [], [bases] if isinstance(bases, str) else bases):
+        *_, base["organization"], base["name"] = ["", *name.split("/")]  # as the hub has them; gguf makes titles of them (Me, First)
+    metadata.set_gguf_meta_model(writer)
 
 
 def _add_as_base_model(writer: gguf.GGUFWriter, fields: dict) -> None:
@@ -116,10 +114,6 @@ def _add_as_base_model(writer: gguf.GGUFWriter, fields: dict) -> None:
     writer.add_base_model_name(0, fields["general.name"].contents())
     if organization := fields.get("general.organization"):
         writer.add_base_model_organization(0, organization.contents())
-
-
-def _list(value: str | list[str]) -> list[str]:
-    return [value] if isinstance(value, str) else value
 
 
 def _copy(writer: gguf.GGUFWriter, source: Path, prefixes: tuple[str, ...]) -> None:
