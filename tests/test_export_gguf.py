@@ -225,6 +225,15 @@ def test_sentencepiece_tokenizer(spm_tokenizer, tmp_path):
             assert llama.tokenize(text) == spm_tokenizer(text).input_ids
 
 
+def test_every_chat_template_of_a_tokenizer_is_written(tmp_path):
+    tokenizer = bpe_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    fields = gguf.GGUFReader(export_gguf.export(save("llama_gqa", tmp_path, tokenizer, pruned=False), tmp_path / "x.gguf")).fields
+    assert fields["tokenizer.chat_template"].contents() == "{{ messages }}"
+    assert fields["tokenizer.chat_template.tool_use"].contents() == "{{ tools }}"
+    assert fields["tokenizer.chat_templates"].contents() == ["tool_use"]
+
+
 def test_a_gguf_model_s_own_tokenizer_is_kept(gguf_file, tmp_path):
     gguf_tokenizer.carry(str(gguf_file), tmp_path)
     (tmp_path / "again").mkdir()
