@@ -21,9 +21,10 @@ import slimllm
 from slimllm.__main__ import main as slim
 from slimllm.data import calibration
 from slimllm.models import hub as models_hub
-from slimllm.reporting import card, paper_table, record
+from slimllm.pruning.config import METHODS
+from slimllm.reporting import card, record, tables
 from slimllm.reporting.record import PruningRecord
-from tests.conftest import TEXT, make_ids, make_model, run_cli
+from tests.conftest import FAMILY_CASES, TEXT, make_ids, make_model, run_cli
 from tests.test_export_gguf import bpe_tokenizer, save
 
 PRUNE = ("--target_sparsity", 0.2, "--num_examples", 4, "--seq_len", 16, "--max_seq_len", 16, "--pruned_layers", 1, "--device", "cpu")
@@ -162,6 +163,31 @@ def test_only_exports_that_the_checkpoint_allows_are_offered(case, offered, tmp_
     slimllm.save(result, tmp_path / "small")
     assert ("export-gguf" in (tmp_path / "small" / "README.md").read_text()) is offered
     assert slim(["export-gguf", str(tmp_path / "small")]) == (0 if offered else 2)
+
+
+NAMED = {  # what the card of a model says that each method made, and no other card
+    "slimllm": "[SlimLLM](https://arxiv.org/abs/2505.22689) (Guo et al. 2025)",
+    "llm_pruner": "[LLM-Pruner](https://arxiv.org/abs/2305.11627) (Ma et al. 2023)",
+    "flap": "[FLAP](https://arxiv.org/abs/2312.11983) (An et al. 2024)",
+    "wanda_sp": "Wanda-sp ([An et al. 2024]",
+    "magnitude": "magnitude, a baseline",
+    "random": "random choice, a baseline",
+}
+
+
+@pytest.mark.parametrize(
+    "method, case", [*((name, "llama_gqa") for name in METHODS if name != "slimllm"), *(("slimllm", name) for name in FAMILY_CASES)]
+)
+def test_every_method_and_family_has_a_card(method, case, tmp_path):
+    model = make_model(case, vocab_size=320)
+    model.config._name_or_path = f"me/{case}"
+    result = slimllm.prune(model, bpe_tokenizer(), calibration=make_ids(vocab=300), method=method, target_sparsity=0.2)
+    slimllm.save(result, tmp_path / "small")
+    found = ModelCard.load(tmp_path / "small" / "README.md")
+    (line,) = (line for line in found.text.splitlines() if line.startswith("- method: "))
+    assert line.startswith(f"- method: {NAMED[method]}") and sum(words in found.text for words in NAMED.values()) == 1
+    assert found.data.base_model == f"me/{case}" and f"- base model: [me/{case}](https://huggingface.co/me/{case})" in found.text
+    assert f"{case} with {100 * result.parameters.decoder_removed:.2f}% of its decoder layers' parameters removed" in found.text
 
 
 def test_overlap_is_runs_of_the_same_tokens():

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import os
 import signal
 import subprocess
@@ -612,6 +613,41 @@ def test_a_teacher_s_divergence_joins_the_loss(pruned_folder, rows_file, tmp_pat
         ordinary -= float(q.gather(1, labels[labels != IGNORED][:, None]).sum())
         count += len(q)
     assert found[0] == pytest.approx((divergence + weight * ordinary) / count, rel=1e-3)
+
+
+def test_held_out_rows_are_measured_beside_a_teacher(pruned_folder, rows_file, tmp_path, here, tiny_folder, monkeypatch):
+    """``eval_text_loss`` is the ordinary loss, ``eval_loss`` the divergence and its weighted share, both over batches of 3 and 2 rows."""
+    monkeypatch.setattr(distillation, "distillation_dtype", lambda dtype, device: torch.float32)
+    monkeypatch.setattr(devices, "training_dtype", lambda device, dtype: torch.float32)
+    flags = ["--val_set_size", 5, "--teacher", tiny_folder, "--instruction_weight", 0.5, "--num_epochs", 1]
+    assert here(*quick(pruned_folder, rows_file, *flags))[0] == 0
+    record = json.loads((tmp_path / "out" / "post_training.json").read_text())
+    tokenizer = loading.load_tokenizer(str(tiny_folder))
+    student, dense = (loading.load_model(str(folder), torch.float32) for folder in (pruned_folder, tiny_folder))
+    _, held_out, _ = data.load_data(settings(data_path=str(rows_file), val_set_size=5, cutoff_len=280), tokenizer, 97)
+    text = divergence = 0.0
+    for start in (0, 3):
+        batch = data.collate(list(held_out)[start : start + 3])
+        labels = batch.pop("labels")[:, 1:]
+        learned = labels != IGNORED
+        with torch.no_grad():
+            q, p = (model(**batch).logits[:, :-1].log_softmax(-1)[learned] for model in (student, dense))
+        text -= float(q.gather(1, labels[learned][:, None]).mean()) * len(labels) / 5
+        divergence += float((p.exp() * (p - q)).sum(-1).mean()) * len(labels) / 5
+    first, *_, last = (entry for entry in record["history"] if "eval_loss" in entry)
+    assert first["eval_text_loss"] == pytest.approx(text, rel=1e-4)
+    assert first["eval_loss"] == pytest.approx(divergence + 0.5 * text, rel=1e-4)
+    assert last["eval_loss"] < first["eval_loss"] and record["validation"]["before"] == pytest.approx(math.exp(text), rel=1e-4)
+
+
+def test_what_the_record_says_of_held_out_rows():
+    """Their perplexity before, and after the step whose adapter is kept: the one with the lowest loss that is trained on."""
+    found = [(3.0, 2.0), (2.0, 1.5), (2.5, 1.0)]
+    history = [{"eval_loss": loss, "eval_text_loss": text} for loss, text in found]
+    assert post_training._losses([{"loss": 1.0}, *history])["validation"] == {"before": math.exp(2.0), "after": math.exp(1.5)}
+    alone = [{"eval_loss": loss} for loss, _ in found]
+    assert post_training._losses(alone)["validation"] == {"before": math.exp(3.0), "after": math.exp(2.0)}
+    assert post_training._losses([{"loss": 1.0}])["validation"] is None
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(pruned_folder, rows_file, tmp_path, here, tiny_folder, tiny_tokenizer):

@@ -119,8 +119,11 @@ def test_saving_from_python_leaves_the_dtype_or_takes_the_one_that_is_named(tmp_
     for name, settings, wanted in (("as it is", {}, F32), ("short", {"save_dtype": "bfloat16"}, BF16)):
         model = make_model()
         result = slimllm.prune(model, tiny_tokenizer, calibration=make_ids(vocab=80), target_sparsity=0.3, **settings)
-        slimllm.save(result, tmp_path / name)
-        assert dtypes(tmp_path / name) == {wanted}
+        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        for folder in (name, f"{name}, again"):
+            slimllm.save(result, tmp_path / folder)
+            assert dtypes(tmp_path / folder) == {wanted}
+        assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())  # in memory nothing is rounded
         for parameter in result.model.parameters():
             parameter.data = parameter.data.to(wanted).float()
         assert torch.equal(logits(checkpoint.load(tmp_path / name, F32), make_ids()), logits(result.model, make_ids()))
