@@ -11,6 +11,7 @@ import signal
 import sys
 import types
 import typing
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 
@@ -171,8 +172,8 @@ def build_parser(settings: type, prog: str, usage: str, description: str) -> arg
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, settings: type, argv=None):
-    """Flags to a validated ``settings``. Raises UserError, also for an unknown flag (naming the nearest)."""
+def parse(parser: argparse.ArgumentParser, settings: Callable, argv=None):
+    """What ``settings`` makes of the flags, given by name. Raises UserError, also for an unknown flag (naming the nearest)."""
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]

@@ -206,13 +206,6 @@ def test_the_hub_is_probed_with_the_client_that_is_used(monkeypatch):
     hub.reachable.cache_clear()
 
 
-def test_a_calibration_file_of_before_the_first_release_is_read(tmp_path, tiny_tokenizer):
-    ids = torch.arange(64).view(4, 16)
-    save_file({"calibration_ids": ids, "held_back_ids": ids + 1}, tmp_path / "old.safetensors")
-    found = load(tiny_tokenizer, str(tmp_path / "old.safetensors"))
-    assert torch.equal(found.ids, ids) and torch.equal(found.probe_ids, ids + 1)
-
-
 @pytest.mark.parametrize("case, begins", [("llama_gqa", False), ("gemma2", True), ("gemma3", True)])
 def test_every_sample_and_block_begins_as_the_model_expects(case, begins, tiny_tokenizer, text_file):
     """Gemma computes something else where a text does not begin with <bos>; Llama's blocks are the published code's, without."""

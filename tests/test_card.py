@@ -21,10 +21,8 @@ import slimllm
 from slimllm.__main__ import main as slim
 from slimllm.data import calibration
 from slimllm.models import hub as models_hub
-from slimllm.pruning.config import METHODS
-from slimllm.reporting import card, record, tables
-from slimllm.reporting.record import PruningRecord
-from tests.conftest import FAMILY_CASES, TEXT, make_ids, make_model, run_cli
+from slimllm.reporting import card, paper_table, record
+from tests.conftest import TEXT, make_ids, make_model, run_cli
 from tests.test_export_gguf import bpe_tokenizer, save
 
 PRUNE = ("--target_sparsity", 0.2, "--num_examples", 4, "--seq_len", 16, "--max_seq_len", 16, "--pruned_layers", 1, "--device", "cpu")
@@ -323,14 +321,6 @@ def test_a_post_trained_model_has_a_card_of_both_steps(prune, text, tmp_path):
     assert slim(["evaluate", *flags]) == 0
     (row,) = paper_table.paper_cells([json.loads((tmp_path / "r.json").read_text())])[1:]
     assert row[0] == f"{run['parameters']['decoder_removed']:.0%}".replace("%", " %") + " w/ tune"
-
-
-def test_a_record_of_before_the_first_release_is_read(prune):
-    folder = prune()
-    run = json.loads((folder / "pruning.json").read_text())
-    run["model"]["licence"] = run["model"].pop("license")
-    (folder / "pruning.json").write_text(json.dumps(run))
-    assert PruningRecord.read(folder).model.license == "llama3.2"
 
 
 def test_the_tokenizer_of_a_gguf_model_is_not_uploaded():

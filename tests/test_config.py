@@ -1,5 +1,6 @@
 import pytest
 
+import slimllm
 from slimllm.errors import UserError
 from slimllm.pruning.config import parse_args
 from tests.conftest import make_shape
@@ -12,7 +13,7 @@ def config(*flags):
 def test_defaults_are_the_paper_s():
     c = config().resolved(make_shape(num_hidden_layers=32))
     assert (c.pruning_ratio, c.pruned_layers, c.alpha, c.num_examples, c.seq_len, c.max_seq_len) == (0.25, 26, 10.0, 32, 128, 128)
-    assert (c.recovery, c.keep_lowest, c.layer_ratio, c.no_greedy) == ("linear", 0.01, "importance", False)
+    assert (c.recovery, c.keep_lowest, c.layer_ratio, c.head_choice) == ("linear", 0.01, "importance", "greedy")
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,15 @@ def test_save_model_can_be_said_both_ways():
     assert config("--save_model").save_model and config().save_model and not config("--no_save_model").save_model
 
 
+def test_the_flags_of_the_paper_s_command_lines_are_no_settings_of_their_own():
+    plain, old = config(), config("--slimllm", "--no_greedy")
+    assert old.head_choice == "leave_one_out" and config("--no_greedy", "--head_choice", "leave_one_out") == old
+    assert old.to_dict() == {**plain.to_dict(), "head_choice": "leave_one_out"}
+    for name in ("slimllm", "no_greedy"):
+        with pytest.raises(UserError, match=f"{name}: not a setting of prune"):
+            slimllm.prune(None, **{name: True})
+
+
 def test_flags_are_not_abbreviated():
     with pytest.raises(UserError, match="unknown argument --pruned; did you mean '--pruned_layers'"):
         config("--pruned", "3")
@@ -78,6 +88,7 @@ def test_methods_set_what_the_user_left_open():
     [
         (["--method", "flap", "--recipe", "best"], "--method flap and --recipe best: the recipe is SlimLLM's"),
         (["--no_greedy", "--head_choice", "wanda"], "--no_greedy and --head_choice wanda contradict"),
+        (["--slimllm", "--method", "flap"], "--slimllm and --method flap contradict"),
         (["--distill_examples", "1"], "--distill_examples 1"),
         (["--self_share", "1.5"], "--self_share 1.5"),
     ],
@@ -93,7 +104,7 @@ def test_mistakes_of_method_and_samples(flags, said):
         (["--ridge", "0.1"], "--ridge has no effect: recovery linear has no ridge"),
         (["--alpha", "5", "--layer_ratio", "uniform"], "--alpha has no effect: layer_ratio uniform has no alpha"),
         (["--method", "flap", "--pruned_layers", "1"], "--pruned_layers has no effect: layer_ratio ranking takes from every layer"),
-        (["--prune", "channels", "--no_greedy"], "--no_greedy has no effect: no head is chosen"),
+        (["--prune", "channels", "--no_greedy"], "--head_choice has no effect: no head is chosen"),
         (["--prune", "heads", "--channel_score", "wanda"], "--channel_score has no effect: no channel is chosen"),
         (["--plan", "x", "--head_unit", "group"], "--head_unit has no effect: no head is chosen"),
         (["--distill_examples", "8"], "--distill_examples has no effect: nothing is distilled"),

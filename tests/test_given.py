@@ -230,7 +230,7 @@ def test_a_calibration_that_is_none_is_named(given, said, tiny_tokenizer):
         ("target_sparsity", "0.2", "--target_sparsity '0.2': must be a number"),
         ("seed", 1.5, "--seed 1.5: must be a whole number"),
         ("num_examples", True, "--num_examples True: must be a whole number"),
-        ("no_greedy", 1, "--no_greedy 1: must be True or False"),
+        ("new_bias", 1, "--new_bias 1: must be True or False"),
         ("recipe", 3, "--recipe 3: must be a string"),
         ("seq_len", None, "--seq_len None: must be a whole number"),
         ("device", torch.device("cpu"), r"--device device\(type='cpu'\): must be a string"),

@@ -39,7 +39,6 @@ SELF_SAMPLE_CACHE = 512 << 20  # bytes of keys and values that more of them may 
 LONGEST_PATH = 4096  # characters
 PROBE_SAMPLES = 4
 OVERLAP_TOKENS = 16  # a run this long in common is no accident
-_OLD_PROBE_IDS = "held_back_ids"  # files written before the first release call them so
 
 
 @dataclass
@@ -159,7 +158,7 @@ def check_source(name: str | None) -> None:
 def _from_file(path: str, vocab_size: int) -> Calibration:
     try:
         with safe_open(path, "pt") as file:
-            known = ("calibration_ids", "probe_ids", "distill_ids", _OLD_PROBE_IDS)
+            known = ("calibration_ids", "probe_ids", "distill_ids")
             tensors = {name: file.get_tensor(name) for name in file.keys() if name in known}
     except (SafetensorError, OSError) as error:
         raise UserError(f"--calibration {path}: not a calibration file ({error})") from None
@@ -169,8 +168,7 @@ def _from_file(path: str, vocab_size: int) -> Calibration:
         if ids.ndim != 2 or ids.dtype != torch.int64 or 0 in ids.shape:
             raise UserError(f"--calibration {path}: {name} is {ids.dtype} {list(ids.shape)}, not int64 [samples, length]")
         check_vocabulary(ids, vocab_size, f"--calibration {path}")
-    probe_ids = tensors.get("probe_ids", tensors.get(_OLD_PROBE_IDS))
-    return Calibration(tensors["calibration_ids"], path, probe_ids=probe_ids, distill_ids=tensors.get("distill_ids"))
+    return Calibration(tensors["calibration_ids"], path, probe_ids=tensors.get("probe_ids"), distill_ids=tensors.get("distill_ids"))
 
 
 def _from_hub(name: str, tokenizer, spec: SampleSpec, config) -> Calibration:

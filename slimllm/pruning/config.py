@@ -150,7 +150,6 @@ class PruneConfig:
         "[the method's: greedy]",
         choices=HEAD_CHOICES,
     )
-    no_greedy: bool = flag("method", "the same as --head_choice leave_one_out", False)
     distill: str | None = flag(
         "distillation",
         "train the pruned model to predict what the dense one predicts: scales: norms, biases and one factor per input of the output "
@@ -162,7 +161,6 @@ class PruneConfig:
     distill_learning_rate: float | None = flag(
         "distillation", "peak learning rate [all: 0.0026 x RMS of the weights x root of the divergence before; scales: 0.003]"
     )
-    slimllm: bool = flag("method", "accepted for old command lines: the method is SlimLLM unless --method says otherwise", False)
 
     calibration: str | None = flag(
         "calibration",
@@ -210,8 +208,6 @@ class PruneConfig:
         check_choices(self)
         self._given = given(self)
         self._check_what_decides()
-        if self.no_greedy:
-            self.head_choice = "leave_one_out"
         for name in ("recovery", "head_choice", "channel_score"):
             if getattr(self, name) is None:
                 setattr(self, name, self._default(name))
@@ -256,10 +252,6 @@ class PruneConfig:
         """Raises UserError where two settings decide the same thing."""
         if self.pruning_ratio is not None and self.target_sparsity is not None:
             raise UserError("--pruning_ratio and --target_sparsity both say how much to remove: give one of them")
-        if self.no_greedy and self.head_choice not in (None, "leave_one_out"):
-            raise UserError(f"--no_greedy and --head_choice {self.head_choice} contradict each other: give one of them")
-        if self.slimllm and self.method != "slimllm":
-            raise UserError(f"--slimllm and --method {self.method} contradict each other: give one of them")
         if self.method != "slimllm" and self.recipe != "paper":
             raise UserError(
                 f"--method {self.method} and --recipe {self.recipe}: the recipe is SlimLLM's; give one of them, or single flags of "
@@ -370,7 +362,7 @@ class PruneConfig:
             (self.recovery != "least_squares", ("ridge",), f"recovery {self.recovery} has no ridge"),
             (self.layer_ratio not in USES_ALPHA, ("alpha",), f"layer_ratio {self.layer_ratio} has no alpha"),
             (self.layer_ratio == "ranking", ("pruned_layers",), "layer_ratio ranking takes from every layer"),
-            (planned or self.prune == "channels", ("no_greedy", "head_choice", "head_unit"), "no head is chosen"),
+            (planned or self.prune == "channels", ("head_choice", "head_unit"), "no head is chosen"),
             (planned or self.prune == "heads", ("channel_score", "keep_lowest"), "no channel is chosen"),
             (planned, ("round_to",), "--plan says what stays"),
             (self.distill == "none", ("distill_examples", "distill_epochs", "distill_learning_rate"), "nothing is distilled"),
@@ -395,15 +387,28 @@ class PruneConfig:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of ``hf_prune.py``, one flag for each field of PruneConfig."""
-    return cli.build_parser(
+    """The parser of ``hf_prune.py``: one flag for each field of PruneConfig, and two of the paper's command lines that are none."""
+    parser = cli.build_parser(
         PruneConfig,
         prog="hf_prune.py",
         usage="python hf_prune.py --base_model MODEL [flags]",
         description="Prunes whole attention heads and feed-forward channels of a Llama-family model (SlimLLM, arXiv 2505.22689).",
     )
+    published = parser.add_argument_group("of the paper's command lines")
+    published.add_argument("--slimllm", action="store_true", help="the method is SlimLLM, as it is without the flag")
+    published.add_argument("--no_greedy", action="store_true", help="the same as --head_choice leave_one_out")
+    return parser
 
 
 def parse_args(argv=None) -> PruneConfig:
     """Flags to a validated PruneConfig. Raises UserError, also for an unknown flag (naming the nearest)."""
-    return cli.parse(build_parser(), PruneConfig, argv)
+
+    def settings(slimllm: bool, no_greedy: bool, head_choice: str | None, **others) -> PruneConfig:
+        config = PruneConfig(head_choice=head_choice or ("leave_one_out" if no_greedy else None), **others)
+        if no_greedy and head_choice not in (None, "leave_one_out"):
+            raise UserError(f"--no_greedy and --head_choice {head_choice} contradict each other: give one of them")
+        if slimllm and config.method != "slimllm":
+            raise UserError(f"--slimllm and --method {config.method} contradict each other: give one of them")
+        return config
+
+    return cli.parse(build_parser(), settings, argv)

@@ -193,12 +193,9 @@ class PruningRecord(_Record):
         """The record in a run's folder. Raises FileNotFoundError, or ValueError for what is not a record of this format."""
         path = Path(folder) / cls.FILE
         found = read_json(path)
-        model = dict(found.get("model", {}))
-        if "licence" in model:  # records written before the first release
-            model["license"] = model.pop("licence")
         try:
             values = {f.name: found[f.name] for f in fields(cls) if f.name in found}
-            return cls(**values | {"model": ModelInfo(**model), "parameters": Parameters(**found["parameters"])})
+            return cls(**values | {"model": ModelInfo(**found["model"]), "parameters": Parameters(**found["parameters"])})
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: not the record of a pruning run ({error})") from None
 
