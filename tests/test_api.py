@@ -11,7 +11,7 @@ import hf_prune
 import slimllm
 from slimllm.deploy import checkpoint
 from slimllm.pruning import config as configs
-from slimllm.pruning.importance import channels, heads
+from slimllm.settings import methods
 from tests.conftest import TEXT, logits, make_ids, make_model
 
 SMALL = dict(num_examples=8, seq_len=16)
@@ -211,9 +211,9 @@ def test_a_method_is_one_function_and_one_entry(monkeypatch):
     def first_layer(inputs):
         return layer_ratios._weighted(inputs, [float(inputs.config.pruned_layers), *[0.0] * (inputs.shape.layers - 1)])
 
-    monkeypatch.setitem(heads.HEAD_CHOICES, "first", first_heads)
-    monkeypatch.setitem(channels.CHANNEL_SCORES, "last", last_channels)
-    monkeypatch.setitem(layer_ratios.LAYER_RATIOS, "first", first_layer)
+    monkeypatch.setitem(methods.HEAD_CHOICES, "first", methods.HeadChoice(first_heads))
+    monkeypatch.setitem(methods.CHANNEL_SCORES, "last", methods.ChannelScore(last_channels))
+    monkeypatch.setitem(methods.LAYER_RATIOS, "first", methods.LayerRatio(first_layer, {"pruned_layers"}))
     config = configs.PruneConfig(base_model="m", head_choice="first", channel_score="last", layer_ratio="first", pruning_ratio=0.25)
     config.keep_lowest = 0.0
     result = slimllm.prune(make_model("llama_gqa"), calibration=make_ids(), config=config)

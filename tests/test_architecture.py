@@ -14,6 +14,7 @@ TIERS = (
     ("errors", "modeling"),
     ("utils", "cli"),
     ("models",),
+    ("settings",),
     ("data",),
     ("streaming",),
     ("pruning",),

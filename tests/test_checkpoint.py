@@ -14,7 +14,7 @@ from slimllm.deploy import checkpoint, reference, runtimes
 from slimllm.errors import UserError
 from slimllm.models.families import family_of
 from slimllm.pruning import pipeline
-from slimllm.pruning.recovery import RECOVERIES
+from slimllm.settings.methods import RECOVERIES
 from slimllm.utils import outputs
 from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model, make_shape
 

@@ -8,7 +8,7 @@ from PIL import Image
 from slimllm.__main__ import main as slim
 from slimllm.deploy.export_gguf import quantized_bytes
 from slimllm.experiments import compare, trials
-from slimllm.pruning import config
+from slimllm.settings.methods import METHODS
 from tests.conftest import make_model, prune_to, stop_at_fourth_pruning
 
 
@@ -31,7 +31,7 @@ def test_every_method_at_equal_parameters_and_a_stopped_run_goes_on(flags, monke
     assert slim(["compare", *flags]) == 0
     rows = json.loads(open("out/results.json").read())["rows"]
     pruned = [row for row in rows if row["share"]]
-    assert len(pruned) == 2 * len(config.METHODS) + len(compare.RECIPES) == len(calls)  # one ran twice; distilled starts from best
+    assert len(pruned) == 2 * len(METHODS) + len(compare.RECIPES) == len(calls)  # one ran twice; distilled starts from best
     channel = 3 * 32 / (2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 64))
     assert all(abs(row["removed"] - 0.3) <= channel for row in pruned)
     assert {config.recovery for config in calls} == {"none", "bias", "linear", "least_squares"}

@@ -13,9 +13,7 @@ from slimllm.commands.flags import flags_page
 from slimllm.deploy import checkpoint
 from slimllm.models.families import FAMILIES
 from slimllm.pruning import config as pruning
-from slimllm.pruning.allocation.layer_ratios import LAYER_RATIOS
-from slimllm.pruning.importance.channels import CHANNEL_SCORES
-from slimllm.pruning.importance.heads import HEAD_CHOICES, NEEDS_NORM
+from slimllm.settings import methods
 from slimllm.training import config as training
 from tests.conftest import ROOT, TEXT, logits, make_ids, make_model
 
@@ -127,7 +125,7 @@ def test_the_python_example_runs(tmp_path, monkeypatch, tiny_tokenizer, capsys):
 @pytest.fixture
 def run_page(tmp_path, monkeypatch, capsys):
     """Runs the Python blocks of a page one after the other, as a reader would; what they add to the tables is taken out again."""
-    tables = (HEAD_CHOICES, NEEDS_NORM, CHANNEL_SCORES, LAYER_RATIOS, FAMILIES)
+    tables = (methods.HEAD_CHOICES, methods.CHANNEL_SCORES, methods.LAYER_RATIOS, methods.RECOVERIES, methods.METHODS, FAMILIES)
     before = [table.copy() for table in tables]
     monkeypatch.chdir(tmp_path)
 

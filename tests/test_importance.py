@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from slimllm.experiments import plain
-from slimllm.pruning.importance.channels import CHANNEL_SCORES, ChannelStatistics, select_channels
+from slimllm.pruning.importance.channels import ChannelStatistics, select_channels
 from slimllm.pruning.importance.heads import greedy_search, leave_one_out, output_gram, similarity
 from slimllm.pruning.importance.layers import importance_weights, uniform_weights
+from slimllm.settings.methods import CHANNEL_SCORES
 from slimllm.streaming.runner import cosine_sum
 
 

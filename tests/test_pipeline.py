@@ -12,7 +12,7 @@ from slimllm.pruning.allocation import auto
 from slimllm.pruning.allocation.inputs import AllocationInputs
 from slimllm.pruning.allocation.plan import LayerPlan
 from slimllm.pruning.config import HEAD_UNITS
-from slimllm.pruning.recovery import RECOVERIES
+from slimllm.settings.methods import RECOVERIES
 from slimllm.streaming.activations import ActivationMemory
 from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model, make_shape
 

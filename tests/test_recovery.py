@@ -7,7 +7,7 @@ import torch
 from slimllm.deploy import runtimes
 from slimllm.pruning import pipeline
 from slimllm.pruning.allocation.plan import LayerPlan, removed_parameters
-from slimllm.pruning.recovery import RECOVERIES
+from slimllm.settings.methods import RECOVERIES
 from slimllm.streaming.statistics import Covariance, PairMoments
 from tests.conftest import make_config, make_ids, make_model, make_shape
 

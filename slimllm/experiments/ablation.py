@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..pruning.config import PruneConfig
-from ..pruning.recovery import RECOVERIES
 from ..reporting.figures import recovery_curves
 from ..reporting.trial_tables import ablation_table
+from ..settings.methods import RECOVERIES
 from ..utils.files import write_text
 from .trials import Trial, TrialsConfig, measure
 

@@ -39,9 +39,10 @@ from ..models import loading
 from ..models.adapter import LayerAdapter, with_multi_head_attention
 from ..models.shape import shape_of
 from ..pruning import pipeline
-from ..pruning.config import RECIPES, PruneConfig
+from ..pruning.config import PruneConfig
 from ..reporting import record
 from ..reporting.tables import aligned
+from ..settings.methods import RECIPES
 from ..streaming.runner import TOKENS_PER_BATCH
 from . import plain
 

@@ -17,9 +17,9 @@ from ..deploy.export_gguf import quantized_bytes
 from ..errors import UserError
 from ..evaluation import zero_shot
 from ..models import loading
-from ..pruning.config import METHODS
 from ..reporting.figures import comparison
 from ..reporting.trial_tables import comparison_table
+from ..settings.methods import METHODS
 from ..utils.files import write_text
 from .trials import Bench, Trial, TrialsConfig, measure
 
@@ -38,7 +38,7 @@ class CompareConfig(TrialsConfig):
     target_sparsity: tuple[float, ...] = flag(
         "sparsity", "shares of the decoder's parameters to remove, 0 to 1", (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
     )
-    methods: tuple[str, ...] = flag("methods", "what is compared", tuple(METHODS), nargs="+")
+    methods: tuple[str, ...] | None = flag("methods", f"what is compared: any of {' '.join(METHODS)}, or none [all]")
     recipes: tuple[str, ...] = flag("methods", "recipes of ours beside them, or none", RECIPES, nargs="+")
     also: tuple[str, ...] = flag("methods", "NAME=FOLDER: checkpoints to show beside them, post-trained ones for example", (), nargs="+")
     tasks: tuple[str, ...] = flag("tasks", "zero-shot tasks, or none", tuple(zero_shot.TASKS), nargs="+")
@@ -50,6 +50,8 @@ class CompareConfig(TrialsConfig):
     def __post_init__(self):
         super().__post_init__()
         check_range(self, "limit", 1)
+        if self.methods is None:
+            self.methods = tuple(METHODS)
         for name, allowed in (("methods", METHODS), ("recipes", RECIPES), ("tasks", zero_shot.TASKS)):
             setattr(self, name, tuple(value for value in getattr(self, name) if value != "none"))
             for value in getattr(self, name):

@@ -15,11 +15,8 @@ from ..cli import check_choices, check_range, check_types, flag, given, without_
 from ..data.calibration import SampleSpec
 from ..errors import UserError
 from ..models.shape import RUNTIMES, ModelShape, limits_of
+from ..settings.methods import CHANNEL_SCORES, HEAD_CHOICES, LAYER_RATIOS, METHODS, RECIPES, RECOVERIES
 from ..utils.device import DTYPES
-from .allocation.layer_ratios import LAYER_RATIOS, NEEDS_PROBE_IDS, USES_ALPHA
-from .importance.channels import CHANNEL_SCORES
-from .importance.heads import HEAD_CHOICES
-from .recovery import RECOVERIES
 
 log = logging.getLogger("slimllm")
 
@@ -34,33 +31,6 @@ GGUF_BLOCK = 32  # rows of quantized tensors come in blocks of this
 LONGEST_NAME = 200  # bytes of a file name; what is written beside a folder while it is made needs a few more, and 255 are allowed
 
 
-@dataclass(frozen=True)
-class Method:
-    """A pruning method as its authors' code does it: what it sets where the user says nothing, by the names of the registries.
-
-    ``all_layers``: by default every layer is pruned. ``dense_stream``: as published, all it measures is of the dense model's states,
-    and not of what the pruned layers before give.
-    """
-
-    head_choice: str
-    channel_score: str
-    layer_ratio: str
-    recovery: str
-    all_layers: bool = False
-    dense_stream: bool = False
-
-
-METHODS = {
-    "slimllm": Method("greedy", "feature_space", "importance", "linear"),
-    "llm_pruner": Method("taylor", "taylor", "middle", "none"),  # Ma et al. 2023
-    "flap": Method("fluctuation", "fluctuation", "ranking", "bias", all_layers=True, dense_stream=True),  # An et al. 2024
-    "wanda_sp": Method("wanda", "wanda", "uniform", "none", all_layers=True),  # An et al. 2024, after Sun et al. 2024
-    "magnitude": Method("magnitude", "magnitude", "uniform", "none", all_layers=True),
-    "random": Method("random", "random", "uniform", "none", all_layers=True),
-}
-# What a recipe sets, instead of the method, where the user says nothing. "paper": nothing; the others are what measured best.
-_BEST = {"recovery": "least_squares", "layer_ratio": "auto", "self_share": 0.5}
-RECIPES = {"paper": {}, "best": _BEST, "distilled": {**_BEST, "distill": "all"}}
 # The published code spares the lowest-scoring 1 % of the channels. least_squares, not published, does better without.
 PUBLISHED_KEEP_LOWEST = 0.01
 
@@ -211,7 +181,7 @@ class PruneConfig:
         for name in ("recovery", "head_choice", "channel_score"):
             if getattr(self, name) is None:
                 setattr(self, name, self._default(name))
-        recipe = RECIPES[self.recipe]
+        recipe = RECIPES[self.recipe].settings
         if self.distill is None:
             self.distill = recipe.get("distill", "none")
         if self.self_share is None:
@@ -263,7 +233,7 @@ class PruneConfig:
 
     def _default(self, name: str) -> str:
         """What the recipe says, or else the method."""
-        return RECIPES[self.recipe].get(name) or getattr(METHODS[self.method], name)
+        return RECIPES[self.recipe].settings.get(name) or getattr(METHODS[self.method], name)
 
     @property
     def dense_stream(self) -> bool:
@@ -273,7 +243,7 @@ class PruneConfig:
 
     def adds_bias(self, shape: ModelShape) -> bool:
         """Whether the output projections that are pruned get a bias where the dense model has none."""
-        return self.recovery != "none" and self.new_bias and limits_of(self.runtime, shape).new_bias
+        return RECOVERIES[self.recovery].adds_bias and self.new_bias and limits_of(self.runtime, shape).new_bias
 
     def ridge_for(self, tokens: int) -> float:
         """The ridge of a fit from so many tokens."""
@@ -292,7 +262,12 @@ class PruneConfig:
     @property
     def needs_probe_ids(self) -> bool:
         """Whether costs are measured on text that no calibration uses; of :meth:`resolved` settings."""
-        return self.plan is None and self.layer_ratio in NEEDS_PROBE_IDS
+        return self.plan is None and "probe_ids" in LAYER_RATIOS[self.layer_ratio].needs
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether heads or channels are chosen by gradients of the loss."""
+        return self.plan is None and "gradients" in HEAD_CHOICES[self.head_choice].needs | CHANNEL_SCORES[self.channel_score].needs
 
     def resolved(self, shape: ModelShape) -> PruneConfig:
         """A copy, frozen, with what depends on the model: pruned_layers and alpha where the user gave none (the paper's, scaled to its
@@ -357,11 +332,12 @@ class PruneConfig:
     def remarks(self) -> list[str]:
         """A line for each setting that was given and changes nothing, or that another one decided; of :meth:`resolved` settings."""
         planned = self.plan is not None
+        spread = frozenset() if planned else LAYER_RATIOS[self.layer_ratio].needs
         file = str(self.calibration or "").endswith(".safetensors")
         because = [
-            (self.recovery != "least_squares", ("ridge",), f"recovery {self.recovery} has no ridge"),
-            (self.layer_ratio not in USES_ALPHA, ("alpha",), f"layer_ratio {self.layer_ratio} has no alpha"),
-            (self.layer_ratio == "ranking", ("pruned_layers",), "layer_ratio ranking takes from every layer"),
+            ("ridge" not in RECOVERIES[self.recovery].needs, ("ridge",), f"recovery {self.recovery} has no ridge"),
+            ("alpha" not in spread, ("alpha",), f"layer_ratio {self.layer_ratio} has no alpha"),
+            ("pruned_layers" not in spread, ("pruned_layers",), f"layer_ratio {self.layer_ratio} takes from every layer"),
             (planned or self.prune == "channels", ("head_choice", "head_unit"), "no head is chosen"),
             (planned or self.prune == "heads", ("channel_score", "keep_lowest"), "no channel is chosen"),
             (planned, ("round_to",), "--plan says what stays"),

@@ -11,6 +11,7 @@ import torch
 from ..errors import UserError
 from ..models.shape import ModelShape
 from ..models.weights import PIECE
+from ..settings.methods import RECOVERIES
 from ..streaming.activations import temporary_folder
 from ..streaming.runner import LOGIT_ROWS, MIN_ACTIVATION_BYTES, TOKENS_PER_BATCH
 from ..utils import processes
@@ -18,7 +19,6 @@ from ..utils.device import evaluation_dtype
 from ..utils.memory import activation_room, free_memory
 from .allocation.plan import LayerPlan, removed_parameters
 from .config import PruneConfig
-from .recovery import NEEDS_INPUT_COVARIANCE
 
 log = logging.getLogger("slimllm")
 
@@ -142,7 +142,7 @@ def _layer_peak(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig, 
     """While a layer is pruned: itself, the next one as it is stored, activations, and the largest step of its feed-forward part."""
     layer = _layer_bytes(shape, sizes)
     hidden, channels = shape.hidden, shape.channels
-    fits = config.recovery in NEEDS_INPUT_COVARIANCE and any(p.channels < channels for p in plans)
+    fits = "input_covariance" in RECOVERIES[config.recovery].needs and any(p.channels < channels for p in plans)
     batch = min(TOKENS_PER_BATCH, sizes.tokens)
     cast = sizes.compute != 4  # a copy in float32
     covariance = 4 * channels**2 if fits else 0

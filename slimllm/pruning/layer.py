@@ -10,22 +10,16 @@ from torch import nn
 
 from ..models.adapter import columns
 from ..models.shape import ModelShape
+from ..settings.methods import CHANNEL_SCORES, HEAD_CHOICES, RECOVERIES
 from ..streaming.activations import ActivationStore
 from ..streaming.runner import LayerRunner
 from ..utils import processes
 from . import surgery
 from .allocation.head_units import HeadUnits
 from .allocation.plan import LayerPlan
-from .importance.channels import (
-    CHANNEL_SCORES,
-    NEEDS_OUTPUT_COVARIANCE,
-    NEEDS_VARIANCE,
-    ChannelStatistics,
-    select_channels,
-)
-from .importance.heads import HEAD_CHOICES, NEEDS_NORM, HeadStatistics
+from .importance.channels import ChannelStatistics, select_channels
+from .importance.heads import HeadStatistics
 from .importance.taylor import Saliency
-from .recovery import NEEDS_INPUT_COVARIANCE
 from .sublayer import Sublayer
 
 if TYPE_CHECKING:
@@ -86,7 +80,7 @@ def prune_layer(
 
     with Sublayer(hidden, adapter.attention(layer), runner.arguments[index], runner.memory) as sub:
         if plan.heads < shape.heads:
-            sub.run(input_covariance=True, norms=config.head_choice in NEEDS_NORM)
+            sub.run(input_covariance=True, norms="input_norm" in HEAD_CHOICES[config.head_choice].needs)
             heads, kv_heads = processes.from_first(lambda: _choose_heads(sub, plan, shape, config, index, saliency), runner.device)
             recovered, report.attention_error = sub.recover(columns(heads, shape.head_dim), new_bias=new_bias, **how)
             surgery.slice_heads(adapter, layer, heads, kv_heads, recovered)
@@ -96,12 +90,12 @@ def prune_layer(
 
     with Sublayer(hidden, adapter.mlp(layer), {}, runner.memory) as sub:
         if plan.channels < shape.channels:
-            score = config.channel_score if plan.kept is None else None
+            needs = CHANNEL_SCORES[config.channel_score].needs if plan.kept is None else frozenset()
             sub.run(
-                input_covariance=config.recovery in NEEDS_INPUT_COVARIANCE,
-                output_covariance=score in NEEDS_OUTPUT_COVARIANCE,
+                input_covariance="input_covariance" in RECOVERIES[config.recovery].needs,
+                output_covariance="output_covariance" in needs,
                 norms=True,
-                variance=score in NEEDS_VARIANCE,
+                variance="input_variance" in needs,
             )
             channels = processes.from_first(
                 lambda: _choose_channels(sub, adapter.gate_and_up(layer), plan, shape, config, index, saliency), runner.device
@@ -125,7 +119,7 @@ def _choose_heads(sub: Sublayer, plan: LayerPlan, shape: ModelShape, config: Pru
         sub.weight,
         units.units,
         units.groups,
-        input_norm=sub.input_norm.norm(),
+        input_norm=sub.input_norm.norm() if "input_norm" in HEAD_CHOICES[config.head_choice].needs else None,
         saliency=saliency and saliency.of_units(units.units),
         seed=config.seed + index,
     )

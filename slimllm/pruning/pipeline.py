@@ -17,15 +17,15 @@ from torch import nn
 from ..models.families import dense_family_of
 from ..models.shape import shape_of
 from ..models.source import ModelSource
+from ..settings.methods import LAYER_RATIOS
 from ..streaming.activations import ActivationStore
 from ..streaming.journal import Journal
 from ..streaming.progress import Progress, no_progress
 from ..streaming.runner import LayerRunner
 from .allocation.inputs import Allocation, AllocationInputs
-from .allocation.layer_ratios import LAYER_RATIOS
 from .allocation.plan import LayerPlan
 from .config import PruneConfig
-from .importance.taylor import NEEDS_GRADIENTS, Saliency, saliencies
+from .importance.taylor import Saliency, saliencies
 from .layer import LayerReport, prune_layer, removes, whole_layer
 
 
@@ -108,7 +108,7 @@ def prune(
 
 def _saliencies(runner: LayerRunner, config, plans, journal) -> list[Saliency | None]:
     """The layers' first-order importance, where something is chosen by it: measured, or as a stopped run left it."""
-    if plans is not None or not NEEDS_GRADIENTS & {config.head_choice, config.channel_score}:
+    if plans is not None or not config.needs_gradients:
         return [None] * len(runner.source)
     known = journal.get("saliency") if journal else None
     if known is None:

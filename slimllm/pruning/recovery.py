@@ -94,7 +94,3 @@ def typical_variance(variances: torch.Tensor) -> torch.Tensor:
     if median <= 0 and (variances > 0).any():
         median = variances[variances > 0].median()
     return median.clamp_min(torch.finfo(variances.dtype).tiny)
-
-
-RECOVERIES = {"none": none, "bias": bias, "linear": linear, "least_squares": least_squares}
-NEEDS_INPUT_COVARIANCE = {"least_squares"}

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from ..models.adapter import Block as AdapterBlock
+from ..settings.methods import RECOVERIES
 from ..streaming.activations import ActivationMemory, ActivationStore
 from ..streaming.statistics import Covariance, PairMoments, SquareSum
 from ..utils import processes
-from .recovery import RECOVERIES
 
 
 class Sublayer:

@@ -20,6 +20,7 @@ from ..models.adapter import LayerAdapter
 from ..models.families import is_pruned
 from ..models.gguf_tensors import gguf_reader, origin_in
 from ..models.weights import Tensors, weight_files
+from ..settings.methods import source_of
 from ..utils import outputs
 from ..utils.files import file_hash, write_text
 from .record import PruningRecord
@@ -27,14 +28,6 @@ from .tables import aligned
 
 FILE = "README.md"
 FILES_HEADING = "## Files"
-METHOD_SOURCES = {  # in Markdown
-    "slimllm": "[SlimLLM](https://arxiv.org/abs/2505.22689) (Guo et al. 2025)",
-    "llm_pruner": "[LLM-Pruner](https://arxiv.org/abs/2305.11627) (Ma et al. 2023)",
-    "flap": "[FLAP](https://arxiv.org/abs/2312.11983) (An et al. 2024)",
-    "wanda_sp": "Wanda-sp ([An et al. 2024](https://arxiv.org/abs/2312.11983), after [Wanda](https://arxiv.org/abs/2306.11695))",
-    "magnitude": "magnitude, a baseline",
-    "random": "random choice, a baseline",
-}
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
@@ -71,7 +64,7 @@ def write(folder: Path, run: PruningRecord) -> None:
         picture=next((path.relative_to(folder).as_posix() for path in (folder / "figures").glob("*.png")), None),
         deci=hasattr(config, "block_configs"),
         files_heading=FILES_HEADING,
-        method=METHOD_SOURCES.get(run.config.get("method"), run.config.get("method")),
+        method=source_of(run.config.get("method")),
         command=portable(run.command),
         tuning=run.post_training and portable(run.post_training["command"]),
         exports=_exports(folder),

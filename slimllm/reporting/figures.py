@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from ..settings.methods import METHODS, RECIPES, RECOVERIES, looks
 from .record import PruningRecord, TrainingRecord
-from .tables import METHOD_NAMES, TEXT_HEADINGS
+from .tables import TEXT_HEADINGS
 
 
 def _pyplot():
@@ -75,8 +76,6 @@ def loss_curve(run: TrainingRecord, folder: Path) -> Path:
     return _saved(figure, folder / "loss.png")
 
 
-METHOD_COLOURS = ("#3b6fb6", "#2f8f6b", "#a33c3c", "#7b5ea7", "#8a7d4f", "#999999")
-RECIPES = {"recipe best": ("ours: best", "#e08a2e"), "recipe distilled": ("ours: distilled", "#d1495b")}
 WORST = 30  # times the dense model's perplexity: what is worse is not shown
 
 
@@ -98,14 +97,14 @@ def comparison(rows: list[dict], folder: Path) -> Path:
             return sorted(point for point in found)
 
         [(_, least)] = points([dense])
-        for (name, label), colour in zip(METHOD_NAMES.items(), METHOD_COLOURS):
+        for name, (label, colour) in looks(METHODS, (r["name"] for r in rows if r["share"])).items():
             for variant, style, width in (("as published", "o-", 1.6), ("with least squares", "o--", 1.0)):
                 line = points([dense, *(r for r in rows if (r["name"], r["variant"]) == (name, variant))])
                 if len(line) > 1:
                     alone = variant == "as published"
                     axis.plot(*zip(*line), style, color=colour, linewidth=width, markersize=3.5, label=label if alone else None)
-        for variant, (label, colour) in RECIPES.items():
-            line = points([dense, *(r for r in rows if r["variant"] == variant)])
+        for recipe, (label, colour) in looks(RECIPES).items():
+            line = points([dense, *(r for r in rows if r["variant"] == f"recipe {recipe}")])
             if len(line) > 1:
                 axis.plot(*zip(*line), "s-", color=colour, linewidth=2.4, markersize=5, label=label)
         axis.plot(*zip(*points([dense])), "*", color="black", markersize=12, label="dense")
@@ -133,13 +132,12 @@ def recovery_curves(rows: list[dict], folder: Path) -> Path:
     plt = _pyplot()
     texts = list(dict.fromkeys(f["data"] for row in rows for f in row["perplexity"]))
     figure, axes = plt.subplots(1, len(texts), figsize=(5 * len(texts), 4.2), layout="constrained", squeeze=False)
-    colours = {"none": "#999999", "bias": "#7b5ea7", "linear": "#3b6fb6", "least_squares": "#e08a2e"}
+    alone = [(r["settings"].get("recovery", METHODS["slimllm"].recovery), r) for r in rows if set(r["settings"]) <= {"recovery"}]
     for axis, text in zip(axes[0], texts):
-        for name, colour in colours.items():
-            chosen = [r for r in rows if (r["settings"].get("recovery", "linear") == name and set(r["settings"]) <= {"recovery"})]
+        for name, (label, colour) in looks(RECOVERIES, (recovery for recovery, _ in alone)).items():
+            chosen = [r for recovery, r in alone if recovery == name]
             points = sorted((100 * r["removed"], f["pruned"]) for r in chosen for f in r["perplexity"] if f["data"] == text)
             if points:
-                label = {"linear": "linear (the paper)", "least_squares": "least squares"}.get(name, name)
                 axis.plot(*zip(*points), "o-", color=colour, label=label, markersize=5)
         axis.set(xlabel="decoder parameters removed, %", ylabel="perplexity", yscale="log", title=TEXT_HEADINGS.get(text, text))
         axis.grid(alpha=0.3)

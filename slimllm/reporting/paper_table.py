@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 from ..evaluation import zero_shot
+from ..settings.methods import METHODS, title_of
 from ..utils.files import write_text
 from . import record
-from .tables import METHOD_NAMES, TEXT_HEADINGS, aligned
+from .tables import TEXT_HEADINGS, aligned
 
 # Guo et al., table 1: LLaMA-7B. WikiText2 and PTB perplexity, then the accuracies in the order of zero_shot.TASKS, in per cent.
 PAPER_ROWS = (
@@ -40,7 +41,7 @@ def paper_cells(results: list[dict]) -> list[list[str]]:
         else:
             tuned, removed = r["fingerprint"]["adapter"] is not None or pruning.get("tuned", False), pruning["removed"]
             ratio = f"{removed:.0%}".replace("%", " %") + (" w/ tune" if tuned else " w/o tune")
-            named = METHOD_NAMES[pruning.get("method", "slimllm")]
+            named = title_of(METHODS, pruning.get("method", "slimllm"))
             method = f"{named}, {pruning['recipe']}: {pruning['recovery']}, {pruning['layer_ratio'] or 'plan'}"
             order = (removed, tuned)
         found = {f["data"]: f"{f['perplexity']:.2f}{'*' if f['limited'] else ''}" for f in r["perplexity"]}

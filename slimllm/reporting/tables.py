@@ -142,12 +142,4 @@ def speed_table(what: str, found: list[dict]) -> list[str]:
     return aligned(rows)
 
 
-METHOD_NAMES = {
-    "slimllm": "SlimLLM",
-    "flap": "FLAP",
-    "llm_pruner": "LLM-Pruner",
-    "wanda_sp": "Wanda-sp",
-    "magnitude": "magnitude",
-    "random": "random",
-}
 TEXT_HEADINGS = {"wikitext2": "WikiText2", "ptb": "PTB", "python_manual": "Python manual"}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
+from ..settings.methods import METHODS, title_of
 from .paper_table import _average
-from .tables import METHOD_NAMES, TEXT_HEADINGS, aligned, limits_line
+from .tables import TEXT_HEADINGS, aligned, limits_line
 
 
 def comparison_table(rows: list[dict]) -> list[str]:
@@ -26,7 +27,7 @@ def comparison_table(rows: list[dict]) -> list[str]:
         average = _average(scores, any(task["limited"] for task in r["tasks"].values()))
         size = [f"{r['parameters'] / 1e6:.1f} M", f"{r['bytes'] / 1e6:.0f}", f"{r['seconds']:.0f}"]
         perplexities = [found.get(text, "-") for text in texts]
-        name, nats = METHOD_NAMES.get(r["name"], r["name"]), f"{sum(lost) / len(lost):.3f}" if lost else "-"
+        name, nats = title_of(METHODS, r["name"]), f"{sum(lost) / len(lost):.3f}" if lost else "-"
         cells.append([f"{r['removed']:.1%}".replace("%", " %"), name, r["variant"], *perplexities, nats, average, *size])
     questions = sorted({task["questions"] for task in tasks if task["limited"]})
     limited = [f"* limited: zero-shot on the first {questions[-1]} questions of each task only"] if questions else []

@@ -1,18 +1,14 @@
-"""The ways to spread the sparsity over the layers, by name: each takes AllocationInputs and gives an Allocation.
-
-To add one: a function, here or in a module of its own, and an entry in LAYER_RATIOS.
-"""
+"""Ways to spread the sparsity over the layers: each takes AllocationInputs and gives an Allocation."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from ...models.shape import ModelShape
+from ...settings.methods import LAYER_RATIOS
 from ..importance.layers import importance_weights, uniform_weights
-from .auto import auto
 from .inputs import Allocation, AllocationInputs
 from .plan import LayerPlan, plan
-from .ranking import ranking
 
 if TYPE_CHECKING:
     from ..config import PruneConfig
@@ -37,11 +33,6 @@ def middle(inputs: AllocationInputs) -> Allocation:
 
 def _weighted(inputs: AllocationInputs, weights: list[float]) -> Allocation:
     return Allocation(plan(inputs.shape, lambda amount: [amount * weight for weight in weights], inputs.config))
-
-
-LAYER_RATIOS = {f.__name__: f for f in (importance, uniform, middle, ranking, auto)}
-NEEDS_PROBE_IDS = {"auto"}
-USES_ALPHA = {"importance", "auto"}
 
 
 def without_scores(shape: ModelShape, config: PruneConfig) -> list[LayerPlan]:

@@ -16,12 +16,13 @@ from ...errors import UserError, first_line
 class ChannelStatistics:
     """One feed-forward part. Norms are over tokens, none is centred.
 
-    output_covariance: [D, D] of the output Y. down: [D, I]. gate, up: [I, D]. activation_norm: [I], ||A[:, c]|| of
-    down_proj's input. input_norm: [D], of each dimension of the feed-forward input. activation_variance: [I], of A[:, c] over
-    tokens, for a score in NEEDS_VARIANCE. saliency: [I], where gradients were taken (:mod:`taylor`). seed: for what is random.
+    output_covariance: [D, D] of the output Y. down: [D, I]. gate, up: [I, D]. activation_norm: [I], ||A[:, c]|| of down_proj's
+    input. input_norm: [D], of each dimension of the feed-forward input. activation_variance: [I], of A[:, c] over tokens.
+    saliency: [I], from gradients (:mod:`taylor`). seed: for what is random. Covariance, variance and saliency are None for a score
+    that does not need them (ChannelScore).
     """
 
-    output_covariance: torch.Tensor
+    output_covariance: torch.Tensor | None
     down: torch.Tensor
     gate: torch.Tensor
     up: torch.Tensor
@@ -94,12 +95,6 @@ def magnitude(s: ChannelStatistics) -> torch.Tensor:
 def random(s: ChannelStatistics) -> torch.Tensor:
     """Chance, the floor that any score must beat."""
     return torch.rand(s.down.shape[1], generator=torch.Generator().manual_seed(s.seed)).to(s.down.device)
-
-
-# How channels are scored: statistics -> the importance of each. select_channels makes a choice of it.
-CHANNEL_SCORES = {f.__name__: f for f in (feature_space, unweighted, taylor, fluctuation, wanda, magnitude, random)}
-NEEDS_OUTPUT_COVARIANCE = {"feature_space"}
-NEEDS_VARIANCE = {"fluctuation"}
 
 
 def select_channels(scores: torch.Tensor, removed: int, keep_lowest: float) -> torch.Tensor:

@@ -16,8 +16,8 @@ import torch
 class HeadStatistics:
     """One attention. covariance: [n, n] of the output projection's input. weight: [D, n]. units: into how many equal blocks of
     columns the input falls. groups: how many equal runs of units there are, each of which loses the same number. input_norm: [n],
-    ||X[:, j]|| over tokens, for a choice in NEEDS_NORM. saliency: [units], where gradients were taken (:mod:`taylor`). seed: for
-    what is random.
+    ||X[:, j]|| over tokens. saliency: [units], from gradients (:mod:`taylor`). seed: for what is random. Norm and saliency are None
+    for a choice that does not need them (HeadChoice).
     """
 
     covariance: torch.Tensor
@@ -69,12 +69,6 @@ def magnitude(s: HeadStatistics, removed: int) -> list[int]:
 def random(s: HeadStatistics, removed: int) -> list[int]:
     """Chance, the floor that any choice must beat."""
     return _highest(torch.rand(s.units, generator=torch.Generator().manual_seed(s.seed)), s, removed)
-
-
-# How heads are scored and chosen: (statistics, how many units each group loses) -> the units to keep, ascending.
-HEAD_CHOICES = {"greedy": greedy, "leave_one_out": leave_one_out_only}
-NEEDS_NORM = {"wanda"}
-HEAD_CHOICES |= {f.__name__: f for f in (taylor, fluctuation, wanda, magnitude, random)}
 
 
 def output_gram(covariance: torch.Tensor, weight: torch.Tensor, units: int) -> torch.Tensor:

@@ -14,8 +14,6 @@ from torch import nn
 from ...streaming.runner import LOGIT_ROWS, LayerRunner
 from ...utils import processes
 
-NEEDS_GRADIENTS = {"taylor"}  # choices of heads and scores of channels that take a Saliency
-
 
 @dataclass
 class Saliency:

@@ -1,0 +1,222 @@
+"""The parts of the method by name, and the methods and recipes made of them: what the flags of ``--help``'s group "method" take.
+
+To add one: a function, and one entry here. The functions of this package are named by their place and imported when they are first
+called, so that the tables cost nothing to read.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ..errors import nearest
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A function that does one part of the method. Calling the entry calls it.
+
+    ``function``: the function, or "module:function" inside this package. ``needs``: what it is given besides what every function of
+    its kind is given, names from CAN_NEED; what no entry in use needs is not computed. Raises ValueError for another name.
+    """
+
+    function: Callable | str
+    needs: frozenset[str] = frozenset()
+
+    CAN_NEED: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "needs", frozenset(self.needs))
+        for name in sorted(self.needs - set(self.CAN_NEED)):
+            raise ValueError(f"needs {name!r}: a {type(self).__name__} can need {', '.join(self.CAN_NEED)}{nearest(name, self.CAN_NEED)}")
+
+    def __call__(self, *arguments):
+        function = _imported(self.function) if isinstance(self.function, str) else self.function
+        return function(*arguments)
+
+
+@functools.cache
+def _imported(place: str) -> Callable:
+    """The function that "module:function" names."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(f"slimllm.{module}"), name)
+
+
+class HeadChoice(Entry):
+    """How heads are scored and chosen: (HeadStatistics, how many units each group loses) -> the units to keep, ascending.
+
+    Can need ``input_norm``: the norm of each input of the output projection; ``gradients``: the saliency of each unit.
+    """
+
+    CAN_NEED = ("input_norm", "gradients")
+
+
+class ChannelScore(Entry):
+    """How channels are ranked: ChannelStatistics -> the importance of each channel [I]; the lowest go.
+
+    Can need ``output_covariance``: of the feed-forward part's output; ``input_variance``: of each input of the output projection;
+    ``gradients``: the saliency of each channel.
+    """
+
+    CAN_NEED = ("output_covariance", "input_variance", "gradients")
+
+
+class LayerRatio(Entry):
+    """How the sparsity is spread over the layers: AllocationInputs -> Allocation, a plan for each layer.
+
+    Can need ``probe_ids``: samples that nothing is fitted to; and of the settings ``alpha`` and ``pruned_layers``, which are said to have
+    no effect on one that does not need them.
+    """
+
+    CAN_NEED = ("probe_ids", "alpha", "pruned_layers")
+
+
+@dataclass(frozen=True)
+class Recovery(Entry):
+    """What the kept output weights become: (weight, bias, keep, moments, input covariance, ridge) -> Recovered.
+
+    Can need ``input_covariance`` and the setting ``ridge``. ``adds_bias``: the projection has a bias afterwards, also where it had none.
+    ``title`` and ``colour``: in pictures.
+    """
+
+    adds_bias: bool = True
+    title: str | None = None
+    colour: str | None = None
+
+    CAN_NEED = ("input_covariance", "ridge")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A pruning method as its authors' code does it: what it sets where the user says nothing, by the names in the tables below.
+
+    ``all_layers``: by default every layer is pruned. ``dense_stream``: as published, all it measures is of the dense model's states,
+    and not of what the pruned layers before give. ``title``: its name in tables and pictures; ``source``: where it is from, in Markdown,
+    for model cards; ``colour``: in pictures.
+    """
+
+    head_choice: str
+    channel_score: str
+    layer_ratio: str
+    recovery: str
+    all_layers: bool = False
+    dense_stream: bool = False
+    title: str | None = None
+    source: str | None = None
+    colour: str | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is set in place of the method's own choices, where the user says nothing. ``title`` and ``colour``: in pictures."""
+
+    settings: Mapping = field(default_factory=dict)
+    title: str | None = None
+    colour: str | None = None
+
+
+HEAD_CHOICES = {
+    "greedy": HeadChoice("pruning.importance.heads:greedy"),
+    "leave_one_out": HeadChoice("pruning.importance.heads:leave_one_out_only"),
+    "taylor": HeadChoice("pruning.importance.heads:taylor", {"gradients"}),
+    "fluctuation": HeadChoice("pruning.importance.heads:fluctuation"),
+    "wanda": HeadChoice("pruning.importance.heads:wanda", {"input_norm"}),
+    "magnitude": HeadChoice("pruning.importance.heads:magnitude"),
+    "random": HeadChoice("pruning.importance.heads:random"),
+}
+
+CHANNEL_SCORES = {
+    "feature_space": ChannelScore("pruning.importance.channels:feature_space", {"output_covariance"}),
+    "unweighted": ChannelScore("pruning.importance.channels:unweighted"),
+    "taylor": ChannelScore("pruning.importance.channels:taylor", {"gradients"}),
+    "fluctuation": ChannelScore("pruning.importance.channels:fluctuation", {"input_variance"}),
+    "wanda": ChannelScore("pruning.importance.channels:wanda"),
+    "magnitude": ChannelScore("pruning.importance.channels:magnitude"),
+    "random": ChannelScore("pruning.importance.channels:random"),
+}
+
+LAYER_RATIOS = {
+    "importance": LayerRatio("pruning.allocation.layer_ratios:importance", {"alpha", "pruned_layers"}),
+    "uniform": LayerRatio("pruning.allocation.layer_ratios:uniform", {"pruned_layers"}),
+    "middle": LayerRatio("pruning.allocation.layer_ratios:middle", {"pruned_layers"}),
+    "ranking": LayerRatio("pruning.allocation.ranking:ranking"),
+    "auto": LayerRatio("pruning.allocation.auto:auto", {"probe_ids", "alpha", "pruned_layers"}),
+}
+
+RECOVERIES = {
+    "none": Recovery("pruning.recovery:none", adds_bias=False, colour="#999999"),
+    "bias": Recovery("pruning.recovery:bias", colour="#7b5ea7"),
+    "linear": Recovery("pruning.recovery:linear", title="linear (the paper)", colour="#3b6fb6"),
+    "least_squares": Recovery("pruning.recovery:least_squares", {"input_covariance", "ridge"}, title="least squares", colour="#e08a2e"),
+}
+
+METHODS = {
+    "slimllm": Method(
+        "greedy",
+        "feature_space",
+        "importance",
+        "linear",
+        title="SlimLLM",
+        source="[SlimLLM](https://arxiv.org/abs/2505.22689) (Guo et al. 2025)",
+    ),
+    "llm_pruner": Method(
+        "taylor",
+        "taylor",
+        "middle",
+        "none",
+        title="LLM-Pruner",
+        source="[LLM-Pruner](https://arxiv.org/abs/2305.11627) (Ma et al. 2023)",
+    ),
+    "flap": Method(
+        "fluctuation",
+        "fluctuation",
+        "ranking",
+        "bias",
+        all_layers=True,
+        dense_stream=True,
+        title="FLAP",
+        source="[FLAP](https://arxiv.org/abs/2312.11983) (An et al. 2024)",
+    ),
+    "wanda_sp": Method(
+        "wanda",
+        "wanda",
+        "uniform",
+        "none",
+        all_layers=True,
+        title="Wanda-sp",
+        source="Wanda-sp ([An et al. 2024](https://arxiv.org/abs/2312.11983), after [Wanda](https://arxiv.org/abs/2306.11695))",
+    ),
+    "magnitude": Method("magnitude", "magnitude", "uniform", "none", all_layers=True, source="magnitude, a baseline"),
+    "random": Method("random", "random", "uniform", "none", all_layers=True, source="random choice, a baseline", colour="#999999"),
+}
+
+_BEST = {"recovery": "least_squares", "layer_ratio": "auto", "self_share": 0.5}
+RECIPES = {  # "paper": the published method, of which nothing is changed; the others are what measured best
+    "paper": Recipe(),
+    "best": Recipe(_BEST, "ours: best", "#e08a2e"),
+    "distilled": Recipe({**_BEST, "distill": "all"}, "ours: distilled", "#d1495b"),
+}
+
+COLOURS = ("#3b6fb6", "#a33c3c", "#2f8f6b", "#7b5ea7", "#8a7d4f", "#1b9aaa", "#c06fb0", "#5d4037")  # of entries without one of their own
+
+
+def title_of(table: Mapping, name: str) -> str:
+    """What tables and pictures call the entry ``name``: the name itself where it has no title, or ``table`` does not know it."""
+    return getattr(table.get(name), "title", None) or name
+
+
+def source_of(method: str) -> str:
+    """Where a method is from, in Markdown."""
+    return getattr(METHODS.get(method), "source", None) or title_of(METHODS, method)
+
+
+def looks(table: Mapping, others: Iterable[str] = ()) -> dict[str, tuple[str, str]]:
+    """(title, colour) in pictures of each entry, and of what else ``others`` names, as results that were made elsewhere may."""
+    names = dict.fromkeys([*table, *others])
+    return {
+        name: (title_of(table, name), getattr(table.get(name), "colour", None) or COLOURS[position % len(COLOURS)])
+        for position, name in enumerate(names)
+    }
