@@ -19,7 +19,7 @@ def main(argv=None) -> int:
     """Exit status: 0, 2 for a user's mistake (one line on stderr), 130 when interrupted."""
 
     def prune():
-        from slimllm.pruning.config import parse_args
+        from slimllm.settings.pruning import parse_args
 
         run(parse_args(argv))
 

@@ -21,7 +21,7 @@ def main(argv=None) -> int:
     """Exit status: 0, 2 for a user's mistake (one line on stderr), 130 when interrupted."""
 
     def train():
-        from slimllm.training.config import parse_args
+        from slimllm.settings.training import parse_args
 
         run(parse_args(argv))
 

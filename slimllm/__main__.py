@@ -22,10 +22,10 @@ def main(argv=None) -> int:
     def run():
         if command is None:
             raise UserError(f"{name}: not one of {', '.join(COMMANDS)}{nearest(name, COMMANDS)}")
+        parsed = cli.parse(command.parser(name), command.settings_class(), rest)
         from .utils.memory import memory_errors
 
-        settings, work = command.load()
-        parsed = cli.parse(command.parser(name), settings, rest)
+        work = command.load()
         with cli.logging_to_console(), memory_errors(command.advice):
             return work(parsed)
 

@@ -36,10 +36,10 @@ from .models.source import ModelSource
 from .pruning import pipeline
 from .pruning.allocation.layer_ratios import without_scores
 from .pruning.allocation.plan_file import read_plan
-from .pruning.config import PruneConfig
 from .pruning.layer import LayerReport
 from .reporting import card
 from .reporting.record import ModelInfo, Parameters, PruningRecord, Stopwatch
+from .settings.pruning import PruneConfig
 from .streaming.journal import Journal
 from .streaming.progress import Progress, no_progress
 from .training import distillation

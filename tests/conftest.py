@@ -22,8 +22,8 @@ from slimllm.models import loading
 from slimllm.models import shape as shapes
 from slimllm.pruning import pipeline
 from slimllm.pruning.allocation.inputs import AllocationInputs
-from slimllm.pruning.config import PruneConfig
 from slimllm.settings.methods import LAYER_RATIOS
+from slimllm.settings.pruning import PruneConfig
 
 ROOT = Path(__file__).parent.parent
 transformers_logging.set_verbosity_error()

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 import hf_prune
 import slimllm
 from slimllm.deploy import checkpoint
-from slimllm.pruning import config as configs
 from slimllm.settings import methods
+from slimllm.settings.pruning import PruneConfig
 from tests.conftest import TEXT, logits, make_ids, make_model
 
 SMALL = dict(num_examples=8, seq_len=16)
@@ -154,7 +154,7 @@ def test_a_distillation_that_is_stopped_leaves_the_pruned_model(tiny_tokenizer):
 
 
 def test_saving_leaves_the_model_and_the_settings_as_they_are(tmp_path, tiny_tokenizer):
-    given = configs.PruneConfig(base_model="m", recipe="best", calibration="self", pruning_ratio=0.5, num_examples=4, seq_len=16)
+    given = PruneConfig(base_model="m", recipe="best", calibration="self", pruning_ratio=0.5, num_examples=4, seq_len=16)
     untouched = copy.deepcopy(given)
     result = slimllm.prune(make_model(), tiny_tokenizer, calibration=make_ids(), config=given)
     before, expected = state_of(result.model), logits(result.model, make_ids())
@@ -214,7 +214,7 @@ def test_a_method_is_one_function_and_one_entry(monkeypatch):
     monkeypatch.setitem(methods.HEAD_CHOICES, "first", methods.HeadChoice(first_heads))
     monkeypatch.setitem(methods.CHANNEL_SCORES, "last", methods.ChannelScore(last_channels))
     monkeypatch.setitem(methods.LAYER_RATIOS, "first", methods.LayerRatio(first_layer, {"pruned_layers"}))
-    config = configs.PruneConfig(base_model="m", head_choice="first", channel_score="last", layer_ratio="first", pruning_ratio=0.25)
+    config = PruneConfig(base_model="m", head_choice="first", channel_score="last", layer_ratio="first", pruning_ratio=0.25)
     config.keep_lowest = 0.0
     result = slimllm.prune(make_model("llama_gqa"), calibration=make_ids(), config=config)
     first, second = result.layers

@@ -14,16 +14,16 @@ import torch
 from safetensors.torch import load_file
 
 import hf_prune
-from slimllm.commands.evaluate import EvalConfig
-from slimllm.commands.latency import LatencyConfig
 from slimllm.data import calibration
 from slimllm.deploy import checkpoint, runtimes, sink
 from slimllm.errors import UserError
 from slimllm.models import loading
 from slimllm.models.source import ModelSource
 from slimllm.pruning import footprint, pipeline
-from slimllm.pruning.config import PruneConfig
-from slimllm.training.config import TrainConfig
+from slimllm.settings.evaluate import EvalConfig
+from slimllm.settings.latency import LatencyConfig
+from slimllm.settings.pruning import PruneConfig
+from slimllm.settings.training import TrainConfig
 from tests.conftest import ROOT, logits, make_config, make_ids, make_model, run_cli
 from tests.test_checkpoint import spoil
 

@@ -7,7 +7,8 @@ from PIL import Image
 
 from slimllm.__main__ import main as slim
 from slimllm.deploy.export_gguf import quantized_bytes
-from slimllm.experiments import compare, trials
+from slimllm.experiments import trials
+from slimllm.settings.compare import OURS, CompareConfig
 from slimllm.settings.methods import METHODS
 from tests.conftest import make_model, prune_to, stop_at_fourth_pruning
 
@@ -31,7 +32,7 @@ def test_every_method_at_equal_parameters_and_a_stopped_run_goes_on(flags, monke
     assert slim(["compare", *flags]) == 0
     rows = json.loads(open("out/results.json").read())["rows"]
     pruned = [row for row in rows if row["share"]]
-    assert len(pruned) == 2 * len(METHODS) + len(compare.RECIPES) == len(calls)  # one ran twice; distilled starts from best
+    assert len(pruned) == 2 * len(METHODS) + len(OURS) == len(calls)  # one ran twice; distilled starts from best
     channel = 3 * 32 / (2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 64))
     assert all(abs(row["removed"] - 0.3) <= channel for row in pruned)
     assert {config.recovery for config in calls} == {"none", "bias", "linear", "least_squares"}
@@ -50,8 +51,8 @@ def test_every_method_at_equal_parameters_and_a_stopped_run_goes_on(flags, monke
 
 
 def test_the_model_writes_its_text_and_teaches_once_for_all_shares(flags):
-    config = compare.CompareConfig(base_model=flags[1], calibration=flags[flags.index("--calibration") + 1], eval_data=("python_manual",))
-    recipes = [trials.Trial("slimllm", "", share, {"recipe": recipe}) for share in (0.3, 0.5) for recipe in compare.RECIPES]
+    config = CompareConfig(base_model=flags[1], calibration=flags[flags.index("--calibration") + 1], eval_data=("python_manual",))
+    recipes = [trials.Trial("slimllm", "", share, {"recipe": recipe}) for share in (0.3, 0.5) for recipe in OURS]
     bench = trials.Bench(config, torch.float32, torch.device("cpu"), recipes)
     best, *others = [bench.settings(trial) for trial in recipes]
     samples = bench.samples(best)

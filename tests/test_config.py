@@ -2,7 +2,7 @@ import pytest
 
 import slimllm
 from slimllm.errors import UserError
-from slimllm.pruning.config import parse_args
+from slimllm.settings.pruning import parse_args
 from tests.conftest import make_shape
 
 

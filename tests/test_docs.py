@@ -12,9 +12,7 @@ from slimllm.commands.families import families_page
 from slimllm.commands.flags import flags_page
 from slimllm.deploy import checkpoint
 from slimllm.models.families import FAMILIES
-from slimllm.pruning import config as pruning
-from slimllm.settings import methods
-from slimllm.training import config as training
+from slimllm.settings import methods, pruning, training
 from tests.conftest import ROOT, TEXT, logits, make_ids, make_model
 
 PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}

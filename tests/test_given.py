@@ -17,8 +17,8 @@ from transformers import LlamaForSequenceClassification, LlamaModel
 import hf_prune
 import slimllm
 from slimllm.models.given import check_model
-from slimllm.pruning.config import PruneConfig, parse_args
-from slimllm.training.config import TrainConfig
+from slimllm.settings.pruning import PruneConfig, parse_args
+from slimllm.settings.training import TrainConfig
 from tests.conftest import FAMILY_CASES, TEXT, family_config, logits, make_ids, make_model
 
 LORA = dict(r=2, target_modules=["q_proj"])

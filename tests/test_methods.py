@@ -7,9 +7,9 @@ from torch.nn.functional import cross_entropy
 from slimllm.errors import UserError
 from slimllm.pruning import pipeline
 from slimllm.pruning.allocation.layer_ratios import without_scores
-from slimllm.pruning.config import PruneConfig
 from slimllm.pruning.importance.taylor import saliencies
 from slimllm.settings.methods import METHODS
+from slimllm.settings.pruning import PruneConfig
 from slimllm.streaming.runner import LayerRunner
 from tests.conftest import FAMILY_CASES, logits, make_ids, make_model, make_shape
 

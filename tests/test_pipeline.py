@@ -11,8 +11,8 @@ from slimllm.pruning import pipeline
 from slimllm.pruning.allocation import auto
 from slimllm.pruning.allocation.inputs import AllocationInputs
 from slimllm.pruning.allocation.plan import LayerPlan
-from slimllm.pruning.config import HEAD_UNITS
 from slimllm.settings.methods import RECOVERIES
+from slimllm.settings.pruning import HEAD_UNITS
 from slimllm.streaming.activations import ActivationMemory
 from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model, make_shape
 

@@ -20,8 +20,8 @@ import post_training
 from slimllm.deploy import checkpoint
 from slimllm.errors import UserError
 from slimllm.models import loading
-from slimllm.training import config, data, distillation, trainer
-from slimllm.training.config import TrainConfig
+from slimllm.settings.training import TrainConfig, parse_args
+from slimllm.training import data, distillation, trainer
 from slimllm.training.data import IGNORED
 from slimllm.utils import device as devices
 from slimllm.utils import outputs
@@ -109,7 +109,7 @@ def test_each_row_ends_with_the_end_of_text_where_it_fits(tiny_tokenizer):
     """As in the published recovery stage: without it the model never learns to stop."""
 
     def ends(*flags):
-        return data.tokenize(ROWS[0], tiny_tokenizer, config.parse_args(["--prune_model", "x", *flags]))["input_ids"][-1]
+        return data.tokenize(ROWS[0], tiny_tokenizer, parse_args(["--prune_model", "x", *flags]))["input_ids"][-1]
 
     end = tiny_tokenizer.eos_token_id
     assert ends("--cutoff_len", "400") == end and data.tokenize(ROWS[0], tiny_tokenizer, settings(cutoff_len=400))["labels"][-1] == end

@@ -12,8 +12,7 @@ import pytest
 
 from slimllm import cli
 from slimllm.commands import COMMANDS
-from slimllm.pruning import config as pruning
-from slimllm.training import config as training
+from slimllm.settings import pruning, training
 from tests.conftest import ROOT
 
 STAND_IN = """#!/bin/bash
@@ -65,7 +64,7 @@ def understand(words):
         return training.parse_args(words[1:])
     assert words[:2] == ["-m", "slimllm"]
     command = COMMANDS[words[2]]
-    return cli.parse(command.parser(words[2]), command.load()[0], words[3:])
+    return cli.parse(command.parser(words[2]), command.settings_class(), words[3:])
 
 
 def programs(found):

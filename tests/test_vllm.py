@@ -12,10 +12,11 @@ from slimllm.errors import UserError
 from slimllm.models.families import FAMILIES
 from slimllm.models.loading import load_config
 from slimllm.models.shape import widths_of
+from slimllm.settings.common import VLLM_PYTHON
 from tests.conftest import FAMILY_CASES, ROOT, prune_to
 from tests.test_export_gguf import VOCAB, bpe_tokenizer, save
 
-PYTHON = os.environ.get("VLLM_PYTHON") or str(ROOT / vllm.PYTHON)
+PYTHON = os.environ.get("VLLM_PYTHON") or str(ROOT / VLLM_PYTHON)
 ONE_PER_FAMILY = [next(case for case, (name, _) in FAMILY_CASES.items() if name == family and "mha" not in case) for family in FAMILIES]
 wherever_it_is = pytest.mark.skipif(not os.access(PYTHON, os.X_OK), reason="no environment with vLLM: bash script/vllm.sh makes one")
 

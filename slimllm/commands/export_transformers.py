@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file
 
-from ..cli import flag
 from ..deploy import checkpoint, reference
 from ..deploy.runtimes import as_stock_model
 from ..errors import UserError
 from ..models import loading
+from ..settings.export_transformers import StockConfig
 from ..utils.outputs import atomic_dir
 
 log = logging.getLogger("slimllm")
-
-
-@dataclass
-class StockConfig:
-    """Settings of the export. Raises UserError where a folder is not named."""
-
-    folders: tuple[str, ...] = flag("folders", "checkpoint folder, and the folder to write", positional=True, nargs="*")
-    overwrite: bool = flag("folders", "replace an existing folder", False)
-
-    def __post_init__(self):
-        if len(self.folders) != 2:
-            raise UserError("name two folders: python -m slimllm export-transformers prune_log/NAME OUT")
 
 
 def run(settings: StockConfig) -> None:

@@ -7,8 +7,7 @@ import logging
 
 from .. import cli
 from ..cli import NoSettings
-from ..pruning import config as pruning
-from ..training import config as training
+from ..settings import pruning, training
 from . import COMMANDS
 
 log = logging.getLogger("slimllm")

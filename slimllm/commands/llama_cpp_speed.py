@@ -4,32 +4,13 @@ from __future__ import annotations
 
 import logging
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
 
-from ..cli import check_range, flag
 from ..deploy.llama_cpp import LlamaCpp
-from ..errors import UserError
 from ..reporting.tables import speed_table
+from ..settings.llama_cpp_speed import SpeedConfig
 
 log = logging.getLogger("slimllm")
-
-
-@dataclass
-class SpeedConfig:
-    """Settings of a measurement. Raises UserError where a value makes no sense."""
-
-    files: tuple[str, ...] = flag("files", ".gguf files; the first is what the others are compared with", positional=True, nargs="*")
-    prompt_tokens: int = flag("measurement", "tokens of the prompt", 256)
-    new_tokens: int = flag("measurement", "tokens generated", 64)
-    repeats: int = flag("measurement", "runs of each file, in turns; the medians are shown", 5)
-    threads: int | None = flag("measurement", "threads of the computation [llama.cpp's choice]")
-
-    def __post_init__(self):
-        if not self.files:
-            raise UserError("name .gguf files: python -m slimllm llama-cpp-speed DENSE.gguf PRUNED.gguf")
-        for name in ("prompt_tokens", "new_tokens", "repeats", "threads"):
-            check_range(self, name, 1)
 
 
 def speeds(settings: SpeedConfig) -> list[dict]:

@@ -4,47 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
 
 import torch
 
-from ..cli import check_range, flag
 from ..data.texts import blocks_of, load_texts
-from ..deploy import vllm
 from ..deploy.verify import GREEDY_TOKENS, Check, checks_of_bytes, checks_of_file, checks_of_folder, checks_of_vllm
-from ..deploy.vllm import trust_flag
 from ..errors import UserError
 from ..models import loading
 from ..reporting.tables import aligned
+from ..settings.verify import VerifyConfig
 
 log = logging.getLogger("slimllm")
-
-
-@dataclass
-class VerifyConfig:
-    """Settings of a verification. Raises UserError where a value makes no sense."""
-
-    paths: tuple[str, ...] = flag("checkpoint", "checkpoint folder, then any .gguf files made from it", positional=True, nargs="*")
-    vllm: str | None = flag(
-        "checkpoint",
-        "the checkpoint in vLLM too; PYTHON: interpreter of an environment with vLLM [without PYTHON: .vllm/bin/python]",
-        metavar="PYTHON",
-        nargs="?",
-        const=vllm.PYTHON,
-    )
-    trust_remote_code: bool = trust_flag("checkpoint")
-    text: str | None = flag("checkpoint", "file with the text to compare on [the Python manual]")
-    blocks: int = flag("checkpoint", "pieces of the text", 2)
-    seq_len: int = flag("checkpoint", "tokens per piece", 96)
-
-    def __post_init__(self):
-        if not self.paths:
-            raise UserError("name a checkpoint folder: python -m slimllm verify prune_log/NAME [FILE.gguf ...]")
-        check_range(self, "blocks", 1)
-        check_range(self, "seq_len", 4)
-        self.folder, *self.files = self.paths
-        if self.folder.endswith(".gguf"):
-            raise UserError(f"{self.folder}: name the checkpoint folder first, then its .gguf files")
 
 
 def run(config: VerifyConfig) -> int:

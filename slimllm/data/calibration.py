@@ -20,6 +20,7 @@ from ..errors import UserError, nearest
 from ..models import hub
 from ..models.loading import Voice
 from ..models.shape import shape_of
+from ..settings.samples import SampleSpec
 from ..utils.files import atomic_file, check_plain
 from ..utils.memory import return_free_memory
 from .texts import check_vocabulary, first_token, in_blocks, is_encodable, read_text, token_ids
@@ -95,16 +96,6 @@ class Calibration:
         found["sha256"] = self.sha256
         distilled = {} if self.distill_ids is None else {"distill_samples": len(self.distill_ids)}
         return found | distilled | ({} if self.probe_ids is None else {"probe_source": self.probe_source})
-
-
-@dataclass(frozen=True)
-class SampleSpec:
-    """How many samples of how many tokens are drawn, and the seed of every random choice. ``or_fewer``: a short text gives what it has."""
-
-    num_examples: int = 32
-    seq_len: int = 128
-    seed: int = 42
-    or_fewer: bool = False
 
 
 def load(source: str | None, model, tokenizer, spec: SampleSpec) -> Calibration:

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..errors import UserError
 from ..models.loading import open_source
 from ..models.source import stored_tensors
+from ..settings.export_gguf import OUTTYPES
 from ..utils.files import atomic_file
 from ..utils.outputs import GGUF_MARK
 from . import gguf_tokenizer
@@ -23,12 +24,7 @@ from .gguf_architecture import Arrangement, add_settings, architecture_of, rope_
 log = logging.getLogger("slimllm")
 
 F16 = gguf.GGMLQuantizationType.F16
-OUTTYPES = {
-    "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
-    "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
-    "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
-    "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
-}
+FILE_TYPES = {name: gguf.LlamaFileType[f"{'ALL' if name == 'f32' else 'MOSTLY'}_{name.upper()}"] for name in OUTTYPES}
 
 
 def export(folder: str | os.PathLike, target: Path, outtype: str = "f16", arch: str = "auto") -> Path:
@@ -42,7 +38,7 @@ def export(folder: str | os.PathLike, target: Path, outtype: str = "f16", arch: 
     source, arch = _described(folder, arch)
     with atomic_file(target) as partial:
         writer = _writer(partial, folder, source, arch, outtype)
-        _write_tensors(writer, source, arch, OUTTYPES[outtype][0])
+        _write_tensors(writer, source, arch, gguf.GGMLQuantizationType[outtype.upper()])
         writer.close()
     return target
 
@@ -71,7 +67,7 @@ def _writer(path: Path | None, folder: Path, source, arch: str, outtype: str) ->
     writer.add_name(folder.resolve().name)
     writer.add_size_label(gguf.size_label(sum(math.prod(source.weights.shape(name)) for name in stored_tensors(source.model)), 0, 0, 0))
     gguf_tokenizer.add_origin(writer, folder)
-    writer.add_file_type(OUTTYPES[outtype][1])
+    writer.add_file_type(FILE_TYPES[outtype])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_settings(writer, source.config)
     gguf_tokenizer.add(writer, folder, source.config.vocab_size)

@@ -13,7 +13,7 @@ from ..models.source import ModelSource, stored_tensors
 from ..models.weights import Rounded, round_to
 from ..pruning import surgery
 from ..pruning.allocation.plan import LayerPlan
-from ..pruning.config import PruneConfig
+from ..settings.pruning import PruneConfig
 from ..streaming.activations import ActivationStore
 from ..streaming.journal import Journal
 from ..streaming.runner import LayerRunner

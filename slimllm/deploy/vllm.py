@@ -8,18 +8,12 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from ..cli import flag
 from ..errors import UserError
+from ..settings.common import VLLM_PYTHON
 from .config_files import brings_only_our_code
 
-PYTHON = ".vllm/bin/python"  # as script/vllm.sh makes it
 _WORKER = Path(__file__).with_name("vllm_worker.py")
 _CACHE_GIGABYTES = "1"  # of keys and values on a CPU; by default vLLM takes half of the memory there is
-
-
-def trust_flag(group: str):
-    """``--trust_remote_code``, for a program's settings."""
-    return flag(group, "let vLLM run code that a folder brings; this program's own modeling.py, unchanged, needs no leave", False)
 
 
 def ask(python: str, model: str | os.PathLike, context: int, dtype: str = "float32", trust_remote_code: bool = False, **wanted) -> dict:
@@ -29,7 +23,9 @@ def ask(python: str, model: str | os.PathLike, context: int, dtype: str = "float
     Raises UserError where there is no such interpreter, it has no vLLM, or vLLM does not take the model.
     """
     if not os.access(python, os.X_OK):
-        raise UserError(f"--vllm {python}: no such interpreter; script/vllm.sh makes {PYTHON}, or name that of an environment with vLLM")
+        raise UserError(
+            f"--vllm {python}: no such interpreter; script/vllm.sh makes {VLLM_PYTHON}, or name that of an environment with vLLM"
+        )
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     environment |= {"VLLM_CPU_KVCACHE_SPACE": _CACHE_GIGABYTES, "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONSAFEPATH"] = "1"  # the worker's folder is not a place to import from: this file would be taken for vLLM

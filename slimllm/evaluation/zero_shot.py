@@ -13,7 +13,6 @@ import logging
 import sys
 import tempfile
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,35 +23,11 @@ from ..errors import UserError, first_line
 from ..models import hub
 from ..models.adapter import LayerAdapter
 from ..models.shape import window_of
+from ..settings.tasks import TASKS
 from ..streaming.runner import LOGIT_ROWS
 from ..utils import processes
 
 TOKENS_AT_ONCE = 4096
-
-
-@dataclass(frozen=True)
-class Task:
-    """A task of the paper: its heading in the paper's tables, the metric reported there, the hub's evaluation split.
-
-    ``definition`` is lm-eval's file below its folder of tasks.
-    """
-
-    heading: str
-    reported: str
-    split: str
-    definition: str
-
-
-# The paper does not say which metric it reports; these are what LLaMA-7B's published figures agree with.
-TASKS = {
-    "boolq": Task("BoolQ", "acc", "validation", "super_glue/boolq/default.yaml"),
-    "piqa": Task("PIQA", "acc", "validation", "piqa/piqa.yaml"),
-    "hellaswag": Task("HellaSwag", "acc_norm", "validation", "hellaswag/hellaswag.yaml"),
-    "winogrande": Task("WinoGrande", "acc", "validation", "winogrande/default.yaml"),
-    "arc_easy": Task("ARC-e", "acc", "test", "arc/arc_easy.yaml"),
-    "arc_challenge": Task("ARC-c", "acc_norm", "test", "arc/arc_challenge.yaml"),
-    "openbookqa": Task("OBQA", "acc_norm", "test", "openbookqa/openbookqa.yaml"),
-}
 
 
 def local_file(name: str, data_dir: str) -> Path:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 
-from ..pruning.config import PruneConfig
 from ..reporting.figures import recovery_curves
 from ..reporting.trial_tables import ablation_table
+from ..settings.ablation import AblationConfig
 from ..settings.methods import RECOVERIES
+from ..settings.pruning import PruneConfig
 from ..utils.files import write_text
-from .trials import Trial, TrialsConfig, measure
+from .trials import Trial, measure
 
 log = logging.getLogger("slimllm")
 
@@ -40,13 +40,6 @@ ROWS = (
     ("the best recipe", "", {"recipe": "best"}),
 )
 CURVE = (0.2, 0.35, 0.5)  # shares removed at which every recovery is measured for the picture
-
-
-@dataclass
-class AblationConfig(TrialsConfig):
-    """Settings that all rows share. Raises UserError where a value makes no sense."""
-
-    PROGRAM = "ablation"
 
 
 def cases(shares: tuple) -> list[Trial]:

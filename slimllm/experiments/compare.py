@@ -8,62 +8,21 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
-from dataclasses import dataclass
 from pathlib import Path
 
-from ..cli import check_choice, check_range, flag
 from ..deploy.export_gguf import quantized_bytes
-from ..errors import UserError
-from ..evaluation import zero_shot
 from ..models import loading
 from ..reporting.figures import comparison
 from ..reporting.trial_tables import comparison_table
-from ..settings.methods import METHODS
+from ..settings.compare import CompareConfig
 from ..utils.files import write_text
-from .trials import Bench, Trial, TrialsConfig, measure
+from .trials import Bench, Trial, measure
 
 log = logging.getLogger("slimllm")
 
 PUBLISHED, ON_TOP = "as published", "with least squares"
-RECIPES = ("best", "distilled")  # ours
 QUANTIZATIONS = ("q8_0", "q4_0")  # of the dense model
 BYTES = 2  # of a number in a checkpoint that is not quantized further: bfloat16 or float16
-
-
-@dataclass
-class CompareConfig(TrialsConfig):
-    """Settings of a comparison. Raises UserError where a value makes no sense."""
-
-    target_sparsity: tuple[float, ...] = flag(
-        "sparsity", "shares of the decoder's parameters to remove, 0 to 1", (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
-    )
-    methods: tuple[str, ...] | None = flag("methods", f"what is compared: any of {' '.join(METHODS)}, or none [all]")
-    recipes: tuple[str, ...] = flag("methods", "recipes of ours beside them, or none", RECIPES, nargs="+")
-    also: tuple[str, ...] = flag("methods", "NAME=FOLDER: checkpoints to show beside them, post-trained ones for example", (), nargs="+")
-    tasks: tuple[str, ...] = flag("tasks", "zero-shot tasks, or none", tuple(zero_shot.TASKS), nargs="+")
-    data_dir: str | None = flag("tasks", "folder of TASK.jsonl files in the hub's schema, in place of the hub")
-    limit: int | None = flag("tasks", "only the first N questions of each task; the figures are marked as limited [all]")
-
-    PROGRAM = "compare"
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_range(self, "limit", 1)
-        if self.methods is None:
-            self.methods = tuple(METHODS)
-        for name, allowed in (("methods", METHODS), ("recipes", RECIPES), ("tasks", zero_shot.TASKS)):
-            setattr(self, name, tuple(value for value in getattr(self, name) if value != "none"))
-            for value in getattr(self, name):
-                check_choice(name, value, allowed)
-        if self.data_dir is not None:
-            self.tasks = tuple(name for name in self.tasks if os.path.isfile(os.path.join(self.data_dir, f"{name}.jsonl")))
-            if not self.tasks:
-                raise UserError(f"--data_dir {self.data_dir}: it has a file of none of the tasks")
-        for entry in self.also:
-            name, _, folder = entry.partition("=")
-            if not name or not os.path.isdir(folder):
-                raise UserError(f"--also {entry}: must be NAME=FOLDER, with a folder that is there")
 
 
 def cases(config: CompareConfig) -> list[Trial]:

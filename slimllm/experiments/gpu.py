@@ -24,13 +24,13 @@ from pathlib import Path
 import torch
 
 from .. import api
-from ..cli import check_choice, check_range, flag
 from ..data.calibration import Calibration
 from ..errors import UserError
 from ..models import loading
 from ..reporting import record
 from ..reporting.record import PruningRecord, TrainingRecord
 from ..reporting.tables import aligned
+from ..settings.gpu import GpuConfig
 from ..utils.device import device_of, name_of
 from .benchmark import LLAMA_7B, write_random_model
 
@@ -56,21 +56,6 @@ MODELS = {
 }
 TRAINING_ROWS = 256
 ROUND_TO = {"full": "64", "tiny": "8"}  # widths that a GPU computes fast
-
-
-@dataclass
-class GpuConfig:
-    """Settings of the check. Raises UserError where a value makes no sense."""
-
-    device: str = flag("check", "what is checked against the CPU; auto takes a GPU if there is one", "auto")
-    size: str = flag("check", "full, or tiny: models of a few thousand parameters, to rehearse it", "full", choices=MODELS)
-    minutes: float = flag("check", "a step that would begin later than this is left out, and one that is running then is stopped", 8.0)
-    work_dir: str | None = flag("check", "folder for models and results, 35 GB, removed afterwards [TMPDIR, or the system's]")
-    output: str = flag("output", "file for the results", "eval_log/gpu.json")
-
-    def __post_init__(self):
-        check_choice("size", self.size, MODELS)
-        check_range(self, "minutes", 0, left_open=True)
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from ..errors import UserError
 from ..models.shape import ModelShape
 from ..models.weights import PIECE
 from ..settings.methods import RECOVERIES
+from ..settings.pruning import PruneConfig
 from ..streaming.activations import temporary_folder
 from ..streaming.runner import LOGIT_ROWS, MIN_ACTIVATION_BYTES, TOKENS_PER_BATCH
 from ..utils import processes
 from ..utils.device import evaluation_dtype
 from ..utils.memory import activation_room, free_memory
 from .allocation.plan import LayerPlan, removed_parameters
-from .config import PruneConfig
 
 log = logging.getLogger("slimllm")
 

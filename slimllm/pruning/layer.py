@@ -23,7 +23,7 @@ from .importance.taylor import Saliency
 from .sublayer import Sublayer
 
 if TYPE_CHECKING:
-    from .config import PruneConfig
+    from ..settings.pruning import PruneConfig
 
 
 @dataclass

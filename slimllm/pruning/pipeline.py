@@ -18,13 +18,13 @@ from ..models.families import dense_family_of
 from ..models.shape import shape_of
 from ..models.source import ModelSource
 from ..settings.methods import LAYER_RATIOS
+from ..settings.pruning import PruneConfig
 from ..streaming.activations import ActivationStore
 from ..streaming.journal import Journal
 from ..streaming.progress import Progress, no_progress
 from ..streaming.runner import LayerRunner
 from .allocation.inputs import Allocation, AllocationInputs
 from .allocation.plan import LayerPlan
-from .config import PruneConfig
 from .importance.taylor import Saliency, saliencies
 from .layer import LayerReport, prune_layer, removes, whole_layer
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..evaluation import zero_shot
 from ..settings.methods import METHODS, title_of
+from ..settings.tasks import TASKS
 from ..utils.files import write_text
 from . import record
 from .tables import TEXT_HEADINGS, aligned
 
-# Guo et al., table 1: LLaMA-7B. WikiText2 and PTB perplexity, then the accuracies in the order of zero_shot.TASKS, in per cent.
+# Guo et al., table 1: LLaMA-7B. WikiText2 and PTB perplexity, then the accuracies in the order of TASKS, in per cent.
 PAPER_ROWS = (
     ("0 %", "LLaMA-7B (paper)", 12.62, 22.14, 73.18, 78.35, 72.99, 67.01, 67.45, 41.38, 42.4),
     ("20 % w/o tune", "SlimLLM (paper)", 15.95, 26.09, 72.72, 75.95, 69.82, 66.06, 64.48, 39.33, 40.2),
@@ -32,7 +32,7 @@ def paper_cells(results: list[dict]) -> list[list[str]]:
     paper = any(re.search(r"(?i)\bllama-?7b", r["fingerprint"]["model"]) for r in results)
     if paper:
         texts = ["wikitext2", "ptb", *(text for text in texts if text not in ("wikitext2", "ptb"))]
-    header = ["Ratio", "Method", *(TEXT_HEADINGS.get(t, t) for t in texts), *(task.heading for task in zero_shot.TASKS.values()), "Average"]
+    header = ["Ratio", "Method", *(TEXT_HEADINGS.get(t, t) for t in texts), *(task.heading for task in TASKS.values()), "Average"]
     rows = []
     for r in results:
         pruning = r["fingerprint"]["pruning"]
@@ -47,7 +47,7 @@ def paper_cells(results: list[dict]) -> list[list[str]]:
         found = {f["data"]: f"{f['perplexity']:.2f}{'*' if f['limited'] else ''}" for f in r["perplexity"]}
         scores = {name: 100 * task["metrics"][task["reported"]] for name, task in r["tasks"].items()}
         limited = any(task["limited"] for task in r["tasks"].values())
-        cells = [f"{scores[name]:.2f}{'*' if limited else ''}" if name in scores else "-" for name in zero_shot.TASKS]
+        cells = [f"{scores[name]:.2f}{'*' if limited else ''}" if name in scores else "-" for name in TASKS]
         rows.append((order, [ratio, method, *(found.get(text, "-") for text in texts), *cells, _average(list(scores.values()), limited)]))
     table = [header] + [cells for _, cells in sorted(rows, key=lambda row: row[0])]
     if paper:
@@ -61,7 +61,7 @@ def paper_cells(results: list[dict]) -> list[list[str]]:
 def _average(scores: list[float], limited: bool) -> str:
     if not scores:
         return "-"
-    of = "" if len(scores) == len(zero_shot.TASKS) else f" ({len(scores)} tasks)"
+    of = "" if len(scores) == len(TASKS) else f" ({len(scores)} tasks)"
     return f"{sum(scores) / len(scores):.2f}{'*' if limited else ''}{of}"
 
 

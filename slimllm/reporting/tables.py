@@ -6,9 +6,9 @@ import torch
 
 from ..models.shape import ModelShape
 from ..pruning.allocation.plan import LayerPlan, removed_parameters
-from ..pruning.config import PruneConfig
 from ..pruning.footprint import Footprint
 from ..pruning.layer import LayerReport
+from ..settings.pruning import PruneConfig
 from ..utils.device import name_of
 from ..utils.memory import peak_memory
 from .record import PruningRecord

@@ -14,8 +14,8 @@ import torch
 from ..data.texts import as_it_came, check_vocabulary, is_encodable
 from ..errors import UserError
 from ..models import hub
+from ..settings.training import TEMPLATES, TrainConfig
 from ..utils.files import check_plain
-from .config import TEMPLATES, TrainConfig
 
 log = logging.getLogger("slimllm")
 

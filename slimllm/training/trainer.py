@@ -22,7 +22,7 @@ from ..errors import UserError, nearest
 from ..models import loading
 from ..models.families import family_of
 from ..models.source import all_finite
-from .config import TrainConfig
+from ..settings.training import TrainConfig
 from .data import IGNORED, collate
 from .distillation import RowTeacher
 

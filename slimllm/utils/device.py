@@ -6,8 +6,6 @@ import torch
 
 from ..errors import UserError
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")
-
 
 def device_of(option_name: str, name: str) -> torch.device:
     """The torch device that ``--option_name NAME`` means; auto is a GPU if there is one.

@@ -27,7 +27,7 @@ from .inputs import Allocation, AllocationInputs
 from .plan import LayerPlan, from_ratios, plan
 
 if TYPE_CHECKING:
-    from ..config import PruneConfig
+    from ...settings.pruning import PruneConfig
 
 log = logging.getLogger("slimllm")
 

@@ -15,7 +15,7 @@ from ..importance.taylor import Saliency
 from .plan import LayerPlan
 
 if TYPE_CHECKING:
-    from ..config import PruneConfig
+    from ...settings.pruning import PruneConfig
 
 
 @dataclass

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ...models.shape import ModelShape
 from ...settings.methods import LAYER_RATIOS
+from ...settings.pruning import PruneConfig
 from ..importance.layers import importance_weights, uniform_weights
 from .inputs import Allocation, AllocationInputs
 from .plan import LayerPlan, plan
-
-if TYPE_CHECKING:
-    from ..config import PruneConfig
 
 
 def importance(inputs: AllocationInputs) -> Allocation:

@@ -12,7 +12,7 @@ from ...models.shape import Limits, ModelShape, limits_of
 from .head_units import HeadUnits
 
 if TYPE_CHECKING:
-    from ..config import PruneConfig
+    from ...settings.pruning import PruneConfig
 
 # The share of the heads that goes, to that of the channels, where all layers keep the same number of heads
 COMMON_ATTENTION_SHARE = 0.5

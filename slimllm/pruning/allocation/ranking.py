@@ -15,7 +15,7 @@ from .inputs import Allocation, AllocationInputs
 from .plan import LayerPlan, fill_with_channels, from_ratios, removed_parameters
 
 if TYPE_CHECKING:
-    from ..config import PruneConfig
+    from ...settings.pruning import PruneConfig
 
 
 def ranking(inputs: AllocationInputs) -> Allocation:

@@ -12,11 +12,11 @@ from dataclasses import FrozenInstanceError, asdict, dataclass
 
 from .. import cli
 from ..cli import check_choices, check_range, check_types, flag, given, without_effect
-from ..data.calibration import SampleSpec
 from ..errors import UserError
 from ..models.shape import RUNTIMES, ModelShape, limits_of
-from ..settings.methods import CHANNEL_SCORES, HEAD_CHOICES, LAYER_RATIOS, METHODS, RECIPES, RECOVERIES
-from ..utils.device import DTYPES
+from .common import DTYPES
+from .methods import CHANNEL_SCORES, HEAD_CHOICES, LAYER_RATIOS, METHODS, RECIPES, RECOVERIES
+from .samples import SampleSpec
 
 log = logging.getLogger("slimllm")
 

@@ -1,0 +1,49 @@
+"""Settings of ``python -m slimllm compare``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from ..cli import check_choice, check_range, flag
+from ..errors import UserError
+from .methods import METHODS, RECIPES
+from .tasks import TASKS
+from .trials import TrialsConfig
+
+OURS = tuple(name for name, recipe in RECIPES.items() if recipe.settings)
+
+
+@dataclass
+class CompareConfig(TrialsConfig):
+    """Settings of a comparison. Raises UserError where a value makes no sense."""
+
+    target_sparsity: tuple[float, ...] = flag(
+        "sparsity", "shares of the decoder's parameters to remove, 0 to 1", (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    )
+    methods: tuple[str, ...] | None = flag("methods", f"what is compared: any of {' '.join(METHODS)}, or none [all]")
+    recipes: tuple[str, ...] = flag("methods", "recipes of ours beside them, or none", OURS, nargs="+")
+    also: tuple[str, ...] = flag("methods", "NAME=FOLDER: checkpoints to show beside them, post-trained ones for example", (), nargs="+")
+    tasks: tuple[str, ...] = flag("tasks", "zero-shot tasks, or none", tuple(TASKS), nargs="+")
+    data_dir: str | None = flag("tasks", "folder of TASK.jsonl files in the hub's schema, in place of the hub")
+    limit: int | None = flag("tasks", "only the first N questions of each task; the figures are marked as limited [all]")
+
+    PROGRAM = "compare"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_range(self, "limit", 1)
+        if self.methods is None:
+            self.methods = tuple(METHODS)
+        for name, allowed in (("methods", METHODS), ("recipes", OURS), ("tasks", TASKS)):
+            setattr(self, name, tuple(value for value in getattr(self, name) if value != "none"))
+            for value in getattr(self, name):
+                check_choice(name, value, allowed)
+        if self.data_dir is not None:
+            self.tasks = tuple(name for name in self.tasks if os.path.isfile(os.path.join(self.data_dir, f"{name}.jsonl")))
+            if not self.tasks:
+                raise UserError(f"--data_dir {self.data_dir}: it has a file of none of the tasks")
+        for entry in self.also:
+            name, _, folder = entry.partition("=")
+            if not name or not os.path.isdir(folder):
+                raise UserError(f"--also {entry}: must be NAME=FOLDER, with a folder that is there")

@@ -1,0 +1,15 @@
+"""How samples are drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """How many samples of how many tokens are drawn, and the seed of every random choice. ``or_fewer``: a short text gives what it has."""
+
+    num_examples: int = 32
+    seq_len: int = 128
+    seed: int = 42
+    or_fewer: bool = False
