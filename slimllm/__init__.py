@@ -4,23 +4,23 @@ Importing the package teaches transformers' auto classes to load pruned checkpoi
 :func:`prune` and :func:`save` are the two commands as functions; :class:`UserError` is what they raise for what you can mend.
 """
 
-import transformers
+import importlib
 
+from . import auto_classes
 from .errors import UserError
-from .modeling import slim_models
-from .models.families import FAMILIES
 
 __version__ = "0.1.0"
 __all__ = ["PruneConfig", "PruneResult", "UserError", "prune", "save"]
 
-for _auto, _made in [pair for family in FAMILIES for pair in slim_models(family).items()]:
-    transformers.AutoConfig.register(_made.config_class.model_type, _made.config_class, exist_ok=True)
-    getattr(transformers, _auto).register(_made.config_class, _made, exist_ok=True)
+auto_classes.register_in_time()
 
 
-def __getattr__(name):  # loading a pruned checkpoint needs none of the rest
+def __getattr__(name):  # help, errors and loading a pruned checkpoint need none of the rest
     if name in __all__:
-        from . import api
-
-        return getattr(api, name)
+        module = ".settings.pruning" if name == "PruneConfig" else ".api"
+        return getattr(importlib.import_module(module, __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

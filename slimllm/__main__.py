@@ -12,6 +12,9 @@ from .errors import UserError, nearest
 def main(argv=None) -> int:
     """Exit status: 0, what the command says, 2 for a user's mistake (one line on stderr), 130 when interrupted."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name == "--version":
+        print(cli.version())
+        return 0
     if name in ("-h", "--help"):
         print("usage: python -m slimllm COMMAND [arguments]; COMMAND --help says more\n")
         for known, command in COMMANDS.items():
@@ -26,7 +29,7 @@ def main(argv=None) -> int:
         from .utils.memory import memory_errors
 
         work = command.load()
-        with cli.logging_to_console(), memory_errors(command.advice):
+        with cli.logging_to_console("transformers" in sys.modules), memory_errors(command.advice):
             return work(parsed)
 
     return cli.guarded(f"slimllm {name}" if command else "slimllm", run, command.interrupted if command else "nothing was written")

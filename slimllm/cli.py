@@ -140,9 +140,17 @@ def _element_type(annotation) -> tuple[type, bool]:
     return annotation, False
 
 
+def version() -> str:
+    """What ``--version`` says."""
+    import slimllm
+
+    return f"slimllm {slimllm.__version__}"
+
+
 def build_parser(settings: type, prog: str, usage: str, description: str) -> argparse.ArgumentParser:
     """The parser of a program, one flag for each field of the dataclass ``settings``."""
     parser = _Parser(prog=prog, usage=usage, description=description, allow_abbrev=False, formatter_class=_Formatter)
+    parser.add_argument("--version", action="version", version=version(), help="show the version and exit")
     groups: dict = {}
     annotations = typing.get_type_hints(settings)
     for f in fields(settings):
@@ -227,12 +235,13 @@ class Log:
 
 
 @contextmanager
-def logging_to_console():
-    """Gives a :class:`Log` and closes its handlers afterwards; silences what the libraries would print beside it."""
-    from transformers.utils import logging as transformers_logging
+def logging_to_console(transformers: bool = True):
+    """Gives a :class:`Log` and closes its handlers afterwards; silences what ``transformers``, where it is used, would print beside it."""
+    if transformers:
+        from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
     log.setLevel(logging.INFO)
     log.propagate = False
     lines = Log()

@@ -9,6 +9,7 @@ in ``per_layer_config``, which its transformers backend reads, or in ``block_con
 """
 
 import functools
+import threading
 
 import torch
 import transformers
@@ -106,26 +107,47 @@ class SlimModelMixin:
             _set_bias(layers[index].mlp.down_proj, config.down_proj_bias_per_layer[index])
 
 
-@functools.cache
+_lock = threading.RLock()  # two threads that load models of one family get the same classes
+
+
 def __getattr__(name):
+    """The class ``name``; where this file is part of the package, its family is known to the auto classes from then on."""
+    with _lock:
+        made = _class(name)
+        if __package__ == "slimllm":
+            slim_models(getattr(made, "config_class", made).model_type.removeprefix("slim_"))
+        return made
+
+
+@functools.cache
+def _class(name):
     """The class ``name``, made from the stock one that is called the same without "Slim"."""
     stock = getattr(transformers, name.removeprefix("Slim"), None) if name.startswith("Slim") else None
     if not isinstance(stock, type) or not issubclass(stock, (transformers.PreTrainedConfig, transformers.PreTrainedModel)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if issubclass(stock, transformers.PreTrainedConfig):
         return type(name, (SlimConfigMixin, stock), {"__module__": __name__, "model_type": f"slim_{stock.model_type}"})
-    config, body = __getattr__(f"Slim{stock.config_class.__name__}"), modeling_auto.MODEL_MAPPING[stock.config_class]
+    config, body = _class(f"Slim{stock.config_class.__name__}"), modeling_auto.MODEL_MAPPING[stock.config_class]
     # one name for the body in all classes: a stock one for answers to questions has another, and finds none of a causal LM's weights
     members = {"__module__": __name__, "config_class": config, "base_model_prefix": body.base_model_prefix}
     made = type(name, (SlimModelMixin, stock), members)
     if stock is not body and not name.endswith("ForCausalLM"):  # it asks AutoModel for its body: this file's, without asking anybody
-        transformers.AutoModel.register(config, __getattr__(f"Slim{body.__name__}"), exist_ok=True)
+        transformers.AutoModel.register(config, _class(f"Slim{body.__name__}"), exist_ok=True)
     config.register_for_auto_class()  # so that save_pretrained writes this file and the auto_map again
     made.register_for_auto_class(next((auto for auto in AUTO_CLASSES if name.endswith(auto.removeprefix("AutoModel"))), "AutoModel"))
     return made
 
 
+@functools.cache
 def slim_models(model_type):
-    """Name of an auto class -> its class with widths per layer, of the family that transformers calls ``model_type``."""
-    config = CONFIG_MAPPING[model_type]
-    return {auto: __getattr__(f"Slim{mapping[config].__name__}") for auto, mapping in AUTO_CLASSES.items() if config in mapping}
+    """Name of an auto class -> its class with widths per layer, of the family that transformers calls ``model_type``.
+
+    The auto classes know them from then on, and load such checkpoints without the file beside them.
+    """
+    with _lock:
+        config = CONFIG_MAPPING[model_type]
+        found = {auto: _class(f"Slim{mapping[config].__name__}") for auto, mapping in AUTO_CLASSES.items() if config in mapping}
+        for auto, made in found.items():
+            transformers.AutoConfig.register(made.config_class.model_type, made.config_class, exist_ok=True)
+            getattr(transformers, auto).register(made.config_class, made, exist_ok=True)
+        return found

@@ -14,7 +14,7 @@ TIERS = (
     ("errors", "modeling"),
     ("utils", "cli"),
     ("models",),
-    ("settings",),
+    ("settings", "auto_classes"),
     ("data",),
     ("streaming",),
     ("pruning",),

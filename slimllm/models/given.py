@@ -7,9 +7,9 @@ import os
 from contextlib import contextmanager
 
 import torch
+import transformers
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..utils.device import name_of
@@ -21,7 +21,7 @@ from .source import all_finite, stored_tensors
 _AGAIN = "load it again with from_pretrained"
 
 
-def check_model(model) -> PreTrainedModel:
+def check_model(model) -> transformers.PreTrainedModel:
     """The causal LM that ``model`` is, or that torch.compile, DataParallel or DistributedDataParallel is wrapped around.
 
     Raises UserError where it is something else, or one whose weights are not those that its config describes: an adapter on it,
@@ -72,7 +72,7 @@ def _check_kind(model) -> None:
     """Raises UserError for what is no causal LM of transformers, or one with an adapter."""
     if isinstance(model, nn.Module) and any(map(_is_peft, model.modules())):
         raise UserError("model: an adapter of peft is on it; merge it into the weights first (merge_and_unload)")
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, transformers.PreTrainedModel):
         raise UserError(f"model: a {type(model).__name__}, not a causal LM of transformers (AutoModelForCausalLM.from_pretrained)")
     family = family_of(model.config)
     if not all(hasattr(model, name) for name in (family.head, family.decoder.partition(".")[0])):
