@@ -29,7 +29,7 @@ def main(argv=None) -> int:
 
 
 def run(config) -> None:
-    """One run, as its settings say, on one process or on each of several. Raises UserError for what the user can mend."""
+    """One run, as its settings say, on one process or on each of several. Raises UserError for a mistake in them, or in what they name."""
     from slimllm.utils.files import writing
     from slimllm.utils.memory import memory_errors, return_free_memory
 
@@ -66,15 +66,16 @@ def _train(config, output: Path, lines):
     from slimllm.evaluation.perplexity import perplexity
     from slimllm.models import loading
     from slimllm.models.checked import warn_of_length
-    from slimllm.reporting.record import Stopwatch, TrainingRecord, command
+    from slimllm.reporting.record import TrainingRecord, command
     from slimllm.streaming.journal import check_same
     from slimllm.training import trainer as training
     from slimllm.training.data import load_data
+    from slimllm.utils.clock import Stopwatch
     from slimllm.utils.device import device_of, name_of, training_dtype
     from slimllm.utils.outputs import atomic_dir, check_target, read_seal, seal
 
     device = device_of("device", config.device)
-    model_config = loading.load_config(config.prune_model, "--prune_model", pruned=True)
+    model_config = loading.load_config(config.prune_model, "--prune_model")
     warn_of_length(model_config, cutoff_len=config.cutoff_len)
     if config.merge:
         _pruning_record(config)
@@ -144,7 +145,7 @@ def _train(config, output: Path, lines):
         dtype=name_of(dtype),
         processes=arguments.world_size,
         evaluation=[text.figure(ids, config.eval_limit, before=b, after=a) for text, ids, b, a in zip(texts, blocks, before, after)],
-        **_losses(trainer.state.log_history),
+        **losses_of(trainer.state.log_history),
         seconds=timed.seconds,
     )
     trainer.accelerator.free_memory()
@@ -196,7 +197,7 @@ def _resume_point(config, output: Path) -> Path | None:
     return point
 
 
-def _losses(log_history: list[dict]) -> dict:
+def losses_of(log_history: list[dict]) -> dict:
     """The losses of each step, and the perplexity of the held-out rows before training and where it was best."""
     from slimllm.evaluation.perplexity import of_loss
 

@@ -21,7 +21,7 @@ from slimllm.deploy import checkpoint
 from slimllm.errors import UserError
 from slimllm.models import loading
 from slimllm.settings.training import TrainConfig, parse_args
-from slimllm.training import data, distillation, trainer
+from slimllm.training import data, trainer
 from slimllm.training.data import IGNORED
 from slimllm.utils import device as devices
 from slimllm.utils import outputs
@@ -461,9 +461,9 @@ def test_steps_that_float16_skips_are_not_a_lost_loss(tmp_path):
     arguments = SimpleNamespace(fp16=True, output_dir=tmp_path, world_size=1)
     watch = trainer.Watch(settings())
     for step in range(trainer.MAX_SKIPPED_STEPS):
-        watch._check(arguments, step, 2.0, float("inf"))
+        watch.check(arguments, step, 2.0, float("inf"))
     with pytest.raises(UserError, match="not finite"):
-        watch._check(arguments, step, 2.0, float("inf"))
+        watch.check(arguments, step, 2.0, float("inf"))
     with pytest.raises(UserError, match="not finite"):
         trainer.Watch(settings())._check(SimpleNamespace(fp16=False, output_dir=tmp_path, world_size=1), 0, 2.0, float("inf"))
 
@@ -560,7 +560,7 @@ def test_a_run_is_gone_on_with_only_with_its_own_data_and_model(pruned_folder, r
 
 
 def test_the_perplexity_beside_a_teacher_is_the_text_s_own(pruned_folder, rows_file, tmp_path, here, tiny_folder, monkeypatch):
-    monkeypatch.setattr(distillation, "distillation_dtype", lambda dtype, device: torch.float32)
+    monkeypatch.setattr("slimllm.training.teacher.distillation_dtype", lambda dtype, device: torch.float32)
     monkeypatch.setattr(devices, "training_dtype", lambda device, dtype: torch.float32)
     found = {}
     for name, more in (("alone", []), ("taught", ["--teacher", tiny_folder])):
@@ -594,7 +594,7 @@ def test_a_dense_model_can_be_trained_too(tiny_folder, tmp_path, here):
 @pytest.mark.parametrize("weight, average", [(1.0, True), (0.0, False)])
 def test_a_teacher_s_divergence_joins_the_loss(pruned_folder, rows_file, tmp_path, here, tiny_folder, weight, average, monkeypatch):
     """The first loss is the divergence over the learned tokens, plus the weighted ordinary loss; it falls."""
-    monkeypatch.setattr(distillation, "distillation_dtype", lambda dtype, device: torch.float32)
+    monkeypatch.setattr("slimllm.training.teacher.distillation_dtype", lambda dtype, device: torch.float32)
     monkeypatch.setattr(devices, "training_dtype", lambda device, dtype: torch.float32)
     flags = quick(pruned_folder, rows_file, "--lora_dropout", 0, "--batch_size", 24, "--micro_batch_size", 12 if average else 24)
     status, out, err = here(*flags, "--teacher", tiny_folder, "--instruction_weight", weight, "--num_epochs", 8)
@@ -617,7 +617,7 @@ def test_a_teacher_s_divergence_joins_the_loss(pruned_folder, rows_file, tmp_pat
 
 def test_held_out_rows_are_measured_beside_a_teacher(pruned_folder, rows_file, tmp_path, here, tiny_folder, monkeypatch):
     """``eval_text_loss`` is the ordinary loss, ``eval_loss`` the divergence and its weighted share, both over batches of 3 and 2 rows."""
-    monkeypatch.setattr(distillation, "distillation_dtype", lambda dtype, device: torch.float32)
+    monkeypatch.setattr("slimllm.training.teacher.distillation_dtype", lambda dtype, device: torch.float32)
     monkeypatch.setattr(devices, "training_dtype", lambda device, dtype: torch.float32)
     flags = ["--val_set_size", 5, "--teacher", tiny_folder, "--instruction_weight", 0.5, "--num_epochs", 1]
     assert here(*quick(pruned_folder, rows_file, *flags))[0] == 0
@@ -644,10 +644,10 @@ def test_what_the_record_says_of_held_out_rows():
     """Their perplexity before, and after the step whose adapter is kept: the one with the lowest loss that is trained on."""
     found = [(3.0, 2.0), (2.0, 1.5), (2.5, 1.0)]
     history = [{"eval_loss": loss, "eval_text_loss": text} for loss, text in found]
-    assert post_training._losses([{"loss": 1.0}, *history])["validation"] == {"before": math.exp(2.0), "after": math.exp(1.5)}
+    assert post_training.losses_of([{"loss": 1.0}, *history])["validation"] == {"before": math.exp(2.0), "after": math.exp(1.5)}
     alone = [{"eval_loss": loss} for loss, _ in found]
-    assert post_training._losses(alone)["validation"] == {"before": math.exp(3.0), "after": math.exp(2.0)}
-    assert post_training._losses([{"loss": 1.0}])["validation"] is None
+    assert post_training.losses_of(alone)["validation"] == {"before": math.exp(3.0), "after": math.exp(2.0)}
+    assert post_training.losses_of([{"loss": 1.0}])["validation"] is None
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(pruned_folder, rows_file, tmp_path, here, tiny_folder, tiny_tokenizer):

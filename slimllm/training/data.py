@@ -47,10 +47,10 @@ def read_rows(config: TrainConfig) -> list[dict]:
             rows = list(hub.rows(config.data_path, split="train"))
         except OSError as error:
             raise UserError(f"{where}: {error}; name a local .json or .jsonl file") from None
-    wanted = ("text",) if config.no_instruction or (isinstance(rows[0], dict) and "text" in rows[0]) else ("instruction", "output")
+    required = ("text",) if config.no_instruction or (isinstance(rows[0], dict) and "text" in rows[0]) else ("instruction", "output")
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in wanted):
-            raise UserError(f"{where}, row {number}: without {' and '.join(wanted)}")
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in required):
+            raise UserError(f"{where}, row {number}: without {' and '.join(required)}")
         if not all(is_encodable(row[name]) for name in COLUMNS if isinstance(row.get(name), str)):
             raise UserError(f"{where}, row {number}: it holds half of a surrogate pair (\\ud800 to \\udfff), which is no character")
     return rows
@@ -93,31 +93,31 @@ def load_data(config: TrainConfig, tokenizer, vocab_size: int):
         key = hashlib.sha256(json.dumps([rows, settings, tokenizer.backend_tokenizer.to_str()]).encode()).hexdigest()
         CACHE.mkdir(parents=True, exist_ok=True)
         cached = str(CACHE / f"tokenized-{key}.arrow")
-    found = datasets.Dataset.from_list(rows)
+    data = datasets.Dataset.from_list(rows)
     with as_it_came(tokenizer):
-        found = found.map(lambda row: tokenize(row, tokenizer, config), remove_columns=list(COLUMNS), cache_file_name=cached)
-    for number, ids in enumerate(found["input_ids"], 1):
+        data = data.map(lambda row: tokenize(row, tokenizer, config), remove_columns=list(COLUMNS), cache_file_name=cached)
+    for number, ids in enumerate(data["input_ids"], 1):
         check_vocabulary(torch.tensor(ids), vocab_size, f"--data_path {config.data_path}, row {number}")
-    learns = [i for i, labels in enumerate(found["labels"]) if any(label != IGNORED for label in labels[1:])]
-    if len(learns) < len(found):
+    learns = [i for i, labels in enumerate(data["labels"]) if any(label != IGNORED for label in labels[1:])]
+    if len(learns) < len(data):
         log.info(
             "%d of %d rows have no token to learn within --cutoff_len %d and are left out",
-            len(found) - len(learns),
-            len(found),
+            len(data) - len(learns),
+            len(data),
             config.cutoff_len,
         )
     if not learns:
         raise UserError(
-            f"--data_path {config.data_path}: none of its {len(found)} rows has a token to learn within --cutoff_len {config.cutoff_len}; "
+            f"--data_path {config.data_path}: none of its {len(data)} rows has a token to learn within --cutoff_len {config.cutoff_len}; "
             "raise it, or give shorter rows"
         )
     held_out = min(2000, len(learns) // 10) if config.val_set_size is None else config.val_set_size
     if held_out >= len(learns):
         raise UserError(f"--val_set_size {held_out}: the data has {len(learns)} usable rows, none would be left to train on")
     random.Random(config.seed).shuffle(learns)
-    found = found.select(learns)
-    digest = hashlib.sha256(json.dumps(list(found)).encode()).hexdigest()
-    return found.select(range(held_out, len(found))), found.select(range(held_out)), digest
+    data = data.select(learns)
+    digest = hashlib.sha256(json.dumps(list(data)).encode()).hexdigest()
+    return data.select(range(held_out, len(data))), data.select(range(held_out)), digest
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:

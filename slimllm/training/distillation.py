@@ -8,31 +8,36 @@ both models share. So the two are never in memory together, and no logits are ke
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import UserError
 from ..models.adapter import LayerAdapter
-from ..models.source import ModelSource
-from ..pruning.footprint import DISTILLED_ROWS, DISTILLED_TOKENS
-from ..streaming.activations import ActivationMemory, ActivationStore
-from ..streaming.progress import Progress, no_progress
-from ..streaming.runner import MIN_ACTIVATION_BYTES, LayerRunner
+from ..plan import LayerPlan, removed_parameters
+from ..run import Run
+from ..streaming.divergence import Divergence
+from ..streaming.journal import Journal
+from ..streaming.progress import Progress
+from ..streaming.sizes import Sizes
 from ..utils import processes
-from ..utils.device import distillation_dtype, resolved
-from ..utils.memory import activation_room, return_free_memory
+from ..utils.files import atomic_file
+from ..utils.memory import return_free_memory
+from .teacher import Teacher
 
 log = logging.getLogger("slimllm")
 
 BATCH_SAMPLES = 8  # per optimizer step
-BATCH_TOKENS = DISTILLED_TOKENS  # that one forward pass takes at a time
+BATCH_TOKENS = 512  # that one forward pass takes at a time
 HELD_OUT = 16  # samples that are not trained on: whether training helped is measured on them
-LOSS_ROWS = DISTILLED_ROWS  # whose logits are held at a time
+LOSS_ROWS = 256  # whose logits are held at a time
 SCALES_RATE, ALL_RATE = 3e-3, 0.0026
 WARMUP = 0.1  # share of the steps in which the learning rate rises; then it falls, as a cosine, to zero
 LINES = 8  # that the log gets while training
@@ -56,88 +61,38 @@ class Distillation:
     kept: bool
 
 
-class Teacher:
-    """What the dense model makes of token ids [samples, length]: its last states after the final norm, one store item per sample.
+def distil(run: Run, student, teacher: Teacher, saved: torch.dtype | None = None) -> Distillation:
+    """Trains ``student``, a pruned model in memory, in place, as the settings of ``run`` say.
 
-    Of several processes each keeps its share of the samples: those whose number is its own modulo the number of processes.
-    """
+    ``distill`` "all": every weight of the decoder; "scales": its biases and norms, and a factor for each input column of the output
+    projections, which is folded into their weights at the end. Neither adds parameters. The last HELD_OUT samples (at most a quarter) are
+    not trained on. ``saved``: the dtype that it will be saved in, by default its own: what was trained is rounded to it before it is
+    measured. Where a run was stopped, it continues from the last step that was stored.
 
-    @torch.no_grad()
-    def __init__(self, source, ids: torch.Tensor, device="cpu", progress: Progress = no_progress, tmp_dir: str | None = None):
-        source, self.device, self.total = ModelSource.of(source), resolved(device), len(ids)
-        self.dtype = distillation_dtype(source.dtype, self.device)
-        runner = LayerRunner(source, ids, self.device, progress, self.dtype, tmp_dir)
-        self.ids, self.states = runner.ids, runner.store()
-        hidden = runner.last_states("the dense model's states")
-        norm = source.final_norm(self.device, self.dtype)
-        for batch in hidden:
-            for states in norm(batch):
-                self.states.append(states)
-        hidden.close()
-
-    @property
-    def shared(self) -> bool:
-        """Whether each process has some of the samples, rather than all of them, as where there are fewer than processes."""
-        return len(self.ids) < self.total
-
-    def own(self, samples: torch.Tensor) -> torch.Tensor:
-        """Which rows of ``ids`` the given numbers of samples are, as far as this process has them."""
-        count = processes.count() if self.shared else 1
-        return samples[samples % count == (processes.rank() if count > 1 else 0)] // count
-
-    def close(self) -> None:
-        self.states.close()
-
-
-def distil(
-    student,
-    teacher: Teacher,
-    mode: str,
-    epochs: int = 1,
-    learning_rate: float | None = None,
-    seed: int = 42,
-    progress: Progress = no_progress,
-    saved: torch.dtype | None = None,
-) -> Distillation:
-    """Trains ``student``, a pruned model in memory, in place. The last HELD_OUT samples (at most a quarter) are not trained on.
-
-    Args:
-        mode: "all", every weight of the decoder; or "scales", its biases and norms, and a factor for each input column of the output
-            projections, which is folded into their weights at the end. Neither adds parameters.
-        learning_rate: at its peak; by default what measured best (:func:`_default_rate`).
-        saved: the dtype that it will be saved in, by default its own: what was trained is rounded to it before it is measured.
     Where the divergence does not fall, the student is left as it was, and the log says so; it is so too where anything raises.
     Raises UserError for fewer than two samples.
     """
     if teacher.total < 2:
         raise UserError("distillation: one sample is too few, since some are held out; raise --distill_examples")
+    config, mode = run.config, run.config.distill
     held_out = min(HELD_OUT, teacher.total // 4) or 1
     numbers = torch.arange(teacher.total)
     train, rest = numbers[:-held_out], numbers[-held_out:]
-    batches = [part for epoch in range(epochs) for part in _shuffled(train, seed + epoch).split(BATCH_SAMPLES)]
+    epochs = range(config.distill_epochs)
+    batches = [part for epoch in epochs for part in _shuffled(train, config.seed + epoch).split(BATCH_SAMPLES)]
     home, names = next(student.parameters()).device, trained_names(student, mode)
     student.to(teacher.device)
     start = {name: student.get_parameter(name).detach().clone() for name in names}
     with _as_before(student, start, home), _trainable(student, mode, teacher.dtype) as parameters:
+        training = _Training(parameters, run.layer_journal, len(batches))
         loss = _Loss(student, teacher)
-        before = loss.mean(rest)
-        learning_rate = learning_rate or _default_rate(mode, parameters, before)
-        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, len(batches)))
-        for step, batch in enumerate(batches, 1):
-            value = loss.backward(batch)
-            _add_gradients(parameters)
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            progress("distilling", step, len(batches))
-            if step % max(1, len(batches) // LINES) == 0:
-                log.info("distillation: step %d of %d, divergence %.4f nats per token", step, len(batches), value)
-            if not math.isfinite(value):
-                break
+        if not training.resumed():
+            training.before = loss.mean(rest)
+            training.rate = config.distill_learning_rate or _default_rate(mode, parameters, training.before)
+        training.run(loss, batches, run.progress)
         trained = sum(parameter.numel() for parameter in parameters)
-        del optimizer, loss
+        before, learning_rate = training.before, training.rate
+        del training, loss
     for name in names:
         parameter = student.get_parameter(name)
         parameter.data = parameter.data.to(saved or parameter.dtype).to(parameter.dtype)
@@ -152,7 +107,67 @@ def distil(
     if not kept:
         log.warning("distillation: the divergence did not fall, so the pruned model stays as it was; lower --distill_learning_rate")
     after = after if math.isfinite(after) else None  # JSON knows no NaN
-    return Distillation(mode, len(train), held_out, epochs, learning_rate, len(batches), trained, before, after, kept)
+    return Distillation(mode, len(train), held_out, len(epochs), learning_rate, len(batches), trained, before, after, kept)
+
+
+class _Training:
+    """The optimizer of a distillation, and the steps that it takes; it continues from the last step that a stopped one stored.
+
+    ``before``: the divergence before the first step. ``rate``: the learning rate at its peak.
+    """
+
+    FILE = "distilling.safetensors"
+    MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
+
+    def __init__(self, parameters: list[nn.Parameter], journal: Journal | None, steps: int):
+        self.parameters, self.steps, self.step = parameters, steps, 0
+        self.before, self.rate = math.nan, 0.0
+        self._path = journal and journal.folder / self.FILE
+        self._optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def resumed(self) -> bool:
+        """Whether a stopped run stored a step; if so, restores it."""
+        if self._path is None or not self._path.is_file():
+            return False
+        with safe_open(self._path, "pt") as file:
+            about = json.loads(file.metadata()["about"])
+            for i, parameter in enumerate(self.parameters):
+                parameter.data.copy_(file.get_tensor(f"{i}.value"))
+                moments = {name: file.get_tensor(f"{i}.{name}").to(parameter.device) for name in self.MOMENTS}
+                self._optimizer.state[parameter] = {"step": torch.tensor(float(about["step"])), **moments}
+        self.step, self.before, self.rate = about["step"], about["before"], about["rate"]
+        log.info("distillation: resumed at step %d of %d", self.step, self.steps)
+        return True
+
+    def _keep(self) -> None:
+        """Stores this step for a run that resumes this one."""
+        if self._path is None or not processes.is_first():
+            return
+        tensors = {f"{i}.value": parameter.data for i, parameter in enumerate(self.parameters)}
+        for i, parameter in enumerate(self.parameters):
+            tensors |= {f"{i}.{name}": self._optimizer.state[parameter][name] for name in self.MOMENTS}
+        about = {"step": self.step, "before": self.before, "rate": self.rate}
+        with atomic_file(self._path) as partial:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {"about": json.dumps(about)})
+
+    def run(self, loss: _Loss, batches: list[torch.Tensor], progress: Progress) -> None:
+        """Takes the steps that are left, and keeps one now and then."""
+        every = max(1, self.steps // LINES)
+        for batch in batches[self.step :]:
+            for group in self._optimizer.param_groups:
+                group["lr"] = self.rate * _rate(self.step, self.steps)
+            value = loss.backward(batch)
+            _add_gradients(self.parameters)
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+            self.step += 1
+            progress("distilling", self.step, self.steps)
+            if self.step % every == 0:
+                log.info("distillation: step %d of %d, divergence %.4f nats per token", self.step, self.steps, value)
+                self._keep()
+            if not math.isfinite(value):
+                break
 
 
 def _put_back(student, start: dict[str, torch.Tensor]) -> None:
@@ -182,8 +197,11 @@ def _add_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def _default_rate(mode: str, parameters: list[nn.Parameter], divergence: float) -> float:
-    """A step of Adam moves each weight by about the learning rate, so it is a share of the matrices' root mean square, which differs
-    from model to model; it is less where the model is near its aim already."""
+    """The peak learning rate (docs/method.md, section 7).
+
+    A step of Adam changes each weight by about the learning rate, so it is a share of the matrices' root mean square, which differs from
+    model to model; it is smaller where little is left to learn.
+    """
     if mode == "scales":
         return SCALES_RATE
     matrices = [parameter.detach() for parameter in parameters if parameter.ndim > 1]
@@ -203,7 +221,7 @@ def _rate(step: int, steps: int) -> float:
 def trained_names(model, mode: str) -> list[str]:
     """The parameters of ``model`` that a distillation changes: norms, biases and output projections, or the whole decoder."""
     adapter = LayerAdapter(model.config)
-    outputs = {id(block.output.weight) for blocks in adapter.blocks(model) for block in blocks}
+    outputs = {id(part.output.weight) for part in adapter.all_parts(model)}
     inside = (adapter.layers_name(), adapter.norm_name())
     return [
         name
@@ -224,10 +242,10 @@ def _trainable(model, mode: str, compute: torch.dtype):
     chosen = [model.get_parameter(name) for name in trained_names(model, mode)]
     if mode == "scales":
         chosen = [parameter for parameter in chosen if parameter.ndim == 1]
-        for block in (block for blocks in adapter.blocks(model) for block in blocks):
-            scale = nn.Parameter(torch.ones(block.output.in_features, device=block.output.weight.device))
-            scales.append((block.output, scale))
-            hooks.append(block.output.register_forward_pre_hook(lambda _, args, scale=scale: (args[0] * scale,)))
+        for part in adapter.all_parts(model):
+            scale = nn.Parameter(torch.ones(part.output.in_features, device=part.output.weight.device))
+            scales.append((part.output, scale))
+            hooks.append(part.output.register_forward_pre_hook(lambda _, args, scale=scale: (args[0] * scale,)))
     for parameter in chosen:
         parameter.data = parameter.data.float()
         parameter.requires_grad_()
@@ -244,9 +262,9 @@ def _trainable(model, mode: str, compute: torch.dtype):
             parameter.data = values
         for linear, scale in scales:
             linear.weight.data = (linear.weight.data.float() * scale.data).to(linear.weight.dtype)
-        for parameter, wanted, dtype in flags:
+        for parameter, required, dtype in flags:
             parameter.data = parameter.data.to(dtype)
-            parameter.requires_grad_(wanted)
+            parameter.requires_grad_(required)
             parameter.grad = None
 
 
@@ -265,75 +283,42 @@ class _Loss:
 
     @torch.no_grad()
     def mean(self, samples: torch.Tensor) -> float:
+        """The loss without its gradient."""
         return self._of(samples, False)
 
     def _of(self, samples: torch.Tensor, with_gradient: bool) -> float:
         teacher, total = self.teacher, 0.0
         tokens = len(samples) * teacher.ids.shape[1] * (1 if teacher.shared else processes.count())  # of all processes
-        for rows in teacher.own(samples).split(self.passes):
+        for rows in teacher.local_rows(samples).split(self.passes):
             if not len(rows):
                 continue
             autocast = torch.autocast(teacher.device.type, teacher.dtype, enabled=teacher.dtype != torch.float32)
             with autocast:
                 states = self.adapter.last_states(self.student, teacher.ids[rows].to(teacher.device)).flatten(0, 1)
-            wanted = torch.cat([teacher.states[int(row)] for row in rows])
-            loss = _KlFromStates.apply(states.to(teacher.dtype), wanted, lambda part: self.adapter.logits(self.head, part)) / tokens
+            taught = torch.cat([teacher.states[int(row)] for row in rows])
+            loss = _DivergenceFromStates.apply(states.to(teacher.dtype), taught, lambda part: self.adapter.logits(self.head, part)) / tokens
             total += float(loss.detach())
             if with_gradient:
                 loss.backward()
         return processes.total(total)[0]
 
 
-class RowTeacher:
-    """What a dense model makes of rows of different lengths: its last states of each row, and its own output head.
-
-    It runs once, on rows of similar length together, so what is added to shorter ones (behind their end, where no token of theirs looks)
-    costs little.
-    """
-
-    GROUPS = 4  # of similar length; the model's files are read once for each
-
-    def __init__(self, source, rows: list[list[int]], device="cpu", progress: Progress = no_progress, tmp_dir: str | None = None):
-        self.source, self.device = ModelSource.of(source), resolved(device)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        self._at = {row: place for place, row in enumerate(order)}
-        self.states = ActivationStore(ActivationMemory(activation_room(self.device, MIN_ACTIVATION_BYTES), tmp_dir))
-        for some in torch.tensor(order).tensor_split(self.GROUPS):
-            if not len(some):
-                continue
-            length = len(rows[some[-1]])
-            padded = torch.tensor([rows[i] + [0] * (length - len(rows[i])) for i in some.tolist()])
-            teacher = Teacher(self.source, padded, self.device, progress, tmp_dir)
-            self.dtype = teacher.dtype
-            for i, states in zip(some.tolist(), teacher.states):
-                self.states.append(states[: len(rows[i])].clone())
-            teacher.close()
-        self._head = self.source.head(self.device, self.dtype)
-
-    @torch.no_grad()
-    def log_probabilities(self, row: int) -> torch.Tensor:
-        """log p [tokens, V] of the token after each one of a row."""
-        return self.source.adapter.logits(self._head, self.states[self._at[row]]).log_softmax(-1)
-
-
-class _KlFromStates(torch.autograd.Function):
-    """Sum over rows of KL(p || q) in nats, of the logits that follow from states [rows, D]; differentiable in the student's.
+class _DivergenceFromStates(torch.autograd.Function):
+    """:class:`Divergence` of the logits that follow from the teacher's and the student's states [rows, D]; differentiable in the latter.
 
     LOSS_ROWS rows at a time, forward and backward at once, so that no more logits than these are ever held.
     """
 
     @staticmethod
     def forward(ctx, student, teacher, logits):
-        gradient, total = torch.empty_like(student), 0.0
-        for rows, wanted, into in zip(student.split(LOSS_ROWS), teacher.split(LOSS_ROWS), gradient.split(LOSS_ROWS)):
-            log_p = logits(wanted).log_softmax(-1)
-            p = log_p.exp()
+        gradient, total = torch.zeros_like(student), 0.0
+        for rows, taught, into in zip(student.split(LOSS_ROWS), teacher.split(LOSS_ROWS), gradient.split(LOSS_ROWS)):
+            log_p = logits(taught).log_softmax(-1)
             with torch.enable_grad():
                 rows = rows.detach().requires_grad_()
-                found = logits(rows)
-            log_q = found.detach().log_softmax(-1)
-            total += float(torch.dot(p.view(-1), log_p.sub_(log_q).view(-1)))
-            torch.autograd.backward(found, log_q.exp_().sub_(p))  # dKL / dlogits = q - p
+                divergence = Divergence.apply(logits(rows), log_p, log_p.exp())
+            total += float(divergence)
+            divergence.backward()
             into.copy_(rows.grad)
         ctx.save_for_backward(gradient)
         return student.new_tensor(total, dtype=torch.float32)
@@ -342,3 +327,34 @@ class _KlFromStates(torch.autograd.Function):
     def backward(ctx, upstream):
         (gradient,) = ctx.saved_tensors
         return gradient * upstream, None, None
+
+
+def trained_parameters(run: Run, plans: list[LayerPlan]) -> int:
+    """How many parameters a distillation of the pruned model trains; 0 where there is none."""
+    if run.config.distill == "all":
+        return run.shape.decoder_parameters - removed_parameters(run.shape, plans, run.config)
+    scales = ((plan.units[part.kind], part) for layer, plan in zip(run.shape.layers, plans) for part in layer.parts)
+    of_scales = 4 * run.shape.hidden * len(plans) + sum(part.output_inputs(units) for units, part in scales)
+    return of_scales if run.config.distill == "scales" else 0
+
+
+def kept_bytes(run: Run, plans: list[LayerPlan]) -> int:
+    """What the last saved step of a distillation takes on the disk, while the next one replaces it."""
+    return 0 if run.config.resume is False else 2 * 4 * (1 + len(_Training.MOMENTS)) * trained_parameters(run, plans)
+
+
+def peak_bytes(run: Run, plans: list[LayerPlan], sizes: Sizes) -> int:
+    """Bytes while distilling: the pruned model, gradients and moments of what is trained, what is kept for a backward pass."""
+    shape, config = run.shape, run.config
+    if config.distill == "none":
+        return 0
+    decoder = shape.decoder_parameters - removed_parameters(shape, plans, config)
+    inner = [[part.output_inputs(plan.units[part.kind]) for part in layer.parts] for layer, plan in zip(shape.layers, plans)]
+    trained = trained_parameters(run, plans)
+    weights = (decoder + shape.other_parameters) * sizes.compute  # trained in float32, with a gradient and two moments, and as they were
+    weights += trained * (4 * (3 + (sizes.compute != 4)) + sizes.compute)
+    if sizes.evaluation != sizes.compute:
+        weights += decoder * sizes.evaluation
+    kept = sum(10 * shape.hidden + 5 * max(widths) + 4 * min(widths) for widths in inner) * BATCH_TOKENS * 6
+    head = shape.vocab * shape.hidden * sizes.evaluation
+    return weights + kept + head + 5 * LOSS_ROWS * shape.vocab * 4

@@ -23,8 +23,9 @@ from ..models import loading
 from ..models.families import family_of
 from ..models.source import all_finite
 from ..settings.training import TrainConfig
+from ..streaming.divergence import Divergence
 from .data import IGNORED, collate
-from .distillation import RowTeacher
+from .teacher import Teacher
 
 log = logging.getLogger("slimllm")
 
@@ -54,11 +55,11 @@ def target_modules(model, config: TrainConfig) -> list[str]:
 
 def last_checkpoint(folder: Path, processes: int | None = 1) -> Path | None:
     """The newest checkpoint-N in ``folder`` without a :func:`fault_of` it; with ``processes`` None the newest of any kind."""
-    found = [
+    checkpoints = [
         path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json") if path.parent.name.rpartition("-")[2].isdecimal()
     ]
-    found.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    return next((path for path in found if processes is None or fault_of(path, processes) is None), None)
+    checkpoints.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    return next((path for path in checkpoints if processes is None or fault_of(path, processes) is None), None)
 
 
 def fault_of(checkpoint: Path, processes: int = 1) -> str | None:
@@ -95,7 +96,7 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def teacher_of(config: TrainConfig, tokenizer, model_config, rows: list[list[int]], device: torch.device) -> RowTeacher:
+def teacher_of(config: TrainConfig, tokenizer, model_config, rows: list[list[int]], device: torch.device) -> Teacher:
     """The ``--teacher`` of these rows. Raises UserError for one whose tokens are not those of the model that is trained."""
     source = loading.open_source(config.teacher, "auto", "--teacher")
     same = loading.load_tokenizer(config.teacher, "--teacher").get_vocab() == tokenizer.get_vocab()
@@ -104,22 +105,23 @@ def teacher_of(config: TrainConfig, tokenizer, model_config, rows: list[list[int
             f"--teacher {config.teacher}: its vocabulary is not that of {config.prune_model}; name the model it was pruned from"
         )
     log.info("%s: computing what it predicts on %d rows", config.teacher, len(rows))
-    return RowTeacher(source, rows, device, tmp_dir=config.tmp_dir)
+    return Teacher(source, rows, device, tmp_dir=config.tmp_dir)
 
 
 class TaughtTrainer(Trainer):
     """A Trainer whose loss is the divergence of a teacher's next-token distribution, plus ``weight`` times the ordinary one.
 
-    Rows have a number, ``row``, by which the ``teacher`` (RowTeacher) knows them. Both are taken over the tokens that are learned.
+    Rows have a number, ``row``, by which the ``teacher`` (Teacher) finds them. Both are taken over the tokens that are learned.
     Beside ``eval_loss``, the sum of the two, the log gets ``eval_text_loss``, the ordinary one alone.
     """
 
-    def __init__(self, teacher: RowTeacher, weight: float, **kwargs):
+    def __init__(self, teacher: Teacher, weight: float, **kwargs):
         super().__init__(**kwargs)
         self.teacher, self.weight = teacher, weight
         self._text_loss = [0.0, 0]  # of the rows that are held out: its sum over them, and their number
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of a batch of :func:`collate`, or with ``return_outputs`` (loss, outputs), divided as Trainer divides its own."""
         rows = inputs.pop("row")
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         learned = inputs["labels"][:, 1:] != IGNORED
@@ -127,8 +129,8 @@ class TaughtTrainer(Trainer):
         for row, mask, logits in zip(rows.tolist(), learned, outputs.logits[:, :-1]):
             log_p = self.teacher.log_probabilities(row)[:-1].to(logits.device)
             mask = mask[: len(log_p)]
-            log_p, log_q = log_p[mask], logits[: len(mask)][mask].float().log_softmax(-1)
-            divergence = divergence + (log_p.exp() * (log_p - log_q)).sum()
+            log_p = log_p[mask]
+            divergence = divergence + Divergence.apply(logits[: len(mask)][mask].float(), log_p, log_p.exp())
         if num_items_in_batch is None:
             divergence = divergence / learned.sum()
         else:
@@ -142,13 +144,14 @@ class TaughtTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs, *args, **kwargs):
+        """As Trainer's; the entry of an evaluation gets ``eval_text_loss`` as well."""
         if "eval_loss" in logs:  # every process comes here
             total, rows = self.accelerator.reduce(torch.tensor(self._text_loss, device=self.args.device)).tolist()
             logs["eval_text_loss"], self._text_loss = total / rows, [0.0, 0]
         super().log(logs, *args, **kwargs)
 
 
-def trainer_for(model, train, held_out, config: TrainConfig, arguments: TrainingArguments, teacher: RowTeacher | None = None) -> Trainer:
+def trainer_for(model, train, held_out, config: TrainConfig, arguments: TrainingArguments, teacher: Teacher | None = None) -> Trainer:
     """A Trainer with LoRA on ``model``; rows as from :func:`load_data`, ``arguments`` as from :func:`training_arguments`.
 
     With a ``teacher``, of the training rows and then of those held out, its divergence is part of the loss.
@@ -188,7 +191,7 @@ def trainer_for(model, train, held_out, config: TrainConfig, arguments: Training
 
 @contextmanager
 def _without_peft_warnings():
-    """peft 0.21 asks for a property of transformers under its old name."""
+    """Hides a warning: peft 0.21 reads a property of transformers by its old name."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         yield
@@ -254,31 +257,35 @@ class LossBar(ProgressCallback):
     """transformers' bar, with the loss beside it in place of a line per step."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        """Shows the newest loss."""
         if self.training_bar is not None and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
 
 
 class Watch(TrainerCallback):
-    """A line at each validation, and a stop where the loss is lost."""
+    """Logs a line at each validation, and stops a run whose loss is not finite, or twice the first one."""
 
     def __init__(self, config: TrainConfig):
         self.config, self.first, self.skipped = config, None, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """Where a run is resumed, its first loss is that of the stopped one."""
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         self.first = losses[0] if losses else None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        """Raises UserError for a loss at which the run must stop; logs that of a validation."""
         if "loss" in logs:
-            self._check(args, state.global_step, logs["loss"], logs.get("grad_norm", 0.0))
+            self.check(args, state.global_step, logs["loss"], logs.get("grad_norm", 0.0))
         if "eval_loss" in logs and state.is_world_process_zero:
             log.info("step %d of %d: validation loss %.4f", state.global_step, state.max_steps, logs["eval_loss"])
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
+        """Raises UserError where the last step left weights that are not finite."""
         if not all(all_finite(parameter) for parameter in model.parameters() if parameter.requires_grad):
-            self._check(args, state.global_step, math.nan, 0.0)  # the last step's update; no loss shows it any more
+            self.check(args, state.global_step, math.nan, 0.0)  # no loss is computed after the last step
 
-    def _check(self, args, step: int, loss: float, grad_norm: float) -> None:
+    def check(self, args, step: int, loss: float, grad_norm: float) -> None:
         """Raises UserError for a loss or gradient that is not finite, and for a loss of twice the first."""
         overflow = math.isfinite(loss) and not math.isfinite(grad_norm)
         self.skipped = self.skipped + 1 if overflow else 0
