@@ -17,11 +17,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from slimllm.data.calibration import Calibration
 from slimllm.deploy import checkpoint, runtimes
 from slimllm.models import loading
 from slimllm.models import shape as shapes
+from slimllm.models.source import ModelSource
+from slimllm.plan import LayerPlan
 from slimllm.pruning import pipeline
 from slimllm.pruning.allocation.inputs import AllocationInputs
+from slimllm.run import Run
 from slimllm.settings.methods import LAYER_RATIOS
 from slimllm.settings.pruning import PruneConfig
 
@@ -136,6 +140,41 @@ def make_shape(case="llama_gqa", **sizes):
     return shapes.shape_of(family_config(case, **sizes))
 
 
+def run_of(model, ids, config, probe_ids=None, **rest):
+    """A Run on a model in memory, or a source, and these calibration tokens."""
+    source = ModelSource.of(model)
+    return Run(config, source.config, source, samples=Calibration(ids, "test", probe_ids=probe_ids), **rest)
+
+
+def prune(model, ids, config, probe_ids=None, plans=None, **rest):
+    """Both passes, in place; returns the reports of the layers."""
+    run = run_of(model, ids, config, probe_ids, **rest)
+    return pipeline.prune(run, pipeline.allocate(run, plans))
+
+
+def part_shape(shape, kind, layer=0):
+    return next(part for part in shape.layers[layer].parts if part.kind == kind)
+
+
+def channel_parameters(shape):
+    return part_shape(shape, "mlp").unit_parameters()
+
+
+def indices(report, sort):
+    """What a report says that a layer kept of one sort of unit."""
+    return next(own[sort] for own in report.kept.values() if sort in own)
+
+
+def count(of, sort):
+    """How many units of a sort a plan, a report or a layer's units keep."""
+    units = of if isinstance(of, dict) else of.units
+    return next(own[sort] for own in units.values() if sort in own)
+
+
+def whole_plan(layer):
+    return LayerPlan(0.0, layer.units)
+
+
 def make_config(layers=2, shape=None, **settings):
     config = PruneConfig(
         base_model="test", **{"pruning_ratio": None if "target_sparsity" in settings else 0.5, "pruned_layers": layers, **settings}
@@ -145,7 +184,7 @@ def make_config(layers=2, shape=None, **settings):
 
 def plan(shape, layer_scores, config):
     """The plans of ``config`` where the layers have these scores."""
-    return LAYER_RATIOS[config.layer_ratio](AllocationInputs(shape, config, layer_scores)).plans
+    return LAYER_RATIOS[config.layer_ratio](AllocationInputs(shape, config, layer_scores=layer_scores)).plans
 
 
 def logits(model, ids):
@@ -156,7 +195,7 @@ def logits(model, ids):
 def prune_to(folder, tokenizer, **sizes):
     """Prunes a random grouped-query Llama to layers of different widths and saves it with its tokenizer; returns ``folder``."""
     model = make_model(**sizes)
-    pipeline.prune(model, make_ids(), make_config(pruned_layers=1))
+    prune(model, make_ids(), make_config(pruned_layers=1))
     checkpoint.save(runtimes.as_slim_model(model), tokenizer, folder, make_ids(2), "dense")
     return folder
 
@@ -165,11 +204,11 @@ def stop_at_fourth_pruning(monkeypatch):
     """Interrupts the fourth pruning, once. Returns the list that gets the settings of each."""
     prune, calls = pipeline.prune, []
 
-    def stops(*args, **kwargs):
-        calls.append(args[2])
+    def stops(run, allocation):
+        calls.append(run.config)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return prune(*args, **kwargs)
+        return prune(run, allocation)
 
     monkeypatch.setattr(pipeline, "prune", stops)
     return calls

@@ -10,9 +10,11 @@ from transformers import AutoTokenizer
 import hf_prune
 import slimllm
 from slimllm.deploy import checkpoint
+from slimllm.models.shape import shape_of
+from slimllm.pruning.allocation.plan_file import read_plan
 from slimllm.settings import methods
 from slimllm.settings.pruning import PruneConfig
-from tests.conftest import TEXT, logits, make_ids, make_model
+from tests.conftest import TEXT, count, indices, logits, make_ids, make_model
 
 SMALL = dict(num_examples=8, seq_len=16)
 
@@ -209,7 +211,7 @@ def test_a_method_is_one_function_and_one_entry(monkeypatch):
         return torch.arange(float(statistics.down.shape[1]))
 
     def first_layer(inputs):
-        return layer_ratios._weighted(inputs, [float(inputs.config.pruned_layers), *[0.0] * (inputs.shape.layers - 1)])
+        return layer_ratios.weighted(inputs, [float(inputs.config.pruned_layers), *[0.0] * (len(inputs.shape.layers) - 1)])
 
     monkeypatch.setitem(methods.HEAD_CHOICES, "first", methods.HeadChoice(first_heads))
     monkeypatch.setitem(methods.CHANNEL_SCORES, "last", methods.ChannelScore(last_channels))
@@ -218,7 +220,7 @@ def test_a_method_is_one_function_and_one_entry(monkeypatch):
     config.keep_lowest = 0.0
     result = slimllm.prune(make_model("llama_gqa"), calibration=make_ids(), config=config)
     first, second = result.layers
-    assert first.heads == [0, 2] and first.channels == list(range(24, 48)) and len(second.channels) == 48
+    assert indices(first, "heads") == [0, 2] and indices(first, "channels") == list(range(24, 48)) and count(second, "channels") == 48
 
 
 # plans
@@ -232,8 +234,8 @@ def test_a_plan_given_back_prunes_exactly_that(tmp_path, tiny_tokenizer):
     again = slimllm.prune(copy.deepcopy(dense), calibration=make_ids(), plan=plan, recovery="least_squares")
     assert torch.equal(logits(again.model, make_ids()), logits(first.model, make_ids()))
     other = slimllm.prune(copy.deepcopy(dense), calibration=make_ids(), plan=plan, recovery="none")
-    assert [(r.heads, r.kv_heads, r.channels) for r in other.layers] == [(r.heads, r.kv_heads, r.channels) for r in first.layers]
-    assert other.layers[-1].mlp_error is None or other.layers[-1].mlp_error[1] >= first.layers[-1].mlp_error[1]
+    assert [r.kept for r in other.layers] == [r.kept for r in first.layers]
+    assert all(error[1] >= first.layers[-1].errors[kind][1] for kind, error in other.layers[-1].errors.items())
 
 
 EVERYTHING = {"heads": [0, 1, 2, 3], "kv_heads": [0, 1], "channels": list(range(48))}
@@ -246,7 +248,12 @@ EVERYTHING = {"heads": [0, 1, 2, 3], "kv_heads": [0, 1], "channels": list(range(
         ("no", "not a JSON object with a list of layers|it has no list of layers"),
         ([EVERYTHING, 7], "layer 1: not a JSON object"),
         ([EVERYTHING, {**EVERYTHING, "channels": [0, 48]}], "layer 1: channels must be different whole numbers from 0 to 47"),
-        ([EVERYTHING, {**EVERYTHING, "channels": []}], "layer 1: channels must be"),
+        (
+            [{"kept": {"mlp": {"channels": [0]}}}, EVERYTHING],
+            "layer 0: it lists mlp, and the layer's parts are attention, mlp",
+        ),
+        ([{"kept": {"mlp": [0], "attention": 3}}, EVERYTHING], "layer 0: attention: not a JSON object"),
+        ([{"kept": 3}, EVERYTHING], "layer 0: it lists 3"),
         ([EVERYTHING, {**EVERYTHING, "heads": [0, 0]}], "layer 1: heads must be different"),
         ([EVERYTHING, {**EVERYTHING, "heads": [0, 1, 2]}], "each of the kept KV heads must keep the same number of its 2 query heads"),
         ([EVERYTHING, {**EVERYTHING, "kv_heads": [0]}], "no other head may stay"),
@@ -256,6 +263,15 @@ EVERYTHING = {"heads": [0, 1, 2, 3], "kv_heads": [0, 1], "channels": list(range(
 def test_a_plan_that_is_none_is_named(layers, said, tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps({"layers": layers}))
     with pytest.raises(slimllm.UserError, match=f"--plan .*({said})"):
+        slimllm.prune(make_model(), calibration=make_ids(), plan=str(tmp_path / "plan.json"))
+
+
+@pytest.mark.parametrize("none, part", [(dict(heads=[], kv_heads=[]), "attention"), (dict(channels=[]), "feed-forward")])
+def test_a_part_that_keeps_nothing_is_a_plan_that_cannot_be_built_yet(none, part, tmp_path):
+    (tmp_path / "plan.json").write_text(json.dumps({"layers": [EVERYTHING, {**EVERYTHING, **none}]}))
+    shape = shape_of(make_model().config)
+    assert sum(count(plan, "channels") == 0 or count(plan, "heads") == 0 for plan in read_plan(str(tmp_path / "plan.json"), shape)) == 1
+    with pytest.raises(slimllm.UserError, match=f"^layer 1: nothing of its {part} part stays"):
         slimllm.prune(make_model(), calibration=make_ids(), plan=str(tmp_path / "plan.json"))
 
 

@@ -14,17 +14,18 @@ import torch
 from safetensors.torch import load_file
 
 import hf_prune
+from slimllm import footprint
 from slimllm.data import calibration
-from slimllm.deploy import checkpoint, runtimes, sink
+from slimllm.deploy import checkpoint, reference, sink
 from slimllm.errors import UserError
 from slimllm.models import loading
 from slimllm.models.source import ModelSource
-from slimllm.pruning import footprint, pipeline
+from slimllm.pruning import pipeline
 from slimllm.settings.evaluate import EvalConfig
 from slimllm.settings.latency import LatencyConfig
 from slimllm.settings.pruning import PruneConfig
 from slimllm.settings.training import TrainConfig
-from tests.conftest import ROOT, logits, make_config, make_ids, make_model, run_cli
+from tests.conftest import ROOT, logits, make_ids, make_model, run_cli
 from tests.test_checkpoint import spoil
 
 
@@ -84,8 +85,8 @@ def test_a_run_leaves_a_whole_checkpoint(cli):
     assert record["parameters"]["decoder_removed"] == pytest.approx(removed / decoder)
     assert abs(removed - 0.3 * decoder) <= 3 * 32
     for layer, reported in zip(model.model.layers, record["layers"]):
-        assert layer.mlp.down_proj.in_features == len(reported["channels"])
-        assert layer.self_attn.q_proj.out_features == 8 * len(reported["heads"])
+        assert layer.mlp.down_proj.in_features == len(reported["kept"]["mlp"]["channels"])
+        assert layer.self_attn.q_proj.out_features == 8 * len(reported["kept"]["attention"]["heads"])
     (figure,) = record["evaluation"]
     assert figure["limited"] and figure["blocks"] == 8 and figure["seq_len"] == 16 and len(figure["sha256"]) == 64
     assert len(load_file(folder / "calibration.safetensors")["calibration_ids"]) == 8
@@ -146,7 +147,7 @@ def test_a_run_larger_than_the_machine_says_so_in_its_first_line(cli, monkeypatc
 
 def test_activations_that_do_not_fit_on_the_disk_are_said_before_the_first_pass(cli, monkeypatch, tmp_path):
     monkeypatch.setattr(footprint.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 1_000))
-    monkeypatch.setattr(footprint, "MIN_ACTIVATION_BYTES", 0)
+    monkeypatch.setattr("slimllm.streaming.sizes.MIN_ACTIVATION_BYTES", 0)
     monkeypatch.setattr(footprint, "activation_room", lambda device, least: least)
     status, _, err = cli("--tmp_dir", tmp_path)
     assert status == 2 and f"the temporary folder {tmp_path} has 0.0 GB free" in err and "--tmp_dir" in err
@@ -232,10 +233,6 @@ def break_model(folder, how):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": how, "bits": 4}}))
         (folder / "model.safetensors").unlink()
-    elif how == "slim":
-        model = make_model()
-        pipeline.prune(model, make_ids(), make_config())
-        runtimes.as_slim_model(model).save_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +256,6 @@ def break_model(folder, how):
         ("lfm2", "linear attention or convolutions"),
         ("gemma3n_text", "share keys and values"),
         *((name, f"its weights are quantized ({name})") for name in ("bitsandbytes", "awq", "gptq", "compressed-tensors")),
-        ("slim", "pruned already"),
     ],
 )
 def test_a_bad_model_is_one_line_and_status_2(cli, tiny_folder, how, message):
@@ -306,7 +302,7 @@ def test_samples_of_the_model_itself_are_made_where_and_as_it_is_evaluated(cli, 
     sample, said = calibration.sample_from_model, []
 
     def watched(voice, *args):
-        said.append((voice.device, voice.whole().dtype))
+        said.append((voice.device, voice.model().dtype))
         return sample(voice, *args)
 
     monkeypatch.setattr(calibration, "sample_from_model", watched)
@@ -397,12 +393,15 @@ def test_interrupted_in_the_middle_leaves_the_old_checkpoint(cli, monkeypatch):
     before = (cli.folder / "prune_log/a/model.safetensors").read_bytes()
     prune = pipeline.prune
 
-    def interrupted(model, ids, config, device, on_layer, *rest):
+    def interrupted(run, allocation):
+        on_layer = run.on_layer
+
         def stop(report):
             on_layer(report)
             raise KeyboardInterrupt
 
-        return prune(model, ids, config, device, stop, *rest)
+        run.on_layer = stop
+        return prune(run, allocation)
 
     monkeypatch.setattr(pipeline, "prune", interrupted)
     status, out, err = cli("--save_ckpt_log_name", "a", "--overwrite")
@@ -413,7 +412,7 @@ def test_interrupted_in_the_middle_leaves_the_old_checkpoint(cli, monkeypatch):
 
 
 def test_a_save_that_fails_to_load_fails_the_run(cli, monkeypatch):
-    write_reference = sink.write_reference
+    write_reference = reference.write_reference
 
     def wrong(folder, *rest):
         write_reference(folder, *rest)

@@ -14,7 +14,8 @@ import torch
 
 import hf_prune
 from slimllm.models import tensor_file
-from slimllm.pruning import layer, pipeline
+from slimllm.pruning import pipeline
+from slimllm.pruning.layer import LayerPruner
 from slimllm.streaming import journal, runner
 from tests.conftest import ROOT, make_model
 
@@ -44,7 +45,7 @@ def run_whole(text_file, *more):
 
 def contents(run):
     record = json.loads((run / "pruning.json").read_text())
-    kept = [(layer["heads"], layer["channels"], layer["mlp_error"], layer["sensitivity"]) for layer in record["layers"]]
+    kept = [(layer["kept"], layer["errors"], layer["sensitivity"]) for layer in record["layers"]]
     files = {path.name: path.read_bytes() for pattern in FILES for path in run.glob(pattern)}
     assert {"config.json", "reference.safetensors", "calibration.safetensors"} <= set(files)
     return files, kept, [f["pruned"] for f in record["evaluation"]], record["parameters"]
@@ -105,23 +106,28 @@ def test_killed_at_ten_random_moments_and_resumed_each_time(folder, text_file, m
 def test_only_the_layers_that_are_missing_are_pruned_again(folder, text_file, layer, shard_bytes, monkeypatch):
     monkeypatch.setattr("slimllm.deploy.weight_files.SHARD_BYTES", shard_bytes)
     whole = run_whole(text_file)
-    prune_layer, pruned = pipeline.prune_layer, []
-    monkeypatch.setattr(pipeline, "prune_layer", _stopping_at(layer, prune_layer))
+    pruned = []
+    monkeypatch.setattr(pipeline, "LayerPruner", stopping_at(layer))
     assert hf_prune.main(flags(text_file, "--overwrite")) == 130
-    monkeypatch.setattr(pipeline, "prune_layer", lambda *args: pruned.append(args[3]) or prune_layer(*args))
+    monkeypatch.setattr(pipeline, "LayerPruner", stopping_at(None, pruned))
     monkeypatch.setattr(runner.LayerRunner, "layer_cosines", lambda *_: pytest.fail("pass 1 was made again"))
     assert hf_prune.main(flags(text_file, "--overwrite", "--resume")) == 0
     assert pruned == [index for index in range(layer, 8) if index in pruned] and layer in pruned
     assert contents(Path("prune_log/run")) == whole
 
 
-def _stopping_at(layer, prune_layer):
-    def stopping(*args):
-        if args[3] == layer:
-            raise KeyboardInterrupt
-        prune_layer(*args)
+def stopping_at(layer, seen=None):
+    """A LayerPruner for pass 2 that is interrupted before it prunes this layer; ``seen`` gets the layers that it prunes."""
 
-    return stopping
+    class Stopping(LayerPruner):
+        def prune(self, module, index, *rest):
+            if index == layer:
+                raise KeyboardInterrupt
+            if seen is not None:
+                seen.append(index)
+            return super().prune(module, index, *rest)
+
+    return Stopping
 
 
 def test_a_disk_that_fills_up_in_the_middle_and_is_given_room(folder, text_file, monkeypatch, capsys):
@@ -157,10 +163,9 @@ def test_a_disk_that_fills_up_in_the_middle_and_is_given_room(folder, text_file,
     ],
 )
 def test_another_run_is_not_gone_on_with(folder, text_file, change, said, monkeypatch, capsys):
-    prune_layer = layer.prune_layer
-    monkeypatch.setattr(pipeline, "prune_layer", _stopping_at(5, prune_layer))
+    monkeypatch.setattr(pipeline, "LayerPruner", stopping_at(5))
     assert hf_prune.main(flags(text_file)) == 130
-    monkeypatch.setattr(pipeline, "prune_layer", prune_layer)
+    monkeypatch.setattr(pipeline, "LayerPruner", LayerPruner)
     more = []
     if change == "model":
         make_model(num_hidden_layers=8, seed=1).save_pretrained("model")
@@ -186,8 +191,7 @@ def test_nothing_to_go_on_with(folder, text_file, capsys):
 def test_the_states_lie_in_tmp_dir_and_go_with_the_run(folder, text_file, monkeypatch):
     whole = run_whole(text_file)
     (folder / "scratch").mkdir()
-    prune_layer = layer.prune_layer
-    monkeypatch.setattr(pipeline, "prune_layer", _stopping_at(4, prune_layer))
+    monkeypatch.setattr(pipeline, "LayerPruner", stopping_at(4))
     stopped = flags(text_file, "--overwrite", "--tmp_dir", "scratch")
     assert hf_prune.main(stopped) == 130
     [left] = Path("scratch").iterdir()
@@ -195,7 +199,7 @@ def test_the_states_lie_in_tmp_dir_and_go_with_the_run(folder, text_file, monkey
     assert hf_prune.main(stopped) == 130  # anew: what the first one left goes, here and there
     [other] = Path("scratch").iterdir()
     assert other != left
-    monkeypatch.setattr(pipeline, "prune_layer", prune_layer)
+    monkeypatch.setattr(pipeline, "LayerPruner", LayerPruner)
     assert hf_prune.main(flags(text_file, "--overwrite", "--resume")) == 0  # which knows where they are
     assert contents(Path("prune_log/run")) == whole
     assert hf_prune.main(flags(text_file, "--overwrite", "--tmp_dir", "scratch")) == 0
@@ -204,7 +208,7 @@ def test_the_states_lie_in_tmp_dir_and_go_with_the_run(folder, text_file, monkey
 
 def test_states_that_are_gone_are_said(folder, text_file, monkeypatch, capsys):
     (folder / "scratch").mkdir()
-    monkeypatch.setattr(pipeline, "prune_layer", _stopping_at(4, layer.prune_layer))
+    monkeypatch.setattr(pipeline, "LayerPruner", stopping_at(4))
     assert hf_prune.main(flags(text_file, "--tmp_dir", "scratch")) == 130
     [left] = Path("scratch").iterdir()
     for path in left.glob("states-*"):
@@ -218,10 +222,10 @@ def test_states_that_are_gone_are_said(folder, text_file, monkeypatch, capsys):
 def test_a_run_without_resume_keeps_nothing_for_it(folder, text_file, monkeypatch, capsys):
     whole = run_whole(text_file)
     written, finish = [], journal.Journal.finish_layer
-    monkeypatch.setattr(journal.Journal, "finish_layer", lambda *args: written.append(args[1]) or finish(*args))
+    monkeypatch.setattr(journal.Journal, "finish_layer", lambda self, index, *rest: written.append(index) or finish(self, index, *rest))
     assert hf_prune.main(flags(text_file, "--overwrite", "--no_resume")) == 0
     assert contents(Path("prune_log/run")) == whole and not written
-    monkeypatch.setattr(pipeline, "prune_layer", _stopping_at(4, layer.prune_layer))
+    monkeypatch.setattr(pipeline, "LayerPruner", stopping_at(4))
     capsys.readouterr()
     assert hf_prune.main(flags(text_file, "--overwrite", "--no_resume")) == 130
     assert "--resume" not in capsys.readouterr().err and [path.name for path in Path("prune_log").iterdir()] == ["run"]
@@ -237,6 +241,4 @@ def test_a_plan_of_a_file_needs_no_pass_for_importance(folder, text_file, monkey
     assert hf_prune.main(known) == 0
     record = json.loads(plan.read_text())
     assert all(layer["cosine"] is None for layer in record["layers"])
-    assert [layer["channels"] for layer in record["layers"]] == [
-        layer["channels"] for layer in json.loads(Path("plan.json").read_text())["layers"]
-    ]
+    assert [layer["kept"] for layer in record["layers"]] == [layer["kept"] for layer in json.loads(Path("plan.json").read_text())["layers"]]

@@ -9,18 +9,22 @@ import logging
 import math
 import os
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..errors import UserError, nearest
 from ..models import hub
-from ..models.loading import Voice
+from ..models.loading import WholeModel
 from ..models.shape import shape_of
+from ..settings.pruning import PruneConfig
 from ..settings.samples import SampleSpec
+from ..utils.device import name_of
 from ..utils.files import atomic_file, check_plain
 from ..utils.memory import return_free_memory
 from .texts import check_vocabulary, first_token, in_blocks, is_encodable, read_text, token_ids
@@ -47,7 +51,7 @@ class Calibration:
     """Token ids [samples, length] int64, where they came from, and their hash (SHA-256 of the int64 bytes).
 
     ``probe_ids`` [samples, length]: text that ``--layer_ratio auto`` measures on, as from :func:`probe_samples`; ``probe_source``
-    says whose. ``distill_ids`` [samples, length]: what ``--distill`` trains on. ``own``: how many of the ``ids`` the model itself wrote,
+    names whose. ``distill_ids`` [samples, length]: what ``--distill`` trains on. ``own``: how many of the ``ids`` the model itself wrote,
     whatever the source.
     """
 
@@ -68,9 +72,11 @@ class Calibration:
 
     @property
     def sha256(self) -> str:
+        """Hash of the ``ids`` alone, as hexadecimal digits."""
         return hashlib.sha256(self.ids.contiguous().numpy().tobytes()).hexdigest()
 
     def save(self, folder: Path) -> None:
+        """Writes all token ids to calibration.safetensors in ``folder``, which ``--calibration`` can name in another run."""
         tensors = {"calibration_ids": self.ids, "probe_ids": self.probe_ids, "distill_ids": self.distill_ids}
         tensors = {name: ids.contiguous() for name, ids in tensors.items() if ids is not None}
         with atomic_file(folder / "calibration.safetensors") as partial:
@@ -92,14 +98,15 @@ class Calibration:
         )
 
     def to_dict(self) -> dict:
-        found = {"source": self.source, "samples": len(self.ids), "length": self.ids.shape[1], "seed": self.seed, "own": self.own}
-        found["sha256"] = self.sha256
+        """What a record holds of it: where the samples came from, their number, length and hash, but not the ids."""
+        entry = {"source": self.source, "samples": len(self.ids), "length": self.ids.shape[1], "seed": self.seed, "own": self.own}
+        entry["sha256"] = self.sha256
         distilled = {} if self.distill_ids is None else {"distill_samples": len(self.distill_ids)}
-        return found | distilled | ({} if self.probe_ids is None else {"probe_source": self.probe_source})
+        return entry | distilled | ({} if self.probe_ids is None else {"probe_source": self.probe_source})
 
 
 def load(source: str | None, model, tokenizer, spec: SampleSpec) -> Calibration:
-    """The calibration samples that ``--calibration SOURCE`` asks for. ``model``: itself, or a Voice of it.
+    """The calibration samples that ``--calibration SOURCE`` asks for. ``model``: itself, or a WholeModel of it.
 
     Without a source it is bookcorpus, or samples of the model itself where that cannot be had.
     Raises UserError for a source that the user named and that cannot be had, is empty, too short or broken.
@@ -125,7 +132,7 @@ def load(source: str | None, model, tokenizer, spec: SampleSpec) -> Calibration:
 
 def from_text(text: str, name: str, tokenizer, spec: SampleSpec, config) -> Calibration:
     """Samples of a text for the model of ``config``. Raises UserError, naming the text by ``name``, where it is too short, is blank, or
-    has what the model or its tokenizer does not know.
+    has what is not in the vocabulary of the model or its tokenizer.
     """
     return Calibration(_sample(text, name, tokenizer, spec, config), name, spec.seed)
 
@@ -149,8 +156,8 @@ def check_source(name: str | None) -> None:
 def _from_file(path: str, vocab_size: int) -> Calibration:
     try:
         with safe_open(path, "pt") as file:
-            known = ("calibration_ids", "probe_ids", "distill_ids")
-            tensors = {name: file.get_tensor(name) for name in file.keys() if name in known}
+            names = ("calibration_ids", "probe_ids", "distill_ids")
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name in names}
     except (SafetensorError, OSError) as error:
         raise UserError(f"--calibration {path}: not a calibration file ({error})") from None
     if "calibration_ids" not in tensors:
@@ -248,9 +255,9 @@ def with_own(text: torch.Tensor, share: float, model, tokenizer, spec: SampleSpe
     Where ``text`` [samples, length] has too few, the model writes more.
     """
     text = text[: spec.num_examples - round(share * spec.num_examples)]
-    own = spec.num_examples - len(text)
-    found = torch.cat([text, sample_from_model(model, tokenizer, dataclasses.replace(spec, num_examples=own))]) if own else text
-    return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(spec.seed))], own
+    written = spec.num_examples - len(text)
+    samples = torch.cat([text, sample_from_model(model, tokenizer, dataclasses.replace(spec, num_examples=written))]) if written else text
+    return samples[torch.randperm(len(samples), generator=torch.Generator().manual_seed(spec.seed))], written
 
 
 def _never_sampled(tokenizer, generation_config, vocab_size: int) -> list[int]:
@@ -282,16 +289,15 @@ def sample_from_model(model, tokenizer, spec: SampleSpec) -> torch.Tensor:
     """
     from transformers import GenerationConfig
 
-    model = model.whole() if isinstance(model, Voice) else model
+    model = model.model() if isinstance(model, WholeModel) else model
     device, vocab = model.device, model.config.vocab_size
     special = _never_sampled(tokenizer, model.generation_config, vocab)
     words = torch.tensor(sorted(set(range(vocab)) - set(special)))
-    shape = shape_of(model.config)
-    cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * spec.seq_len * model.dtype.itemsize
+    cache = shape_of(model.config).cache_numbers() * spec.seq_len * model.dtype.itemsize
     begin = first_token(tokenizer, model.config)
     settings = GenerationConfig(do_sample=False, max_length=spec.seq_len, pad_token_id=0)  # what is drawn is the only choice left
     draw = functools.partial(_drawn_alone, torch.tensor(special, dtype=torch.long, device=device))
-    own, model.generation_config = model.generation_config, GenerationConfig()  # what `settings` leaves open is taken from it
+    original_config, model.generation_config = model.generation_config, GenerationConfig()  # what `settings` leaves open is taken from it
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices):
@@ -302,6 +308,114 @@ def sample_from_model(model, tokenizer, spec: SampleSpec) -> torch.Tensor:
                 for start in first.split(max(SELF_SAMPLE_BATCH, SELF_SAMPLE_CACHE // cache))
             ]
     finally:
-        model.generation_config = own
+        model.generation_config = original_config
     return_free_memory()
     return torch.cat(parts).cpu()
+
+
+TokenIds = torch.Tensor | np.ndarray | Sequence[Sequence[int]]
+CalibrationSource = str | os.PathLike | Sequence[str] | TokenIds | Calibration | None
+DISTILL_SELF_SHARE = 0.5  # of the samples that a model is distilled on; the rest are calibration text
+
+
+def samples_for(
+    config: PruneConfig,
+    source: CalibrationSource,
+    model: WholeModel,
+    tokenizer,
+) -> Calibration:
+    """The samples of a run with these settings: those to prune from, to measure costs on, and to distil on, as far as it needs them.
+
+    ``source``: as from :func:`source_of`. What the model itself has to write, it writes whole, in the dtype of evaluation; where it
+    does not fit, the samples that are measured on are held back from the text of ``source``.
+    Raises UserError for a source that cannot be had or is too short, and where a tokenizer is needed and not there.
+    """
+    samples = _to_prune_from(config, source, model, tokenizer)
+    if config.distill != "none" and samples.distill_ids is None:
+        spec, named = config.distill_samples, samples.source if source is None else source  # what it was in the end
+        # what the model wrote once, it need not write again; but what is held out is text that nothing was fitted to
+        reused = samples.ids[: spec.num_examples // 2 if samples.own else 0]
+        spec = dataclasses.replace(spec, num_examples=spec.num_examples - len(reused), seq_len=samples.ids.shape[1])
+        if isinstance(source, torch.Tensor) or samples.source.endswith(".safetensors"):
+            text = samples.ids
+        else:
+            text = samples.ids[:0] if named == "self" else _drawn(named, model, tokenizer, spec).ids
+        if model.fits and tokenizer is not None:
+            text, _ = with_own(text, DISTILL_SELF_SHARE, model, tokenizer, spec)
+        samples.distill_ids = torch.cat([reused, text])
+    return samples
+
+
+def _to_prune_from(
+    config: PruneConfig,
+    source: CalibrationSource,
+    model: WholeModel,
+    tokenizer,
+) -> Calibration:
+    """The samples to prune from, and those to measure on."""
+    held_back = config.needs_probe_ids and not model.fits
+    if isinstance(source, torch.Tensor):
+        samples = Calibration(source, "token ids")
+    elif tokenizer is None:
+        raise UserError("tokenizer: needed to make calibration samples; give one, or token ids [samples, length]")
+    else:
+        spec = config.samples
+        written = round(config.self_share * spec.num_examples) if model.fits and source != "self" else 0
+        drawn = spec.num_examples - written + (PROBE_SAMPLES if held_back else 0)
+        samples = _drawn(source, model, tokenizer, dataclasses.replace(spec, num_examples=max(drawn, 1), or_fewer=written > 0))
+        if written and not samples.source.endswith(".safetensors"):
+            text = samples.ids[:drawn] if samples.source != "self" else samples.ids[:0]
+            samples.ids, samples.own = with_own(text, config.self_share, model, tokenizer, spec)
+    if not config.needs_probe_ids or samples.probe_ids is not None:
+        return samples
+    if held_back:
+        return samples.holding_back()
+    if tokenizer is None:
+        raise UserError("layer_ratio auto measures on the model's own text: give a tokenizer")
+    samples.probe_ids = probe_samples(model, tokenizer, config.samples)
+    return samples
+
+
+def _drawn(source: str | Sequence[str] | None, model: WholeModel, tokenizer, spec: SampleSpec) -> Calibration:
+    """Samples of a named source, or of texts."""
+    if source is None or isinstance(source, str):
+        check_source(source)
+        return load(source, model, tokenizer, spec)
+    return from_text("\n".join(source), "texts", tokenizer, spec, model.config)
+
+
+def source_of(given: CalibrationSource, vocab_size: int) -> str | list[str] | torch.Tensor | Calibration | None:
+    """What samples are made from, in one of five forms. Raises UserError for anything else, and for token ids that are none."""
+    if isinstance(given, Calibration):
+        for ids in (given.ids, given.probe_ids, given.distill_ids):
+            if ids is not None:
+                _token_ids(ids, vocab_size)
+        return given
+    if given is None or isinstance(given, str):
+        return given
+    if isinstance(given, os.PathLike):
+        return os.fspath(given)
+    if isinstance(given, torch.Tensor | np.ndarray):
+        return _token_ids(given, vocab_size)
+    if not isinstance(given, Sequence) or isinstance(given, bytes) or not given:
+        empty = isinstance(given, Sequence) and not given
+        what = "is empty" if empty else f"is a {type(given).__name__}"
+        raise UserError(f"calibration: {what}; give texts, token ids [samples, length], or the name of a file, folder or data set")
+    if all(isinstance(text, str) for text in given):
+        return list(given)
+    return _token_ids(given, vocab_size)
+
+
+def _token_ids(given: TokenIds, vocab_size: int) -> torch.Tensor:
+    """Token ids [samples, length] int64 on the CPU."""
+    try:
+        ids = given if isinstance(given, torch.Tensor) else torch.from_numpy(np.asarray(given))
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError("calibration: neither texts nor token ids, lists of integers all of one length") from None
+    if ids.ndim != 2 or not ids.numel():
+        raise UserError(f"calibration: token ids are [samples, length], not {list(ids.shape)}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise UserError(f"calibration: token ids are integers, not {name_of(ids.dtype)}")
+    ids = ids.cpu().long()
+    check_vocabulary(ids, vocab_size, "calibration")
+    return ids

@@ -43,10 +43,11 @@ class EvalText:
 
     @property
     def sha256(self) -> str:
+        """Hash of the text in UTF-8, as hexadecimal digits."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     def figure(self, blocks: torch.Tensor, limit: int | None, **values) -> dict:
-        """What a record says of perplexities measured on these ``blocks`` [blocks, seq_len] of the text, ``values`` among it."""
+        """A record's entry for perplexities measured on these ``blocks`` [blocks, seq_len] of the text; ``values`` are added to it."""
         source = {"data": self.name, "split": self.split, "sha256": self.sha256}
         return {**source, "seq_len": blocks.shape[1], "blocks": len(blocks), "limited": limit is not None, **values}
 
@@ -195,7 +196,7 @@ def _named_text(item: str, option_name: str) -> EvalText:
 
 @contextmanager
 def as_it_came(tokenizer):
-    """Puts back how the tokenizer truncates and pads: to use it changes both, and it is saved with them."""
+    """Restores, after the block, how the tokenizer truncates and pads: using it changes both, and both are saved with it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     truncation, padding = (backend.truncation, backend.padding) if backend else (None, None)
     try:

@@ -1,5 +1,5 @@
-"""How fast and how large models are, in turns in one run: prefill (one forward pass over a prompt) and decode (one token after
-the other with the KV cache), synchronised, after a warm-up.
+"""How fast and how large models are, measured alternately in one run: prefill (one forward pass over a prompt) and decode (one token
+after the other with the KV cache), synchronised, after a warm-up.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from contextlib import contextmanager
 import torch
 
 from ..models.adapter import LayerAdapter
+from ..models.parts import KINDS
+from ..models.shape import shape_of
 from ..utils.memory import peak_since_reset, reset_peak, return_free_memory
 
 log = logging.getLogger("slimllm")
-PARTS = ("attention", "feed-forward", "output head")
+PARTS = (*(kind.title for kind in KINDS.values()), "output head")
 
 
 def size_of(model) -> dict[str, int]:
     """Parameters, bytes of weights, KV-cache bytes per token, MACs per token of all Linears, attention's MACs per pair of tokens."""
-    adapter = LayerAdapter(model.config)
-    widths = adapter.all_widths(model)
-    kv = sum(2 * kv_heads * adapter.head_dim for _, kv_heads, _ in widths)
+    shape = shape_of(model.config)
     linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
     return {
         "parameters": model.num_parameters(),
         "weight_bytes": sum(p.nbytes for p in model.parameters()),
-        "kv_bytes_per_token": kv * model.dtype.itemsize,
+        "kv_bytes_per_token": shape.cache_numbers() * model.dtype.itemsize,
         "linear_macs": linear,  # the output head included, tied or not
-        "attention_macs": 2 * sum(heads * adapter.head_dim for heads, _, _ in widths),
+        "attention_macs": sum(part.pair_multiplications() for layer in shape.layers for part in layer.parts),
     }
 
 
@@ -85,9 +85,8 @@ def timed_parts(model):
         hooks.extend([module.register_forward_pre_hook(before), module.register_forward_hook(after)])
 
     adapter = LayerAdapter(model.config)
-    for attention, mlp in adapter.blocks(model):
-        watch(attention.module, "attention")
-        watch(mlp.module, "feed-forward")
+    for part in adapter.all_parts(model):
+        watch(part.module, KINDS[part.kind].title)
     watch(adapter.head(model), "output head")
     try:
         yield seconds
@@ -102,7 +101,7 @@ def measure(
     """One entry per model, batch size and length: all times in seconds, as lists of ``repeats`` measurements."""
     entries = []
     weights = {name: size_of(model)["weight_bytes"] for name, model in models.items()}
-    others = {name: sum(weights.values()) - own for name, own in weights.items()}  # all models stay loaded
+    others = {name: sum(weights.values()) - weight_bytes for name, weight_bytes in weights.items()}  # all models stay loaded
     vocabulary = min(model.config.vocab_size for model in models.values())
     for batch in batch_sizes:
         for length in lengths:
@@ -134,7 +133,7 @@ def _once(model, ids: torch.Tensor, new_tokens: int) -> tuple[float, float]:
 
 
 def milliseconds(seconds: list[float]) -> str:
-    """Median and middle half."""
+    """Median and middle half of measurements, or their range where there are fewer than four: ``12.3 ms (11.9..12.8)``."""
     ms = sorted(1000 * s for s in seconds)
     if len(ms) < 4:
         return f"{statistics.median(ms):.1f} ms ({ms[0]:.1f}..{ms[-1]:.1f})"

@@ -9,9 +9,11 @@ from torch import nn
 
 from ..data.texts import as_it_came, check_vocabulary
 from ..errors import UserError
+from ..models.shape import ModelShape
 from ..models.source import ModelSource
 from ..streaming.progress import Progress, no_progress
-from ..streaming.runner import LOGIT_ROWS, MIN_ACTIVATION_BYTES, LayerRunner
+from ..streaming.runner import LOGIT_ROWS, MIN_ACTIVATION_BYTES, TOKENS_PER_BATCH, LayerRunner
+from ..streaming.sizes import Sizes, widest
 from ..utils import processes
 
 
@@ -32,7 +34,7 @@ def perplexities(
 ) -> list[float]:
     """exp(mean negative log-likelihood) of each text over the tokens that the model predicts: all but the first of each block.
 
-    The layers are taken in turn, each on all blocks of all texts, so that a ``model`` that is a ModelSource is read once. A model in
+    The layers run one after the other, each on all blocks of all texts, so that a ``model`` that is a ModelSource is read once. A model in
     memory takes as many blocks at a time as stay in memory with it.
 
     Args:
@@ -61,11 +63,11 @@ def _losses(runner: LayerRunner, description: str) -> torch.Tensor:
     states = runner.last_states(description)
     norm, head = runner.output_modules()
     losses = torch.zeros(runner.ids[:, 1:].shape, device=runner.device)  # filled in place: what lies between large tensors keeps their room
-    for ids, batch, found in zip(runner.ids.split(runner.batch), states, losses.split(runner.batch)):
-        rows, targets, found = norm(batch)[:, :-1].flatten(0, 1), ids[:, 1:].flatten().to(runner.device), found.view(-1)
+    for ids, batch, into in zip(runner.ids.split(runner.batch), states, losses.split(runner.batch)):
+        rows, targets, into = norm(batch)[:, :-1].flatten(0, 1), ids[:, 1:].flatten().to(runner.device), into.view(-1)
         for i in range(0, len(rows), LOGIT_ROWS):
             part = slice(i, i + LOGIT_ROWS)
-            found[part] = nn.functional.cross_entropy(runner.adapter.logits(head, rows[part]), targets[part], reduction="none")
+            into[part] = nn.functional.cross_entropy(runner.adapter.logits(head, rows[part]), targets[part], reduction="none")
     states.close()
     return losses.double().sum(1).cpu()
 
@@ -99,3 +101,14 @@ def continuations(model, tokenizer, seed: int = 42, temperature: float = 1.0, to
             output = model.generate(**inputs, max_new_tokens=64, pad_token_id=tokenizer.pad_token_id or 0, **sampling)
             texts.append(tokenizer.decode(output[0], skip_special_tokens=True))
     return texts
+
+
+def peak_bytes(shape: ModelShape, sizes: Sizes) -> int:
+    """Bytes while texts are measured on: their states, a layer as it is stored and computed and what is computed with it, or the head."""
+    if not sizes.evaluated_tokens:
+        return 0
+    largest = max(layer.parameters for layer in shape.layers)
+    states = sizes.kept_in_memory(largest * sizes.evaluation, sizes.evaluated_tokens * shape.hidden * sizes.evaluation)
+    batch = 4 * TOKENS_PER_BATCH * max(widest(layer) for layer in shape.layers) * sizes.evaluation
+    head = shape.vocab * (shape.hidden * sizes.evaluation + 3 * LOGIT_ROWS * 4)
+    return states + max(largest * (sizes.evaluation + sizes.stored) + batch, head)

@@ -35,7 +35,7 @@ def local_file(name: str, data_dir: str) -> Path:
     path = Path(data_dir) / f"{name}.jsonl"
     if not path.is_file():
         raise UserError(
-            f"--data_dir {data_dir}: it has no {path.name}; leave {name} out of --tasks, or leave --data_dir away to use the hub"
+            f"--data_dir {data_dir}: it has no {path.name}; leave {name} out of --tasks, or leave out --data_dir to use the hub"
         )
     return path
 
@@ -111,15 +111,15 @@ def score(model, tokenizer, name: str, data_dir: str | None = None, limit: int |
         except Exception as error:  # the hub's libraries raise their own kinds, the templates too
             hint = "not in the schema of the hub's data set" if data_dir else "cannot be had; name local files with --data_dir"
             raise UserError(f"{where}: {hint} ({type(error).__name__}: {first_line(error)})") from None
-        found = simple_evaluate(
+        results = simple_evaluate(
             harness_model(model, tokenizer), tasks=[task], limit=limit, bootstrap_iters=0, log_samples=False, task_manager=manager
         )
-    (metrics,) = found["results"].values()
-    wanted = {key.split(",")[0]: value for key, value in metrics.items() if key.endswith(",none")}
+    (metrics,) = results["results"].values()
+    values = {key.split(",")[0]: value for key, value in metrics.items() if key.endswith(",none")}
     return {
-        "metrics": {key: value for key, value in wanted.items() if isinstance(value, int | float)},
-        "questions": found["n-samples"][name]["effective"],
-        "version": found["versions"][name],
+        "metrics": {key: value for key, value in values.items() if isinstance(value, int | float)},
+        "questions": results["n-samples"][name]["effective"],
+        "version": results["versions"][name],
         "reported": TASKS[name].reported,
         "limited": limit is not None,
     }
@@ -145,7 +145,7 @@ def score_shares(model, pairs: list[tuple[tuple, tuple]], longest: int, bar: boo
     contexts = {context: number for number, context in enumerate(dict.fromkeys(context for context, _ in pairs))}
     owners = [contexts[context] % processes.count() for context, _ in pairs]
     mine = [pair for pair, owner in zip(pairs, owners) if owner == processes.rank()] if processes.count() > 1 else pairs
-    shares = [iter(found) for found in processes.from_all(score_choices(model, mine, longest, bar and processes.is_first()))]
+    shares = [iter(scores) for scores in processes.from_all(score_choices(model, mine, longest, bar and processes.is_first()))]
     return [next(shares[owner]) for owner in owners]
 
 
@@ -194,7 +194,7 @@ def _score_rows(model, pairs, batch):
     ids = torch.zeros(len(batch), width, dtype=torch.long)
     positions = torch.zeros(len(batch), width, dtype=torch.long)
     segment = torch.full((len(batch), width), -1)  # 0: context, 1..: the continuations, -1: padding
-    wanted, targets, spans = [], [], []  # row of the flattened states -> its target; how many rows each pair has
+    state_rows, targets, spans = [], [], []  # row of the flattened states -> its target; how many rows each pair has
     for r, (_, context, indices) in enumerate(batch):
         end = len(context)
         ids[r, :end], positions[r, :end], segment[r, :end] = torch.tensor(context), torch.arange(end), 0
@@ -204,7 +204,7 @@ def _score_rows(model, pairs, batch):
             ids[r, part] = torch.tensor(continuation[:-1], dtype=torch.long)
             positions[r, part] = len(context) + torch.arange(len(continuation) - 1)
             segment[r, part] = number
-            wanted += [r * width + len(context) - 1, *range(r * width + part.start, r * width + part.stop)]
+            state_rows += [r * width + len(context) - 1, *range(r * width + part.start, r * width + part.stop)]
             targets += continuation
             spans.append((index, len(continuation)))
             end = part.stop
@@ -216,7 +216,7 @@ def _score_rows(model, pairs, batch):
     states = adapter.last_states(model, ids.to(device), **inputs).flatten(0, 1)
     targets = torch.tensor(targets, device=device)
     head, likelihood, greedy = adapter.head(model), [], []
-    for rows, target in zip(states[torch.tensor(wanted, device=device)].split(LOGIT_ROWS), targets.split(LOGIT_ROWS)):
+    for rows, target in zip(states[torch.tensor(state_rows, device=device)].split(LOGIT_ROWS), targets.split(LOGIT_ROWS)):
         logits = adapter.logits(head, rows)
         likelihood.append(-torch.nn.functional.cross_entropy(logits, target, reduction="none"))
         greedy.append(logits.argmax(-1) == target)

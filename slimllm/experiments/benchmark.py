@@ -36,9 +36,11 @@ from ..deploy.weight_files import WeightFiles
 from ..models import loading
 from ..models.adapter import LayerAdapter, with_multi_head_attention
 from ..models.shape import shape_of
+from ..models.source import ModelSource
 from ..pruning import pipeline
 from ..reporting import record
 from ..reporting.tables import aligned
+from ..run import Run
 from ..settings.benchmark import STREAMS, BenchmarkConfig
 from ..settings.pruning import PruneConfig
 from ..streaming.runner import TOKENS_PER_BATCH
@@ -81,8 +83,7 @@ def seconds(run, *args) -> float:
 def floor(model, ids: torch.Tensor, pruned_layers: int) -> float:
     """Seconds for two forward passes through the layers and, for each pruned layer, two covariances and one eigh."""
     adapter = LayerAdapter(model.config)
-    (attention, _), *_ = adapter.blocks(model)
-    hidden, heads = model.config.hidden_size, attention.output.in_features
+    hidden, heads = model.config.hidden_size, adapter.all_parts(model)[0].output.in_features
     x, y = torch.randn(ids.numel(), heads), torch.randn(ids.numel(), hidden)
 
     def least():
@@ -96,15 +97,21 @@ def floor(model, ids: torch.Tensor, pruned_layers: int) -> float:
     return seconds(least)
 
 
+def prune(model, ids: torch.Tensor, config: PruneConfig) -> None:
+    """Both passes, in place."""
+    run = Run(config, model.config, ModelSource.of(model), samples=Calibration(ids, "random"))
+    pipeline.prune(run, pipeline.allocate(run))
+
+
 def compare(name: str, make_model, ids: torch.Tensor, repeats: int, opponent_repeats: int) -> dict:
     """Medians of both opponents on copies of one model; the package's run comes before and after the opponent's."""
     model = make_model()
     config = settings(model.config)
-    pipeline.prune(copy.deepcopy(model), ids[:2], config)  # warm up
+    prune(copy.deepcopy(model), ids[:2], config)  # warm up
     ours, opponent = [], []
     for turn in range(max(repeats, opponent_repeats)):
         if turn < repeats:
-            ours.append(seconds(pipeline.prune, copy.deepcopy(model), ids, config))
+            ours.append(seconds(prune, copy.deepcopy(model), ids, config))
         if turn < opponent_repeats:
             opponent.append(seconds(plain.prune, copy.deepcopy(model), ids, config.pruning_ratio, config.pruned_layers, config.alpha))
     least = floor(model, ids, config.pruned_layers)

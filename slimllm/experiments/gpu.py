@@ -130,9 +130,10 @@ def decisions(folder: Path, device: torch.device, dtype: torch.dtype, recipe: st
         kept.append(result.layers)
     log.setLevel(level)
     shares = []
-    for part in ("heads", "channels"):
-        pairs = [(set(getattr(a, part)), set(getattr(b, part))) for a, b in zip(*kept)]
-        shares.append(f"{part} as on the CPU {sum(len(a & b) for a, b in pairs) / sum(len(a) for a, _ in pairs):.3%}")
+    for kind, kept_there in kept[0][0].kept.items():
+        sort = next(iter(kept_there))
+        pairs = [(set(a.kept[kind][sort]), set(b.kept[kind][sort])) for a, b in zip(*kept)]
+        shares.append(f"{sort} as on the CPU {sum(len(a & b) for a, b in pairs) / sum(len(a) for a, _ in pairs):.3%}")
     return {"wall_seconds": round(time.perf_counter() - begun, 1), "said": ", ".join(shares)}
 
 

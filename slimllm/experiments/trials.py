@@ -7,27 +7,23 @@ from __future__ import annotations
 
 import copy
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import api
+from .. import stages
 from ..data import calibration
 from ..data.texts import blocks_of, load_texts
 from ..evaluation import zero_shot
 from ..evaluation.perplexity import perplexity
 from ..models import loading
 from ..models.adapter import LayerAdapter
+from ..models.loading import WholeModel
 from ..models.shape import shape_of
-from ..models.source import ModelSource
-from ..pruning import pipeline
 from ..reporting import record
-from ..reporting.record import Stopwatch
 from ..settings.pruning import PruneConfig
 from ..settings.trials import TrialsConfig
-from ..streaming.progress import no_progress
-from ..training.distillation import Teacher
+from ..training.teacher import Teacher
 from ..utils.device import device_of, name_of, pruning_dtype
 
 log = logging.getLogger("slimllm")
@@ -77,17 +73,23 @@ class Bench:
         kind = _kind_of_samples(settings)
         if kind not in self._samples:
             settings = self._distilled.get(kind, settings)  # which wants the same samples, and others to distil on
-            self._samples[kind] = api.calibrate(self.model, self.tokenizer, settings, self.config.calibration, self.device)
+            with WholeModel(self.model, self.device) as whole:
+                self._samples[kind] = calibration.samples_for(settings, self.config.calibration, whole, self.tokenizer)
         return self._samples[kind]
 
     def teacher(self, settings: PruneConfig) -> tuple[Teacher, float]:
         """What the dense model makes of the samples to distil on, and the seconds that it took."""
         kind = _kind_of_samples(settings)
         if kind not in self._teachers:
-            timed = Stopwatch()
-            teacher = api.teach(ModelSource.of(self.model), self.samples(settings), settings, no_progress, timed)
-            self._teachers[kind] = teacher, timed.seconds["distillation"]
+            work = self._work(self.model, settings)
+            stages.teach(work)
+            self._teachers[kind] = work.teacher, work.run.clock.seconds["distillation"]
         return self._teachers[kind]
+
+    def _work(self, model, settings: PruneConfig) -> stages.Work:
+        work = stages.of_model(model, settings)
+        work.run.samples = self.samples(settings)
+        return work
 
     def removed(self, model) -> float:
         """The share of the dense decoder's parameters that ``model`` lacks."""
@@ -110,21 +112,22 @@ class Bench:
         One that is distilled is not pruned again where the trial before it was the same without.
         """
         settings = self.settings(trial)
-        samples, device = self.samples(settings), device_of("device", settings.device)
+        samples = self.samples(settings)
         start = {**settings.to_dict(), "recipe": None, "distill": "none", "distill_learning_rate": None}
         before, model, seconds = self._last
         self._last = (None, None, 0.0)
         if before != start:
-            started = time.perf_counter()
-            model = copy.deepcopy(self.model)
-            pipeline.prune(model, samples.ids, settings, device, probe_ids=samples.probe_ids)
-            seconds = time.perf_counter() - started
+            work = self._work(copy.deepcopy(self.model), settings)
+            stages.go_through((stages.allocate, stages.prune, stages.finish), work)
+            model, seconds = work.model, work.run.clock.seconds["pruning"]
         if settings.distill == "none":
             self._last = (start, copy.deepcopy(model), seconds)
         else:
-            (teacher, taught), timed = self.teacher(settings), Stopwatch()
-            api.distil(model, teacher, settings, no_progress, timed)
-            seconds += taught + timed.seconds["distillation"]
+            work = self._work(model, settings)
+            work.teacher, taught = self.teacher(settings)
+            work.lent = True
+            stages.distil(work)
+            seconds += taught + work.run.clock.seconds["distillation"]
         return model, {
             "name": trial.name,
             "variant": trial.variant,
@@ -161,23 +164,19 @@ def measure(
     fingerprint |= {"seed": config.seed, "eval_data": config.eval_data, "eval_limit": config.eval_limit, **(identity or {})}
     file = record.results_in(Path(config.output), "results.json")
     with record.results_at(file, config.overwrite):
-        return _measured(config, trials, also, unpruned, record.continued(file, fingerprint, config.overwrite), file, dtype, device)
-
-
-def _measured(config: TrialsConfig, trials: list[Trial], also, unpruned, results: dict, file: Path, dtype, device) -> dict:
-    """The results with all ``trials``, written anew after each that was missing."""
-    rows = results.setdefault("rows", [])
-    done = {(row["name"], row["variant"], row["share"]) for row in rows}
-    missing = [trial for trial in trials if trial.key not in done]
-    log.info("%s: %d prunings to do, %d at hand", file, len(missing), len(done))
-    bench = Bench(config, dtype, device, missing) if missing else None
-    for trial in missing:
-        model, row = bench.prune(trial) if trial.share else unpruned(bench, trial)
-        row["perplexity"] = bench.figures(model)
-        also(bench, model, row)
-        rows.append(row)
-        shown = ", ".join(f"{figure['data']} {figure['pruned']:.1f}" for figure in row["perplexity"])
-        log.info("%.0f %%, %s %s: %s (%.0f s)", 100 * trial.share, trial.name, trial.variant, shown, row["seconds"])
-        del model
-        record.save_results(results, file)
-    return results
+        results = record.continued(file, fingerprint, config.overwrite)
+        rows = results.setdefault("rows", [])
+        done = {(row["name"], row["variant"], row["share"]) for row in rows}
+        missing = [trial for trial in trials if trial.key not in done]
+        log.info("%s: %d prunings to do, %d at hand", file, len(missing), len(done))
+        bench = Bench(config, dtype, device, missing) if missing else None
+        for trial in missing:
+            model, row = bench.prune(trial) if trial.share else unpruned(bench, trial)
+            row["perplexity"] = bench.figures(model)
+            also(bench, model, row)
+            del model
+            rows.append(row)
+            shown = ", ".join(f"{figure['data']} {figure['pruned']:.1f}" for figure in row["perplexity"])
+            log.info("%.0f %%, %s %s: %s (%.0f s)", 100 * trial.share, trial.name, trial.variant, shown, row["seconds"])
+            record.save_results(results, file)
+        return results

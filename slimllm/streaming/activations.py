@@ -41,6 +41,7 @@ class ActivationStore:
         self._reserved = 0
 
     def append(self, tensor: torch.Tensor) -> None:
+        """Adds a batch at the end. Raises UserError where it has to go to the temporary folder and there is no room there."""
         size = tensor.nbytes
         if size <= self._memory.left:
             self._memory.left -= size
@@ -85,6 +86,7 @@ class ActivationStore:
         return twin
 
     def close(self) -> None:
+        """Forgets all batches: gives their memory back to the other stores, and removes the temporary file."""
         self._memory.left += self._reserved
         self._reserved, self._items = 0, []
         if self._file is not None:

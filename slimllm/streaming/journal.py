@@ -16,8 +16,8 @@ from ..utils.files import fsync_folder, write_text
 from .activations import ActivationStore
 
 NAME = ".journal"  # inside the folder of a run that is not finished
-_STATES, _OF = "slimllm-states-", "of"  # the folder of its states in another place, and the file there that says whose they are
-_ELSEWHERE = "elsewhere-"  # the file that says where that folder is, of each process
+_STATES, _OF = "slimllm-states-", "of"  # a folder of states in another place, and the file in it that holds the journal's path
+_ELSEWHERE = "elsewhere-"  # the file, one for each process, that holds that folder's path
 
 
 class Journal:
@@ -50,13 +50,13 @@ class Journal:
         return any(path.name != "identity.json" for path in (Path(folder) / NAME).glob("*.json"))
 
     def check(self, identity: dict) -> None:
-        """Keeps what a run is, or raises UserError, naming the difference, where the finished part is of another one."""
+        """Keeps the identity of the run. Raises UserError, naming the first difference, where another run left this journal."""
         identity = json.loads(json.dumps(identity, default=str))
-        found = self.get("identity")
-        if found is None:
+        before = self.get("identity")
+        if before is None:
             self.put("identity", identity)
             return
-        check_same(found, identity, "--resume")
+        check_same(before, identity, "--resume")
 
     def get(self, name: str):
         """The entry ``name``, or None where there is none."""
@@ -64,6 +64,7 @@ class Journal:
         return json.loads(path.read_text()) if path.is_file() else None
 
     def put(self, name: str, value) -> None:
+        """Keeps ``value``, which JSON can hold, as the entry ``name``, in place of an older one; only the first process writes."""
         if processes.is_first():
             write_text(self.folder / f"{name}.json", json.dumps(value), sync=True)
 
@@ -112,13 +113,13 @@ def clear_orphans(tmp_dir: str) -> None:
 
 
 def check_same(before: dict, now: dict, flag: str) -> None:
-    """Raises UserError, naming the first difference, where a run that ``flag`` shall go on with was another one than this."""
+    """Raises UserError, naming the first difference, where the stopped run that ``flag`` is to resume was not this one."""
     now = json.loads(json.dumps(now, default=str))
     for name in [*now, *before]:
         if before.get(name) != now.get(name):
             raise UserError(
                 f"{flag}: the stopped run had {name} {_short(before.get(name))}, this one has {_short(now.get(name))}; "
-                f"give the same command, or leave {flag} away to start anew"
+                f"give the same command, or leave out {flag} to start anew"
             )
 
 

@@ -2,10 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-Progress = Callable[[str, int, int], None]  # what is being done, how many layers are done, of how many
+from ..utils import processes
+
+Progress = Callable[[str, int, int], None]
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
-    pass
+    """A Progress that shows nothing."""
+
+
+@contextmanager
+def bar_on_terminal(log) -> Iterator[Progress]:
+    """A bar on the terminal, where there is one, while something is being done; lines of ``log`` go above it."""
+    from tqdm.auto import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    silent = None if processes.is_first() else True  # None: where there is no terminal
+    bars = {}  # the one of the stage that is going on
+
+    def close():
+        for bar in bars.values():
+            bar.close()
+        bars.clear()
+
+    def progress(stage, done, total):
+        if stage not in bars:
+            close()
+            bars[stage] = tqdm(desc=stage, disable=silent, leave=False)
+        bars[stage].n, bars[stage].total = done, total
+        bars[stage].refresh()
+        if done >= total:
+            close()
+
+    with logging_redirect_tqdm([log]):
+        try:
+            yield progress
+        finally:
+            close()

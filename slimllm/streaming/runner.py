@@ -15,6 +15,7 @@ from ..utils import processes
 from ..utils.device import resolved
 from ..utils.memory import activation_room
 from .activations import ActivationMemory, ActivationStore
+from .divergence import Divergence
 from .progress import Progress, no_progress
 
 TOKENS_PER_BATCH = 2048
@@ -44,6 +45,7 @@ class LayerRunner:
         self.arguments: list[dict] | None = None
 
     def store(self) -> ActivationStore:
+        """An empty store for activations, which shares the memory that this runner may use with its other stores."""
         return ActivationStore(self.memory)
 
     @contextmanager
@@ -124,10 +126,8 @@ class LayerRunner:
             for c, rows in enumerate(chunks):
                 log_p = self.adapter.logits(head, norm(rows)).log_softmax(-1)
                 p = log_p.exp()
-                entropy = float((p * log_p).sum())
                 for k, rival in enumerate(rivals):
-                    logits = self.adapter.logits(head, norm(rival[c]))  # sum of p log q = sum of p logits - logsumexp(logits)
-                    totals[k] += entropy - float((p * logits).sum() - logits.logsumexp(-1).sum())
+                    totals[k] += float(Divergence.apply(self.adapter.logits(head, norm(rival[c])), log_p, p))
         *sums, tokens = processes.total(*totals, self.ids.numel())
         return [value / tokens for value in sums]
 
@@ -161,6 +161,6 @@ def _to(value, place: torch.device | torch.dtype):
 def cosine_sum(inputs: torch.Tensor, outputs: torch.Tensor) -> float:
     """Sum over tokens of the cosine similarity of a layer's input and output, both [..., D].
 
-    Divided by the number of tokens it is c_l: a layer that hardly turns its input (c near 1) matters less.
+    Divided by the number of tokens it is c_l: a layer whose output points almost where its input does (cosine near 1) matters less.
     """
     return float(torch.nn.functional.cosine_similarity(inputs.float(), outputs.float(), dim=-1).double().sum())

@@ -1,4 +1,4 @@
-"""Streaming statistics of activations, merged batch by batch, and the store that the activations themselves lie in.
+"""Streaming statistics of activations, merged batch by batch.
 
 Means and co-moments are merged pairwise (Chan, Golub and LeVeque 1983), never taken from raw second moments: the
 few very large activations of Llama models would ruin those in float32. All statistics are float32 on the device
@@ -15,7 +15,7 @@ _COLUMN_BLOCK = 1024  # the co-moment is symmetric: only blocks on and above the
 
 
 class Covariance:
-    """Mean [n] and covariance [n, n] of rows seen so far. ``update`` takes [tokens, n]."""
+    """Mean [n] and covariance [n, n] of the rows given to :meth:`update` so far."""
 
     def __init__(self, size: int, device=None):
         self.count = 0
@@ -24,6 +24,7 @@ class Covariance:
         self._complete = False
 
     def update(self, rows: torch.Tensor) -> None:
+        """Takes in rows [tokens, n], float32."""
         count, mean = rows.shape[0], rows.mean(0)
         centred, delta = rows - mean, mean - self.mean
         total = self.count + count
@@ -35,7 +36,7 @@ class Covariance:
         self.count = total
 
     def merge(self) -> None:
-        """Takes in what the other processes of the run have seen."""
+        """Takes in the rows that the other processes of the run have been given."""
         if processes.count() == 1:
             return
         mean, weighted = self.mean.clone(), self.mean * self.count
@@ -68,30 +69,36 @@ class Covariance:
 
 
 class SquareSum:
-    """Sum of squares [n] over all rows, uncentred: the squared column norms. ``update`` takes [tokens, n]."""
+    """Sum of squares [n] over all rows given to :meth:`update`, not centred: the squared column norms."""
 
     def __init__(self, size: int, device=None):
         self.total = torch.zeros(size, device=device)
 
     def update(self, rows: torch.Tensor) -> None:
+        """Takes in rows [tokens, n], float32."""
         self.total += rows.square().sum(0)
 
     def merge(self) -> None:
-        """Takes in what the other processes of the run have seen."""
+        """Takes in the rows that the other processes of the run have been given."""
         processes.add(self.total)
 
     def norm(self) -> torch.Tensor:
+        """The Euclidean norm of each column over all rows, [n]."""
         return self.total.sqrt()
 
 
 class PairMoments:
-    """Means, variances and covariance [n] of two streams x and y, per column. ``update`` takes two [tokens, n]."""
+    """Means, variances and covariance [n] of two streams of rows [tokens, n], column by column.
+
+    In recovery x is what the kept columns give (Ŷ in docs/method.md) and y the output before pruning (Y).
+    """
 
     def __init__(self, size: int, device=None):
         self.count = 0
         self.mean_x, self.mean_y, self._xx, self._yy, self._xy = (torch.zeros(size, device=device) for _ in range(5))
 
     def update(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Takes in rows of both streams, [tokens, n] each, float32."""
         count, mean_x, mean_y = x.shape[0], x.mean(0), y.mean(0)
         total = self.count + count
         dx, dy, weight = mean_x - self.mean_x, mean_y - self.mean_y, self.count * count / total
@@ -103,7 +110,7 @@ class PairMoments:
         self.count = total
 
     def merge(self) -> None:
-        """Takes in what the other processes of the run have seen."""
+        """Takes in the rows that the other processes of the run have been given."""
         if processes.count() == 1:
             return
         mine = torch.stack([self.mean_x, self.mean_y])
@@ -127,14 +134,19 @@ class PairMoments:
 
     @property
     def var_x(self) -> torch.Tensor:
+        """Variance of each column of the first stream, [n]."""
         return self._xx / self.count
 
     @property
     def cov_xy(self) -> torch.Tensor:
+        """Covariance of each column of the first stream with the same column of the second, [n]."""
         return self._xy / self.count
 
     def relative_error(self) -> float:
-        """sum E[(y - x)^2] / sum Var(y): the share of the output's variance that x misses (0 is perfect)."""
+        """The share of the output's variance that the pruned output misses: sum of mean((Y - Ŷ)^2) / sum of Var(Y) over columns; 0 is best.
+
+        Ŷ, the pruned output, is the first stream, and Y, the output before pruning, the second.
+        """
         var_y = self._yy / self.count
         error = var_y - 2 * self.cov_xy + self.var_x + (self.mean_y - self.mean_x) ** 2
         return float(error.sum().clamp_min(0) / var_y.sum().clamp_min(torch.finfo(torch.float32).tiny))
