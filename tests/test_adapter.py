@@ -8,8 +8,9 @@ import torch
 from slimllm.models.adapter import LayerAdapter, with_multi_head_attention
 from slimllm.models.families import FAMILIES
 from slimllm.models.shape import shape_of
-from slimllm.pruning import pipeline
-from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model
+from slimllm.pruning.part_run import PartRun
+from slimllm.streaming.runner import LayerRunner
+from tests.conftest import FAMILY_CASES, count, logits, make_config, make_ids, make_model, part_shape, prune
 
 
 @pytest.fixture(params=FAMILY_CASES)
@@ -25,62 +26,76 @@ def test_the_cases_cover_the_table():
 def test_the_shape_counts_what_the_model_has(model):
     shape = shape_of(model.config)
     assert shape.decoder_parameters + shape.other_parameters == model.num_parameters()
-    assert LayerAdapter(model.config).all_widths(model) == [(shape.heads, shape.kv_heads, shape.channels)] * shape.layers
+    assert LayerAdapter(model.config).units(model) == shape.units
 
 
 def test_ratio_zero_leaves_the_logits_unchanged(model):
     ids = make_ids()
     before = logits(model, ids)
-    reports = pipeline.prune(model, ids, make_config(shape=shape_of(model.config), pruning_ratio=0.0))
+    reports = prune(model, ids, make_config(shape=shape_of(model.config), pruning_ratio=0.0))
     assert torch.equal(logits(model, ids), before)
-    assert all(len(r.channels) == 48 and r.mlp_error is None for r in reports)
+    assert all(count(r, "channels") == 48 and not r.errors for r in reports)
 
 
 def masked(dense, reports):
     """The dense model with the columns of removed heads and channels set to zero in its output projections."""
     model, adapter = copy.deepcopy(dense), LayerAdapter(dense.config)
-    for (attention, mlp), report in zip(adapter.blocks(model), reports):
-        mask = torch.zeros(attention.output.in_features).view(-1, adapter.head_dim)
-        mask[report.heads] = 1
-        attention.output.weight.data *= mask.flatten()
-        mask = torch.zeros(mlp.output.in_features)
-        mask[report.channels] = 1
-        mlp.output.weight.data *= mask
+    for layer, report in zip(adapter.layers(model), reports):
+        for part in adapter.parts(layer):
+            mask = torch.zeros(part.output.in_features)
+            mask[part.columns(report.kept[part.kind])] = 1
+            part.output.weight.data *= mask
     return model
 
 
 @pytest.mark.parametrize("head_unit", ["group", "query"])
 def test_slicing_equals_masking(model, head_unit):
     dense, ids = copy.deepcopy(model), make_ids()
-    reports = pipeline.prune(
-        model, ids, make_config(shape=shape_of(model.config), recovery="none", head_unit=head_unit, layer_ratio="uniform")
-    )
+    reports = prune(model, ids, make_config(shape=shape_of(model.config), recovery="none", head_unit=head_unit, layer_ratio="uniform"))
     torch.testing.assert_close(logits(model, ids), logits(masked(dense, reports), ids), rtol=1e-4, atol=1e-4)
     adapter = LayerAdapter(model.config)
-    found = adapter.all_widths(model)
-    assert found == [(len(r.heads), len(r.kv_heads), len(r.channels)) for r in reports] and found[0][2] < 48
+    found = adapter.units(model)
+    assert found == [r.units for r in reports] and count(found[0], "channels") < 48
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in dense.parameters())
 
 
-def test_blocks_and_head_add_up_to_the_model(model):
-    """Norm, block, post-norm, multiplier, final norm, head, divisor and cap, put together as the adapter says, are the model."""
+def test_parts_and_head_add_up_to_the_model(model):
+    """Norm, part, post-norm, multiplier, final norm, head, divisor and cap, put together as the adapter says, are the model."""
     adapter, ids, seen = LayerAdapter(model.config), make_ids(), {}
     expected = logits(model, ids)
     layers = list(adapter.layers(model))
     hooks = [layers[0].register_forward_pre_hook(lambda _, args, kwargs: seen.update(start=args[0]), with_kwargs=True)]
     for index, layer in enumerate(layers):
-        for part, block in enumerate((adapter.attention(layer), adapter.mlp(layer))):
-            hooks.append(block.output.register_forward_hook(lambda _, args, output, key=(index, part): seen.update({key: output})))
+        for part in adapter.parts(layer):
+            key = (index, part.kind)
+            hooks.append(part.output.register_forward_hook(lambda _, args, output, key=key: seen.update({key: output})))
     logits(model, ids)
     for hook in hooks:
         hook.remove()
     states = seen["start"]
     with torch.no_grad():
         for index, layer in enumerate(layers):
-            for part, block in enumerate((adapter.attention(layer), adapter.mlp(layer))):
-                states = block.join(states, seen[index, part])
+            for part in adapter.parts(layer):
+                states = part.join(states, seen[index, part.kind])
         found = adapter.logits(adapter.head(model), adapter.final_norm(model)(states))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_parts_run_one_by_one_are_the_layer(model):
+    """Which norm a part reads through, in what order parts come, and which read the same state: as pruning runs them."""
+    with torch.no_grad():
+        runner = LayerRunner(model, make_ids())
+        whole, by_parts = runner.embed(), runner.embed()
+        for index, layer in runner.visit():
+            for step in runner.adapter.steps(layer):
+                runs = [PartRun(runner, by_parts, part, index) for part in step]
+                for run in runs:
+                    run.take()
+                for run in runs:
+                    run.join()
+            runner.advance(whole, layer, index)
+            for expected, states in zip(whole, by_parts):
+                torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_repeating_kv_heads_leaves_the_logits_unchanged():
@@ -88,4 +103,4 @@ def test_repeating_kv_heads_leaves_the_logits_unchanged():
     before = logits(model, ids)
     with_multi_head_attention(model)
     torch.testing.assert_close(logits(model, ids), before, rtol=1e-4, atol=1e-4)
-    assert shape_of(model.config).kv_heads == 4
+    assert part_shape(shape_of(model.config), "attention").kv_heads == 4

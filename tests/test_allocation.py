@@ -4,10 +4,9 @@ import pytest
 
 from slimllm.errors import UserError
 from slimllm.models.shape import shape_of
+from slimllm.plan import removed_parameters
 from slimllm.pruning.allocation.auto import MAX_RATIO, SPREAD, candidates, spread
-from slimllm.pruning.allocation.head_units import HeadUnits
-from slimllm.pruning.allocation.plan import removed_parameters
-from tests.conftest import FAMILY_CASES, make_config, make_model, plan
+from tests.conftest import FAMILY_CASES, channel_parameters, count, make_config, make_model, part_shape, plan
 
 COSINE = [0.1, 0.9, 0.95, 0.5, 0.92, 0.93]
 
@@ -31,7 +30,7 @@ def test_ratio_is_rounded_layer_by_layer_as_published():
     ratios = dict(zip((1, 2, 4, 5), (0.25 * 4 * w / sum(weights) for w in weights)))
     for index, p in enumerate(plans):
         r = ratios.get(index, 0)
-        assert (p.ratio, p.heads, p.channels) == (pytest.approx(r), 8 - round(r * 8), 1536 - round(r * 1536))
+        assert (p.ratio, count(p, "heads"), count(p, "channels")) == (pytest.approx(r), 8 - round(r * 8), 1536 - round(r * 1536))
     assert plans[0].ratio == plans[3].ratio == 0
 
 
@@ -45,9 +44,9 @@ def test_target_sparsity_is_met_to_within_one_channel(case, head_unit, recovery,
     config = make_config(layers=6, target_sparsity=target, head_unit=head_unit, recovery=recovery, layer_ratio=layer_ratio)
     plans = candidates(counted, COSINE, COSINE, config)[1.0] if layer_ratio == "auto" else plan(counted, COSINE, config)
     removed = removed_parameters(counted, plans, config)
-    assert abs(removed - target * counted.decoder_parameters) <= counted.channel_parameters
+    assert abs(removed - target * counted.decoder_parameters) <= channel_parameters(counted)
     for p in plans:
-        assert p.heads >= 1 and p.channels >= 1 and p.heads % p.kv_heads == 0
+        assert count(p, "heads") >= 1 and count(p, "channels") >= 1 and count(p, "heads") % count(p, "kv_heads") == 0
 
 
 @pytest.mark.parametrize("layer_ratio", ["importance", "uniform", "ranking", "auto"])
@@ -60,20 +59,22 @@ def test_one_part_alone_is_pruned(layer_ratio, parts, runtime, amount):
     counted, _ = shape("llama_mha", num_attention_heads=8, num_key_value_heads=8, hidden_size=64, intermediate_size=100)
     config = make_config(6, counted, layer_ratio=layer_ratio, prune=parts, runtime=runtime, recovery="none", pruned_layers=6, **amount)
     plans = plan(counted, COSINE, config)
-    assert all(p.channels == 100 for p in plans) == (parts == "heads") and all(p.heads == 8 for p in plans) == (parts == "channels")
+    assert all(count(p, "channels") == 100 for p in plans) == (parts == "heads") and all(count(p, "heads") == 8 for p in plans) == (
+        parts == "channels"
+    )
     if "target_sparsity" in amount:
-        head = 4 * counted.hidden * counted.head_dim * (6 if runtime == "vllm" else 1)
-        allowed = head / 2 if parts == "heads" else counted.channel_parameters
+        head = 4 * counted.hidden * part_shape(counted, "attention").head_dim * (6 if runtime == "vllm" else 1)
+        allowed = head / 2 if parts == "heads" else channel_parameters(counted)
         assert abs(removed_parameters(counted, plans, config) - 0.1 * counted.decoder_parameters) <= allowed
     else:
-        left = [p.heads / 8 if parts == "heads" else p.channels / 100 for p in plans]
+        left = [count(p, "heads") / 8 if parts == "heads" else count(p, "channels") / 100 for p in plans]
         assert sum(left) / 6 == pytest.approx(0.6, abs=0.07)
 
 
 def test_heads_that_cannot_go_are_left():
     counted, _ = shape("olmo2")
     assert make_config(6, counted).prune == "channels" and make_config(6, shape()[0]).prune == "both"
-    assert all(p.heads == 4 for p in plan(counted, COSINE, make_config(6, counted, target_sparsity=0.3)))
+    assert all(count(p, "heads") == 4 for p in plan(counted, COSINE, make_config(6, counted, target_sparsity=0.3)))
     for parts in ("heads", "both"):
         with pytest.raises(UserError, match=f"--prune {parts}: no head of this model can go .*normed over all heads together"):
             make_config(6, counted, prune=parts)
@@ -91,7 +92,7 @@ def test_a_layer_keeps_a_head_group_and_a_channel():
     counted, _ = shape()
     plans = plan(counted, COSINE, make_config(layers=6, pruning_ratio=0.9, pruned_layers=6, alpha=10))
     clipped = [p for p in plans if p.clipped]
-    assert clipped and all(p.heads >= 1 and p.kv_heads >= 1 and p.channels >= 1 for p in plans)
+    assert clipped and all(count(p, "heads") >= 1 and count(p, "kv_heads") >= 1 and count(p, "channels") >= 1 for p in plans)
 
 
 def test_round_to_keeps_multiples():
@@ -99,10 +100,10 @@ def test_round_to_keeps_multiples():
     for settings in (dict(pruning_ratio=0.4), dict(target_sparsity=0.3)):
         plans = plan(counted, COSINE, make_config(layers=6, round_to=16, **settings))
         for p in plans:
-            assert p.channels % 16 == 0 or p.channels == 100
-            assert p.heads * counted.head_dim % 16 == 0
+            assert count(p, "channels") % 16 == 0 or count(p, "channels") == 100
+            assert count(p, "heads") * part_shape(counted, "attention").head_dim % 16 == 0
     removed = removed_parameters(counted, plans, make_config(layers=6))
-    assert abs(removed - 0.3 * counted.decoder_parameters) <= 16 * counted.channel_parameters
+    assert abs(removed - 0.3 * counted.decoder_parameters) <= 16 * channel_parameters(counted)
 
 
 @pytest.mark.parametrize("round_to", [7, 101])
@@ -122,9 +123,9 @@ def test_round_to_that_cannot_be(round_to):
         ("llama_mqa", "query", 4, 4, 1),
     ],
 )
-def test_head_units(case, unit, steps, units, groups):
-    found = HeadUnits(shape(case)[0], unit)
-    assert (found.steps, found.units, found.groups) == (steps, units, groups)
+def test_steps_of_heads(case, unit, steps, units, groups):
+    found = part_shape(shape(case)[0], "attention").steps(unit)
+    assert (found.count, found.candidates, found.runs) == (steps, units, groups)
 
 
 @pytest.mark.parametrize(
@@ -154,10 +155,10 @@ def test_auto_s_candidates_take_the_same_from_all_or_half_as_much_from_the_heads
     found = candidates(counted, [0.2, 0.1, 0.3, 0.2, 0.1, 0.2], COSINE, config)
     assert list(found) == [1.0, 0.5]
     removed = [removed_parameters(counted, plans, config) for plans in found.values()]
-    assert max(removed) - min(removed) <= counted.channel_parameters
+    assert max(removed) - min(removed) <= channel_parameters(counted)
     for share, plans in found.items():
-        heads = 1 - sum(p.heads for p in plans) / (16 * 6)
-        channels = 1 - sum(p.channels for p in plans) / (200 * 6)
+        heads = 1 - sum(count(p, "heads") for p in plans) / (16 * 6)
+        channels = 1 - sum(count(p, "channels") for p in plans) / (200 * 6)
         assert heads == pytest.approx(share * channels, abs=1 / 16)  # a head
 
 

@@ -15,11 +15,13 @@ TIERS = (
     ("utils", "cli"),
     ("models",),
     ("settings", "auto_classes"),
-    ("data",),
+    ("data", "plan"),
     ("streaming",),
-    ("pruning",),
-    ("evaluation", "deploy", "training"),
+    ("run",),
+    ("pruning", "evaluation", "deploy", "training"),
     ("reporting",),
+    ("footprint",),
+    ("stages",),
     ("api",),
     ("experiments",),
     ("commands",),
@@ -84,3 +86,24 @@ def test_only_the_family_table_names_projections():
     named = {str(path.relative_to(PACKAGE)): found for path in MODULES if (found := [w for w in words_of(path) if PARTS.search(w)])}
     assert set(named) <= KNOW_PARTS, named
     assert "models/families.py" in named
+
+
+def modules_imported(path: Path) -> set[Path]:
+    """The modules of the package that a file imports when it is loaded."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = path.parents[node.level - 1].joinpath(*(node.module or "").split(".") if node.module else ())
+            places = [folder, *(folder / alias.name for alias in node.names)]
+            found |= {place.with_suffix(".py") for place in places} | {place / "__init__.py" for place in places}
+    return found & set(MODULES)
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """Nor for its annotations alone: a class that an annotation names is imported as any other."""
+    assert not [path for path in MODULES if "TYPE_CHECKING" in path.read_text()]
+    left = {path: modules_imported(path) - {path} for path in MODULES}
+    while free := [path for path, needs in left.items() if not needs & left.keys()]:
+        for path in free:
+            del left[path]
+    assert not left, sorted(str(path.relative_to(PACKAGE)) for path in left)

@@ -5,14 +5,16 @@ import random
 import pytest
 import torch
 from huggingface_hub.errors import HTTPError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from transformers import GenerationConfig
 
+import hf_prune
 from slimllm.data import calibration, texts
+from slimllm.data.calibration import Calibration
 from slimllm.errors import UserError
 from slimllm.models import hub
-from tests.conftest import TEXT, make_model, tiny_tokenizer_of
+from tests.conftest import TEXT, make_ids, make_model, tiny_tokenizer_of
 
 
 def load(tokenizer, source=None, seed=42):
@@ -259,3 +261,13 @@ def test_a_text_in_place_of_a_name_is_not_repeated(text):
     with pytest.raises(UserError, match="a text of .* give texts as a list") as caught:
         calibration.check_source(text)
     assert len(str(caught.value)) < 200
+
+
+def test_what_a_model_is_distilled_on_is_as_long_as_the_samples_of_a_file(tiny_folder, text_file, tmp_path, monkeypatch):
+    """Whose length no flag says."""
+    monkeypatch.chdir(tmp_path)
+    Calibration(make_ids(6, 12), "test", probe_ids=make_ids(4, 12)).save(tmp_path)
+    flags = ["--base_model", str(tiny_folder), "--calibration", "calibration.safetensors", "--eval_data", "none", "--recipe", "distilled"]
+    assert hf_prune.main([*flags, "--distill_examples", "8", "--target_sparsity", "0.3"]) == 0
+    found = load_file(tmp_path / "prune_log/llama_prune/calibration.safetensors")
+    assert found["calibration_ids"].shape == (6, 12) and found["distill_ids"].shape == (8, 12)

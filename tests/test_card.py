@@ -22,7 +22,8 @@ from slimllm.__main__ import main as slim
 from slimllm.data import calibration
 from slimllm.models import hub as models_hub
 from slimllm.reporting import card, paper_table, record
-from tests.conftest import TEXT, make_ids, make_model, run_cli
+from slimllm.settings.methods import METHODS
+from tests.conftest import FAMILY_CASES, TEXT, make_ids, make_model, run_cli
 from tests.test_export_gguf import bpe_tokenizer, save
 
 PRUNE = ("--target_sparsity", 0.2, "--num_examples", 4, "--seq_len", 16, "--max_seq_len", 16, "--pruned_layers", 1, "--device", "cpu")
@@ -145,14 +146,14 @@ def test_the_commit_is_the_program_s_own(tmp_path, monkeypatch):
     git("add", ".")
     git("commit", "-m", "another project's")
     monkeypatch.setattr(record, "__file__", str(installed))
-    assert record._commit() is None
+    assert record.commit_of_this_program() is None
     monkeypatch.setattr(record, "__file__", str(tmp_path / "slimllm" / "reporting" / "record.py"))
-    commit = record._commit()
+    commit = record.commit_of_this_program()
     assert re.fullmatch("[0-9a-f]{40}", commit)
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))
-    assert record._commit() == commit
+    assert record.commit_of_this_program() == commit
     installed.write_text("changed")
-    assert record._commit() == f"{commit} with changes"
+    assert record.commit_of_this_program() == f"{commit} with changes"
 
 
 @pytest.mark.parametrize("case, offered", [("llama_gqa", True), ("gemma3", False)])

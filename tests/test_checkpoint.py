@@ -13,16 +13,15 @@ from slimllm import modeling
 from slimllm.deploy import checkpoint, reference, runtimes
 from slimllm.errors import UserError
 from slimllm.models.families import family_of
-from slimllm.pruning import pipeline
 from slimllm.settings.methods import RECOVERIES
 from slimllm.utils import outputs
-from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model, make_shape
+from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model, make_shape, prune
 
 
 def pruned(case="llama_gqa", **settings):
     model = make_model(case)
     settings = {"recovery": "least_squares", "layer_ratio": "uniform", **settings}
-    pipeline.prune(model, make_ids(), make_config(shape=make_shape(case), **settings))
+    prune(model, make_ids(), make_config(shape=make_shape(case), **settings))
     return runtimes.as_slim_model(model)
 
 

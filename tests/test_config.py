@@ -78,9 +78,9 @@ def test_the_ridge_falls_with_the_tokens_unless_it_is_given():
 def test_methods_set_what_the_user_left_open():
     c = config("--method", "flap").resolved(make_shape())
     assert (c.head_choice, c.channel_score, c.layer_ratio, c.recovery) == ("fluctuation", "fluctuation", "ranking", "bias")
-    assert (c.keep_lowest, c.pruned_layers, c.dense_stream) == (0.0, 2, True)
+    assert (c.keep_lowest, c.pruned_layers, c.dense_states) == (0.0, 2, True)
     c = config("--method", "flap", "--recovery", "least_squares", "--layer_ratio", "uniform").resolved(make_shape())
-    assert (c.recovery, c.layer_ratio, c.dense_stream) == ("least_squares", "uniform", False)
+    assert (c.recovery, c.layer_ratio, c.dense_states) == ("least_squares", "uniform", False)
 
 
 @pytest.mark.parametrize(

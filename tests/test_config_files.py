@@ -105,7 +105,7 @@ def test_another_repository_s_code_is_not_in_the_auto_map(tmp_path):
     path = tmp_path / "config.json"
     path.write_text('{"auto_map": {"AutoConfig": "me/code--modeling.X", "AutoModel": "modeling.X"}}')
     (tmp_path / "modeling.py").touch()
-    config_files._rewrite(path, dict)
+    config_files.rewrite(path, dict)
     assert read_json(path) == {"auto_map": {"AutoModel": "modeling.X"}}
 
 

@@ -25,8 +25,8 @@ def test_a_gpu_trains_in_what_it_computes_itself(gpu):
 
 
 def test_a_gguf_file_on_a_gpu_is_pruned_in_bfloat16_where_there_is_it(gpu):
-    assert pruning_dtype("auto", GPU, own=None) == gpu
-    assert pruning_dtype("auto", GPU, own=torch.float16) == torch.float16 and pruning_dtype("auto", CPU, own=None) == torch.float32
+    assert pruning_dtype("auto", GPU, stored=None) == gpu
+    assert pruning_dtype("auto", GPU, stored=torch.float16) == torch.float16 and pruning_dtype("auto", CPU, stored=None) == torch.float32
 
 
 @pytest.mark.parametrize("fast, wanted", [(True, torch.bfloat16), (False, torch.float32)])

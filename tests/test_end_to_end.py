@@ -13,9 +13,11 @@ from slimllm.__main__ import main as slim
 from slimllm.data import calibration, texts
 from slimllm.evaluation.perplexity import perplexity
 from slimllm.models import loading
-from slimllm.training.distillation import Teacher, distil
+from slimllm.models.shape import shape_of
+from slimllm.training import distillation
+from slimllm.training.teacher import Teacher
 from slimllm.utils.device import cpu_is_fast_in_bfloat16
-from tests.conftest import ROOT
+from tests.conftest import ROOT, make_config, run_of
 
 
 def test_twenty_percent_is_twenty_percent(run):
@@ -91,13 +93,14 @@ def test_interrupted_in_the_middle_of_pruning(smollm2, text_file, tmp_path, sent
 PEAK = """
 import sys, torch
 from slimllm.models import loading
-from slimllm.pruning import pipeline
 from slimllm.utils import memory
-from tests.conftest import make_config
+from slimllm.models.shape import shape_of
+from slimllm.training import distillation
+from tests.conftest import make_config, make_config, prune
 memory.FREE_SHARE = 10**9  # as where little is free: else an eighth of that may hold them
 model = loading.load_model(sys.argv[1], torch.float32)
 ids = torch.randint(1000, (int(sys.argv[2]), 128), generator=torch.Generator().manual_seed(0))
-pipeline.prune(model, ids, make_config(layers=len(model.model.layers), recovery="least_squares", pruning_ratio=0.25))
+prune(model, ids, make_config(layers=len(model.model.layers), recovery="least_squares", pruning_ratio=0.25))
 print(memory.peak_memory()["cpu_bytes"])
 """
 
@@ -170,5 +173,7 @@ def test_distillation_brings_the_pruned_model_nearer_to_the_dense_one(run, smoll
     (text,) = texts.load_texts(("python_manual",))
     blocks = texts.blocks_of(text, loading.load_tokenizer(str(smollm2)), loading.load_config(str(smollm2)), 48, limit=32)
     student = loading.load_model(str(folder), torch.float32)
-    found = distil(student, Teacher(loading.open_source(str(smollm2), torch.float32), blocks), "all", epochs=2, learning_rate=1e-4)
+    config = make_config(30, shape_of(student.config), distill="all", distill_epochs=2, distill_learning_rate=1e-4)
+    teacher = Teacher(loading.open_source(str(smollm2), torch.float32), blocks)
+    found = distillation.distil(run_of(student, blocks, config), student, teacher)
     assert found.kept and found.held_out == 8 and found.after < 0.95 * found.before

@@ -21,8 +21,7 @@ from slimllm.deploy import checkpoint, export_gguf, gguf_tokenizer, reference, r
 from slimllm.deploy.llama_cpp import LlamaCpp
 from slimllm.errors import UserError
 from slimllm.models.families import FAMILIES
-from slimllm.pruning import pipeline
-from tests.conftest import FAMILY_CASES, ROOT, TEXT, make_config, make_ids, make_model, make_shape, tiny_tokenizer_of
+from tests.conftest import FAMILY_CASES, ROOT, TEXT, make_config, make_ids, make_model, make_shape, prune, tiny_tokenizer_of
 
 VOCAB = 320
 SIZES = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=3)
@@ -85,7 +84,7 @@ def save(case, folder, tokenizer, pruned=True, sizes=SIZES, **settings):
     if pruned:
         shape = make_shape(case, **sizes)
         config = make_config(shape=shape, **{"pruned_layers": 2, "recovery": "least_squares", **settings})
-        pipeline.prune(model, ids, config)
+        prune(model, ids, config)
         runtimes.convert_for_runtime(model, config.runtime)
     checkpoint.save(model, tokenizer, folder, ids[:2], "dense")
     return folder
@@ -344,7 +343,8 @@ def flip_bit(tensor):
 
 def alter_heads(path):
     record = json.loads(path.read_text())
-    record["layers"][0]["heads"] = record["layers"][0]["heads"][:-1]
+    heads = record["layers"][0]["kept"]["attention"]["heads"]
+    heads.pop()
     path.write_text(json.dumps(record))
 
 
@@ -391,7 +391,7 @@ def test_verify_finds_every_alteration_and_says_where(what, sealed, tmp_path, ca
         assert (
             status == 1
             and table.count("FAILED") == 1
-            and ("widths of the layers that pruning.json says: not layer 0" in table) is (what == "plan")
+            and ("widths of the layers that pruning.json holds: not layer 0" in table) is (what == "plan")
         )
 
 

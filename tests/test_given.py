@@ -61,10 +61,6 @@ def spoiled(name, value=float("nan"), dtype=torch.float32):
     return lambda model: model.to(dtype).get_parameter(name).view(-1)[3:4].fill_(value)
 
 
-def pruned_before():
-    return slimllm.prune(make_model(), calibration=make_ids(), pruning_ratio=0.5).model
-
-
 REFUSED = {
     "its name": (lambda: "some/model", "'some/model' is a name; give the model, as from_pretrained does"),
     "its folder": (lambda: pathlib.Path("model"), "'model' is a name; give the model"),
@@ -85,7 +81,6 @@ REFUSED = {
     "offloaded": (lambda: changed(cpu_offload), "accelerate moves its weights .*without device_map"),
     "mixed dtypes": (lambda: changed(lambda model: model.model.norm.bfloat16()), "bfloat16 and float32; .*in one dtype"),
     "fewer layers": (lambda: changed(without_last_layer), "layers.1.* is none in the model and"),
-    "pruned before": (pruned_before, "slim_llama: this model is pruned already"),
     "NaN in the embeddings": (lambda: changed(spoiled("model.embed_tokens.weight")), "numbers of model.embed_tokens.weight are not finite"),
     "NaN in the norm": (lambda: changed(spoiled("model.norm.weight")), "numbers of model.norm.weight are not finite; load or train"),
     "inf in the head": (lambda: changed(spoiled("lm_head.weight", float("inf"))), "numbers of lm_head.weight are not finite"),

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from slimllm.__main__ import main as slim
-from slimllm.commands.latency import LatencyConfig
 from slimllm.errors import UserError
 from slimllm.evaluation import latency
+from slimllm.settings.latency import LatencyConfig
 from tests.conftest import FAMILY_CASES, make_ids, make_model, prune_to, tiny_tokenizer_of
 
 

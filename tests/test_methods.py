@@ -5,13 +5,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from slimllm.errors import UserError
-from slimllm.pruning import pipeline
 from slimllm.pruning.allocation.layer_ratios import without_scores
 from slimllm.pruning.importance.taylor import saliencies
 from slimllm.settings.methods import METHODS
 from slimllm.settings.pruning import PruneConfig
 from slimllm.streaming.runner import LayerRunner
-from tests.conftest import FAMILY_CASES, logits, make_ids, make_model, make_shape
+from tests.conftest import FAMILY_CASES, indices, logits, make_ids, make_model, make_shape, prune
 
 CASES = ("llama_mha", "llama_gqa", "qwen2")
 
@@ -49,7 +48,7 @@ def keep_highest(scores, removed, groups):
 def test_every_method_meets_the_sparsity_and_gives_a_model_that_runs(method, case, recovery):
     shape, model = make_shape(case), make_model(case)
     config = PruneConfig(base_model="test", method=method, target_sparsity=0.3, recovery=recovery, **_all_layers(method)).resolved(shape)
-    pipeline.prune(model, make_ids(), config)
+    prune(model, make_ids(), config)
     left = sum(p.numel() for p in model.model.layers.parameters())
     assert abs(shape.decoder_parameters * 0.7 - left) <= 3 * 32 + 2 * 48  # a channel, and the biases that could not be foreseen
     assert torch.isfinite(logits(model, make_ids(2))).all()
@@ -68,18 +67,18 @@ def test_llm_pruner(case, head_unit):
     cross_entropy(out, ids[:, 1:].flatten()).backward()
     E = {name: (p * p.grad).abs() for name, p in reference.named_parameters() if "proj.weight" in name}
     config = settings("llm_pruner", case, pruning_ratio=0.5, pruned_layers=2, head_unit=head_unit)
-    reports = pipeline.prune(model, ids, config)
+    reports = prune(model, ids, config)
     kv, size = reference.config.num_key_value_heads, 8
     for index, report in enumerate(reports):
         e = {name.split(".")[4]: value for name, value in E.items() if f"layers.{index}." in name}
         heads = e["q_proj"].sum(1).view(4, size).sum(1) + e["o_proj"].sum(0).view(4, size).sum(1)
         if head_unit == "group" or kv == 4:
             groups = heads.view(kv, -1).sum(1) + (e["k_proj"].sum(1) + e["v_proj"].sum(1)).view(kv, size).sum(1)
-            assert report.kv_heads == keep_highest(groups, kv // 2, 1)
+            assert indices(report, "kv_heads") == keep_highest(groups, kv // 2, 1)
         else:
-            assert report.heads == keep_highest(heads, 4 // kv // 2, kv)
+            assert indices(report, "heads") == keep_highest(heads, 4 // kv // 2, kv)
         channels = e["gate_proj"].sum(1) + e["up_proj"].sum(1) + e["down_proj"].sum(0)
-        assert report.channels == keep_highest(channels, 24, 1)
+        assert indices(report, "channels") == keep_highest(channels, 24, 1)
 
 
 def test_gradients_layer_by_layer_are_those_of_one_backward_pass():
@@ -93,7 +92,7 @@ def test_gradients_layer_by_layer_are_those_of_one_backward_pass():
     runner.batch = 2
     found = saliencies(runner)
     for index in range(2):
-        torch.testing.assert_close(found[index].channels, wanted[index] + rest[2 * index] + rest[2 * index + 1])
+        torch.testing.assert_close(found[index]["mlp"]["channels"], wanted[index] + rest[2 * index] + rest[2 * index + 1])
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
@@ -134,17 +133,17 @@ def test_flap(case, head_unit):
             break
         total += price
         gone[index, what] = gone.get((index, what), 0) + 1
-    reports = pipeline.prune(model, ids, settings("flap", case, pruning_ratio=0.4, head_unit=head_unit))
+    reports = prune(model, ids, settings("flap", case, pruning_ratio=0.4, head_unit=head_unit))
     for index, report in enumerate(reports):
-        assert report.channels == keep_highest(channels[index], gone.get((index, "channels"), 0), 1)
+        assert indices(report, "channels") == keep_highest(channels[index], gone.get((index, "channels"), 0), 1)
         removed = gone.get((index, "heads"), 0)
         if head_unit == "group" or kv == 4:
-            assert report.kv_heads == keep_highest(of_heads[index].view(kv, -1).mean(-1), removed, 1)
+            assert indices(report, "kv_heads") == keep_highest(of_heads[index].view(kv, -1).mean(-1), removed, 1)
         else:
-            assert report.heads == keep_highest(of_heads[index], removed, kv)
-        left = torch.tensor([c for c in range(48) if c not in report.channels], dtype=torch.long)
+            assert indices(report, "heads") == keep_highest(of_heads[index], removed, kv)
+        left = torch.tensor([c for c in range(48) if c not in indices(report, "channels")], dtype=torch.long)
         down = dense.model.layers[index].mlp.down_proj.weight
-        torch.testing.assert_close(model.model.layers[index].mlp.down_proj.weight, down[:, report.channels])
+        torch.testing.assert_close(model.model.layers[index].mlp.down_proj.weight, down[:, indices(report, "channels")])
         if len(left):
             bias = down[:, left] @ seen[index, "channels"].mean(0)[left]
             torch.testing.assert_close(model.model.layers[index].mlp.down_proj.bias, bias, atol=1e-4, rtol=1e-4)
@@ -155,25 +154,27 @@ def test_flap(case, head_unit):
 def test_wanda_sp_and_magnitude(case, method):
     """Scores of the layer's own inputs (of the pruned layers before it), the lowest of each layer, nothing recovered."""
     model, ids, dense = make_model(case), make_ids(), make_model(case)
-    reports = pipeline.prune(model, ids, settings(method, case, pruning_ratio=0.5))
+    reports = prune(model, ids, settings(method, case, pruning_ratio=0.5))
     kv, size = dense.config.num_key_value_heads, 8
     first = inputs_of(dense, ids)[0, "heads"]
     second = inputs_of(model, ids)  # of the second layer's kept parts only
     for index, report in enumerate(reports):
         o, down = dense.model.layers[index].self_attn.o_proj.weight, dense.model.layers[index].mlp.down_proj.weight
         if method == "magnitude":
-            assert report.channels == keep_highest(down.norm(dim=0), 24, 1)
-            assert report.heads == keep_highest(o.norm(dim=0).view(4, size).sum(1), 4 // kv // 2 if kv < 4 else 2, kv if kv < 4 else 1)
+            assert indices(report, "channels") == keep_highest(down.norm(dim=0), 24, 1)
+            assert indices(report, "heads") == keep_highest(
+                o.norm(dim=0).view(4, size).sum(1), 4 // kv // 2 if kv < 4 else 2, kv if kv < 4 else 1
+            )
         elif index == 0:
             scores = (o.abs().mean(0) * first.norm(dim=0)).view(4, size).sum(1)
-            assert report.heads == keep_highest(scores, 4 // kv // 2 if kv < 4 else 2, kv if kv < 4 else 1)
+            assert indices(report, "heads") == keep_highest(scores, 4 // kv // 2 if kv < 4 else 2, kv if kv < 4 else 1)
         else:
             x = second[index, "channels"]
-            kept = down[:, report.channels].abs().mean(0) * x.norm(dim=0)
+            kept = down[:, indices(report, "channels")].abs().mean(0) * x.norm(dim=0)
             full = _channels_of(dense, model, index, ids)
-            gone = [c for c in range(48) if c not in report.channels]
+            gone = [c for c in range(48) if c not in indices(report, "channels")]
             assert kept.min() >= (down.abs().mean(0) * full.norm(dim=0))[gone].max()
-        torch.testing.assert_close(model.model.layers[index].mlp.down_proj.weight, down[:, report.channels])
+        torch.testing.assert_close(model.model.layers[index].mlp.down_proj.weight, down[:, indices(report, "channels")])
 
 
 def _channels_of(dense, pruned, index, ids):
@@ -195,6 +196,6 @@ def test_one_ranking_is_not_for_a_runtime_that_wants_layers_alike():
 def test_random_is_another_choice_with_another_seed():
     found = []
     for seed in (1, 1, 2):
-        found.append([r.channels for r in pipeline.prune(make_model(), make_ids(), settings("random", pruning_ratio=0.5, seed=seed))])
+        found.append([indices(r, "channels") for r in prune(make_model(), make_ids(), settings("random", pruning_ratio=0.5, seed=seed))])
     assert found[0] == found[1] != found[2]
     assert found[0][0] != found[0][1]

@@ -10,12 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.llama import modeling_llama
 
-from slimllm import api
 from slimllm.deploy import checkpoint, export_gguf, gguf_architecture
 from slimllm.deploy.sink import CheckpointSink
 from slimllm.errors import UserError
 from slimllm.models import gguf_settings, loading
-from tests.conftest import LLAMA3, YARN, family_config, logits, make_config, make_ids, make_model
+from tests.conftest import LLAMA3, YARN, family_config, logits, make_config, make_ids, make_model, prune
 
 WEIGHTS = "model.safetensors"
 
@@ -272,7 +271,7 @@ def test_persistent_buffers_are_read_written_and_missed(tmp_path, tiny_tokenizer
     checkpoint.save(model, tiny_tokenizer, tmp_path / "copy", make_ids(2), "dense")
     assert torch.equal(logits(checkpoint.load(tmp_path / "copy"), make_ids()), logits(model, make_ids()))
     sink = CheckpointSink(tmp_path / "pruned", source, config := make_config(), make_ids(2), "cpu")
-    api.pipeline.prune(source, make_ids(), config, sink=sink)
+    prune(source, make_ids(), config, sink=sink)
     sink.finish()
     assert load_file(tmp_path / "pruned" / WEIGHTS)["model.layers.1.layer_scalar"].tolist() == [0.5]
     altered(tmp_path / "model", lambda tensors: tensors.pop("model.layers.1.layer_scalar"))

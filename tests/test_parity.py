@@ -17,9 +17,8 @@ from slimllm.experiments import plain
 from slimllm.models import loading
 from slimllm.models.adapter import with_multi_head_attention
 from slimllm.models.shape import shape_of
-from slimllm.pruning import pipeline
-from slimllm.pruning.allocation.plan import Kept, LayerPlan
-from tests.conftest import make_config
+from slimllm.plan import LayerPlan
+from tests.conftest import count, indices, make_config, prune
 
 PUBLISHED = sorted((Path(__file__).parent / "published").glob("*.safetensors"))
 
@@ -51,30 +50,29 @@ def check_channels_and_perplexity(model, reports, kept, folder, ids, eval_ids, e
     on processor and threads. Where it did, the model is pruned again by the channels that were decided elsewhere.
     """
     wanted = sum(len(channels) for _, channels in kept.values())
-    same = sum(len(set(channels) & set(reports[i].channels)) for i, (_, channels) in kept.items())
+    same = sum(len(set(channels) & set(indices(reports[i], "channels"))) for i, (_, channels) in kept.items())
     assert same / wanted >= 0.999
     if same < wanted:
         model = dense(folder)
-        shape = shape_of(model.config)
-        whole = (list(range(shape.heads)), list(range(shape.channels)))
-        exactly = [kept.get(index, whole) for index in range(shape.layers)]
-        plans = [plan_of(shape, *chosen, Kept(chosen[0], *chosen)) for chosen in exactly]
-        pipeline.prune(model, ids, make_config(layers=30, recovery="linear"), plans=plans)
+        layers = shape_of(model.config).layers
+        whole = tuple(list(range(count(layers[0].units, sort))) for sort in ("heads", "channels"))
+        plans = [plan_of(layer, *kept.get(index, whole)) for index, layer in enumerate(layers)]
+        prune(model, ids, make_config(layers=30, recovery="linear"), plans=plans)
     assert perplexity(model, eval_ids) == pytest.approx(expected, rel=1e-3)
 
 
-def plan_of(shape, heads, channels, kept=None):
-    """A plan that keeps as many heads and channels of a multi-head layer, by their importance or, where given, those ``kept``."""
-    return LayerPlan(1 - len(channels) / shape.channels, len(heads), len(heads), len(channels), kept=kept)
+def plan_of(layer, heads, channels):
+    """A plan that keeps these heads and channels of a multi-head layer."""
+    return LayerPlan.of_kept({"attention": {"heads": heads, "kv_heads": heads}, "mlp": {"channels": channels}}, layer)
 
 
 def test_the_published_decisions(published, smollm2):
     settings, ids, eval_ids, cosine, kept, expected = published
     model = dense(smollm2)
-    reports = pipeline.prune(model, ids, make_config(layers=30, keep_lowest=0.01, recovery="linear", **settings))
+    reports = prune(model, ids, make_config(layers=30, keep_lowest=0.01, recovery="linear", **settings))
     assert [r.cosine for r in reports] == pytest.approx(cosine, abs=1e-5)
-    assert {i: reports[i].heads for i in kept} == {i: heads for i, (heads, _) in kept.items()}
-    assert all(len(reports[i].channels) == len(channels) for i, (_, channels) in kept.items())
+    assert {i: indices(reports[i], "heads") for i in kept} == {i: heads for i, (heads, _) in kept.items()}
+    assert all(count(reports[i], "channels") == len(channels) for i, (_, channels) in kept.items())
     check_channels_and_perplexity(model, reports, kept, smollm2, ids, eval_ids, expected)
 
 
@@ -82,9 +80,11 @@ def test_least_squares_beats_the_published_recovery(published, smollm2):
     """At the same kept parameters and the same calibration tokens."""
     settings, ids, eval_ids, _, kept, published_perplexity = published
     model = dense(smollm2)
-    plans = [plan_of(shape_of(model.config), *kept[index]) for index in range(30)]
-    reports = pipeline.prune(model, ids, make_config(layers=30, recovery="least_squares"), plans=plans)
-    assert all(len(reports[i].channels) == len(channels) and len(reports[i].heads) == len(heads) for i, (heads, channels) in kept.items())
+    plans = [plan_of(layer, *kept[index]) for index, layer in enumerate(shape_of(model.config).layers)]
+    for plan in plans:
+        plan.kept = None  # as many, chosen by their importance
+    reports = prune(model, ids, make_config(layers=30, recovery="least_squares"), plans=plans)
+    assert [r.units for r in reports] == [plan.units for plan in plans]
     bound = {0.25: 0.87, 0.55: 0.80}[settings["pruning_ratio"]]
     assert perplexity(model, eval_ids) <= bound * published_perplexity
 
@@ -94,9 +94,9 @@ def test_the_plain_transcription_decides_the_same_on_the_real_model(smollm2):
     ids = manual_ids(smollm2, 6)
     twin, model = dense(smollm2), dense(smollm2)
     cosine, kept = plain.prune(twin, ids, 0.4, 4, 10.0)
-    reports = pipeline.prune(model, ids, make_config(layers=30, pruned_layers=4, pruning_ratio=0.4, alpha=10.0))
+    reports = prune(model, ids, make_config(layers=30, pruned_layers=4, pruning_ratio=0.4, alpha=10.0))
     assert [r.cosine for r in reports] == pytest.approx(cosine, abs=1e-5)
     assert sorted(kept) == [r.index for r in reports if r.ratio] and len(kept) == 4
-    assert {index: reports[index].heads for index in kept} == {index: heads for index, (heads, _) in kept.items()}
+    assert {index: indices(reports[index], "heads") for index in kept} == {index: heads for index, (heads, _) in kept.items()}
     blocks = manual_ids(smollm2, 12)[6:]
     check_channels_and_perplexity(model, reports, kept, smollm2, ids, blocks, perplexity(twin, blocks))

@@ -6,15 +6,12 @@ import torch
 from slimllm.errors import UserError
 from slimllm.experiments import plain
 from slimllm.models.shape import shape_of
-from slimllm.models.source import ModelSource
-from slimllm.pruning import pipeline
 from slimllm.pruning.allocation import auto
 from slimllm.pruning.allocation.inputs import AllocationInputs
-from slimllm.pruning.allocation.plan import LayerPlan
 from slimllm.settings.methods import RECOVERIES
 from slimllm.settings.pruning import HEAD_UNITS
 from slimllm.streaming.activations import ActivationMemory
-from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model, make_shape
+from tests.conftest import FAMILY_CASES, count, indices, logits, make_config, make_ids, make_model, make_shape, prune, run_of, whole_plan
 
 
 @pytest.mark.parametrize("recovery", RECOVERIES)
@@ -22,11 +19,9 @@ from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_mod
 @pytest.mark.parametrize("case", FAMILY_CASES)
 def test_every_recovery_lowers_the_error_of_each_part(case, head_unit, recovery):
     model, ids = make_model(case), make_ids(samples=12)
-    for report in pipeline.prune(
-        model, ids, make_config(shape=make_shape(case), recovery=recovery, head_unit=head_unit, layer_ratio="uniform")
-    ):
-        for error in (report.attention_error, report.mlp_error):
-            assert error is None or error[1] <= error[0] * (1 + 1e-4)
+    for report in prune(model, ids, make_config(shape=make_shape(case), recovery=recovery, head_unit=head_unit, layer_ratio="uniform")):
+        for before, after in report.errors.values():
+            assert after <= before * (1 + 1e-4)
     assert logits(model, ids).isfinite().all()
 
 
@@ -35,13 +30,13 @@ def test_reported_error_is_the_layer_s_real_error(recovery):
     """The streamed error of the last layer's feed-forward part, against running the module on the same input."""
     dense, ids = make_model("llama_mha"), make_ids(samples=12)
     model = copy.deepcopy(dense)
-    report = pipeline.prune(model, ids, make_config(recovery=recovery))[-1]
+    report = prune(model, ids, make_config(recovery=recovery))[-1]
     seen = {}
     model.model.layers[-1].mlp.register_forward_hook(lambda _, args, output: seen.update(x=args[0], y=output))
     logits(model, ids)
     wanted = dense.model.layers[-1].mlp(seen["x"]).flatten(0, 1)
     error = (seen["y"].flatten(0, 1) - wanted).square().mean(0).sum() / wanted.var(0, correction=0).sum()
-    assert report.mlp_error[1] == pytest.approx(error.item(), rel=1e-3)
+    assert report.errors["mlp"][1] == pytest.approx(error.item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.5])
@@ -50,10 +45,10 @@ def test_the_pipeline_decides_as_the_plain_transcription(ratio, seed):
     model, ids = make_model("llama_mha", seed=seed, num_hidden_layers=4), make_ids(samples=12, seed=seed)
     twin = copy.deepcopy(model)
     cosine, kept = plain.prune(twin, ids, ratio, 3, 2.0)
-    reports = pipeline.prune(model, ids, make_config(layers=4, pruned_layers=3, pruning_ratio=ratio, alpha=2.0, keep_lowest=0.01))
+    reports = prune(model, ids, make_config(layers=4, pruned_layers=3, pruning_ratio=ratio, alpha=2.0, keep_lowest=0.01))
     assert [r.cosine for r in reports] == pytest.approx(cosine, abs=1e-5)
     for index, (heads, channels) in kept.items():
-        assert reports[index].heads == heads and reports[index].channels == channels
+        assert indices(reports[index], "heads") == heads and indices(reports[index], "channels") == channels
     torch.testing.assert_close(logits(model, ids), logits(twin, ids), rtol=1e-2, atol=1e-2)
 
 
@@ -66,19 +61,19 @@ def test_samples_in_batches_and_on_disk_decide_the_same(where, monkeypatch):
         model.model.rotary_emb = make_model().model.rotary_emb
     twin = copy.deepcopy(model)
     batch = 48 if where == "memory" else 2048
-    reports = pipeline.prune(model, ids, make_config(recovery="least_squares"))
+    reports = prune(model, ids, make_config(recovery="least_squares"))
     monkeypatch.setattr("slimllm.streaming.runner.TOKENS_PER_BATCH", batch)
     if where == "disk":
         monkeypatch.setattr("slimllm.streaming.runner.ActivationMemory", lambda limit, folder: ActivationMemory(0, folder))
-    again = pipeline.prune(twin, ids, make_config(recovery="least_squares"))
-    assert [(r.heads, r.channels) for r in reports] == [(r.heads, r.channels) for r in again]
+    again = prune(twin, ids, make_config(recovery="least_squares"))
+    assert [r.kept for r in reports] == [r.kept for r in again]
     torch.testing.assert_close(logits(model, ids), logits(twin, ids), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     model, ids = make_model().to(dtype), make_ids()
-    pipeline.prune(model, ids, make_config(recovery="least_squares"))
+    prune(model, ids, make_config(recovery="least_squares"))
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert logits(model, ids).isfinite().all()
 
@@ -87,13 +82,13 @@ def test_values_that_are_not_finite_are_named():
     model = make_model()
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(UserError, match="layer 1 gives values that are not finite"):
-        pipeline.prune(model, make_ids(), make_config())
+        prune(model, make_ids(), make_config())
 
 
 def test_an_unpruned_layer_between_pruned_ones_is_left_whole():
     model, ids = make_model(num_hidden_layers=4), make_ids()
     weights = copy.deepcopy(model.state_dict())
-    reports = pipeline.prune(model, ids, make_config(layers=4, pruned_layers=2))
+    reports = prune(model, ids, make_config(layers=4, pruned_layers=2))
     whole = [r.index for r in reports if not r.ratio]
     assert len(whole) == 2
     for index in whole:
@@ -104,8 +99,8 @@ def test_an_unpruned_layer_between_pruned_ones_is_left_whole():
 def test_heads_that_stay_while_channels_go():
     """A small ratio can round to no head at all; the feed-forward part is pruned all the same."""
     model, ids = make_model("llama_gqa"), make_ids()
-    reports = pipeline.prune(model, ids, make_config(pruning_ratio=0.1, layer_ratio="uniform"))
-    assert all(len(r.heads) == 4 and r.attention_error is None and len(r.channels) < 48 for r in reports)
+    reports = prune(model, ids, make_config(pruning_ratio=0.1, layer_ratio="uniform"))
+    assert all(count(r, "heads") == 4 and "attention" not in r.errors and count(r, "channels") < 48 for r in reports)
     assert model.model.layers[0].self_attn.o_proj.bias is None
 
 
@@ -122,25 +117,25 @@ def test_layers_run_as_in_the_whole_model(case):
     """Masks (sliding windows too) and positions are the model's own: cosines and the first attention's error say so."""
     dense, ids = make_model(case), make_ids(samples=12)
     model = copy.deepcopy(dense)
-    reports = pipeline.prune(model, ids, make_config(shape=make_shape(case), layer_ratio="uniform"))
+    reports = prune(model, ids, make_config(shape=make_shape(case), layer_ratio="uniform"))
     states = [outputs_of(dense, ids, module) for module in (dense.model.embed_tokens, *dense.model.layers)]
     cosine = [torch.cosine_similarity(a, b, dim=-1).mean().item() for a, b in zip(states, states[1:])]
     assert [r.cosine for r in reports] == pytest.approx(cosine, abs=1e-5)
-    if reports[0].attention_error:
+    if "attention" in reports[0].errors:
         wanted, found = (outputs_of(m, ids, m.model.layers[0].self_attn.o_proj).flatten(0, 1) for m in (dense, model))
         error = (wanted - found).square().mean(0).sum() / wanted.var(0, correction=0).sum()
-        assert reports[0].attention_error[1] == pytest.approx(error.item(), rel=1e-3)
+        assert reports[0].errors["attention"][1] == pytest.approx(error.item(), rel=1e-3)
 
 
 def inputs(model, ids, probe_ids, config):
-    shape = shape_of(model.config)
-    return AllocationInputs(shape, config, [0.0] * shape.layers, ModelSource.of(model), ids, probe_ids)
+    run = run_of(model, ids, config, probe_ids)
+    return AllocationInputs(run.shape, config, run, [0.0] * len(run.shape.layers))
 
 
 def divergence_of_pruned(dense, plans, seen, held, config):
     """KL divergence of the dense model's next-token distribution from that of the model really pruned by ``plans``."""
     model = copy.deepcopy(dense)
-    pipeline.prune(model, seen, config, plans=plans)
+    prune(model, seen, config, plans=plans)
     p = logits(dense, held).log_softmax(-1)
     return (p.exp() * (p - logits(model, held).log_softmax(-1))).sum(-1).mean().item()
 
@@ -156,7 +151,7 @@ def test_sensitivity_is_the_divergence_that_pruning_one_layer_alone_makes(case, 
     found = auto.layer_sensitivities(inputs(dense, seen, held, config))
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
     probe = auto.probe(shape, auto.PROBE_RATIO, config)
-    whole = LayerPlan(0.0, shape.heads, shape.kv_heads, shape.channels)
+    whole = whole_plan(shape.layers[0])
     config = make_config(layers=3, shape=shape, recovery=recovery)
     for index in range(3):
         plans = [probe[i] if i == index else whole for i in range(3)]
@@ -167,7 +162,7 @@ def test_auto_ratios_follow_the_sensitivities(monkeypatch):
     model, ids = make_model(num_hidden_layers=4), make_ids(samples=12)
     config = make_config(layers=4, layer_ratio="auto", recovery="least_squares")
     monkeypatch.setattr(auto, "plan_divergences", lambda inputs, plans: list(range(len(plans))))  # the first: heads lose what channels lose
-    reports = pipeline.prune(model, ids[:9], config, probe_ids=ids[9:])
+    reports = prune(model, ids[:9], config, probe_ids=ids[9:])
     order = sorted(reports, key=lambda r: r.sensitivity)
     assert [r.ratio for r in order] == sorted((r.ratio for r in order), reverse=True) and order[0].ratio > order[-1].ratio
     assert sum(r.ratio for r in reports) == pytest.approx(0.5 * 4)
@@ -195,6 +190,6 @@ def test_auto_takes_the_plan_that_costs_least(costs, monkeypatch):
     config = make_config(layers=4, layer_ratio="auto", recovery="least_squares", target_sparsity=0.4)
     tried = []
     monkeypatch.setattr(auto, "plan_divergences", lambda inputs, plans: tried.extend(plans) or list(costs))
-    reports = pipeline.prune(model, ids[:9], config, probe_ids=ids[9:])
+    reports = prune(model, ids[:9], config, probe_ids=ids[9:])
     taken = tried[costs.index(min(costs))]
-    assert [(len(r.heads), len(r.channels)) for r in reports] == [(p.heads, p.channels) for p in taken]
+    assert [r.units for r in reports] == [p.units for p in taken]

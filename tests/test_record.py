@@ -1,12 +1,15 @@
 """Records of figures that are not finite: written, and read by what makes tables of them."""
 
+import copy
+import dataclasses
 import json
 import math
 
 import numpy as np
 
 import slimllm
-from slimllm.reporting import card, record, tables, trial_tables
+from slimllm.deploy import verify
+from slimllm.reporting import card, figures, record, tables, trial_tables
 from slimllm.reporting.record import PruningRecord
 from tests.conftest import make_ids, make_model
 
@@ -20,7 +23,7 @@ def test_what_is_not_finite_is_null():
 
 def test_a_perplexity_that_is_not_finite_is_a_number_for_who_reads_it(tmp_path, tiny_tokenizer):
     result = slimllm.prune(make_model(), tiny_tokenizer, calibration=make_ids(), pruning_ratio=0.5)
-    result.layers[0].mlp_error = (math.inf, math.nan)
+    result.layers[0].errors["mlp"] = (math.inf, math.nan)
     slimllm.save(result, tmp_path / "run")
     of_run = result.record([FIGURE | {"dense": 12.0, "pruned": math.inf, "tuned": math.nan}])
     of_run.write(tmp_path / "run")
@@ -44,3 +47,35 @@ def test_a_perplexity_that_is_not_finite_is_a_number_for_who_reads_it(tmp_path, 
         for name, share in (("dense", 0.0), ("random", 0.2))
     ]
     assert "nan" in trial_tables.comparison_table(rows)[-1] and "nan" in trial_tables.ablation_table(rows, [0.2])[-1]
+
+
+def older(record: dict) -> dict:
+    """A record as runs wrote it when all layers of a model were taken to be alike."""
+    layers = []
+    for layer in record["layers"]:
+        kept, errors = layer.pop("kept"), layer.pop("errors")
+        flat = {sort: indices for own in kept.values() for sort, indices in own.items()}
+        layers.append(layer | flat | {f"{kind}_error": errors.get(kind) for kind in kept})
+    first, *_ = shape = record["model"]["shape"]["layers"]
+    sizes = {"layers": len(shape), "heads": 4, "kv_heads": 2, "head_dim": 8, "channels": first["mlp"]["channels"], "norms_per_layer": 2}
+    record["model"]["shape"] |= sizes
+    del record["model"]["pruned_from"]
+    return record | {"layers": layers}
+
+
+def test_an_older_record_is_read_and_is_a_plan(tmp_path, tiny_tokenizer):
+    dense = make_model()
+    result = slimllm.prune(copy.deepcopy(dense), tiny_tokenizer, calibration=make_ids(), pruning_ratio=0.5, recovery="none")
+    slimllm.save(result, tmp_path / "new")
+    new = PruningRecord.read(tmp_path / "new")
+    path = tmp_path / "old" / "pruning.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(older(json.loads((tmp_path / "new" / "pruning.json").read_text()))))
+    assert "kept" not in path.read_text() and "heads" in json.loads(path.read_text())["layers"][0]
+    old = PruningRecord.read(path.parent)
+    assert dataclasses.asdict(old) == dataclasses.asdict(new)
+    assert tables.table([("run", old)]) == tables.table([("run", new)]) and tables.odd_widths(old.layers) == tables.odd_widths(new.layers)
+    assert figures.layer_figure(old, tmp_path / "figures").is_file()
+    assert verify.planned_units(path.parent) == verify.planned_units(tmp_path / "new")
+    again = slimllm.prune(copy.deepcopy(dense), calibration=make_ids(), plan=str(path), recovery="none")
+    assert [layer.kept for layer in again.layers] == [layer.kept for layer in result.layers]

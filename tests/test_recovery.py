@@ -5,11 +5,10 @@ import pytest
 import torch
 
 from slimllm.deploy import runtimes
-from slimllm.pruning import pipeline
-from slimllm.pruning.allocation.plan import LayerPlan, removed_parameters
+from slimllm.plan import LayerPlan, removed_parameters
 from slimllm.settings.methods import RECOVERIES
 from slimllm.streaming.statistics import Covariance, PairMoments
-from tests.conftest import make_config, make_ids, make_model, make_shape
+from tests.conftest import make_config, make_ids, make_model, make_shape, prune
 
 
 def case(bias, seed=0):
@@ -113,12 +112,12 @@ def test_no_new_bias_adds_none_and_fits_through_zero(recovery, case, runtime):
     dense, shape = make_model(case), make_shape(case)
     config = make_config(shape=shape, recovery=recovery, runtime=runtime, target_sparsity=0.3, new_bias=False)
     model = copy.deepcopy(dense)
-    reports = pipeline.prune(model, make_ids(), config)
+    reports = prune(model, make_ids(), config)
     biased = {name for name, _ in dense.named_parameters() if name.endswith("bias")}
     assert {name for name, _ in model.named_parameters() if name.endswith("bias")} == biased
     for report in reports:
-        for before, after in filter(None, (report.attention_error, report.mlp_error)):
+        for before, after in report.errors.values():
             assert after <= before * (1 + 1e-5)
-    plans = [LayerPlan(0.0, len(r.heads), len(r.kv_heads), len(r.channels)) for r in reports]
+    plans = [LayerPlan(0.0, r.units) for r in reports]
     runtimes.convert_for_runtime(model, runtime)
     assert removed_parameters(shape, plans, config) == dense.num_parameters() - model.num_parameters()

@@ -12,7 +12,7 @@ from slimllm.pruning.recovery import Recovered
 from slimllm.reporting import figures
 from slimllm.settings import methods
 from slimllm.settings.methods import ChannelScore, HeadChoice, Method, Recovery
-from tests.conftest import make_ids, make_model
+from tests.conftest import indices, make_ids, make_model
 
 TABLES = (methods.HEAD_CHOICES, methods.CHANNEL_SCORES, methods.LAYER_RATIOS, methods.RECOVERIES)
 PARTS = [(kind, name) for kind, table in enumerate(TABLES) for name in table]
@@ -30,7 +30,7 @@ def added(monkeypatch):
 
     def score(statistics):
         given["score"] = statistics
-        return -statistics.activation_variance
+        return -statistics.input_variance
 
     def recovery(weight, bias, keep, moments, covariance, ridge):
         given["covariance"] = covariance
@@ -71,17 +71,17 @@ def test_what_an_entry_needs_it_is_given_and_nothing_else_is_taken(added, monkey
     assert all(layer.mlp.down_proj.bias is None for layer in result.model.model.layers)
     assert result.parameters.decoder_removed == pytest.approx(0.3, abs=3 * 32 / result.parameters.dense_decoder)
     for index, report in enumerate(result.layers):
-        kept = dense.model.layers[index].mlp.down_proj.weight[:, report.channels]
+        kept = dense.model.layers[index].mlp.down_proj.weight[:, indices(report, "channels")]
         torch.testing.assert_close(result.model.model.layers[index].mlp.down_proj.weight, kept * 0.5)
     for table, kind, name in zip(TABLES, (HeadChoice, ChannelScore, None, Recovery), ("my_heads", "my_score", None, "my_recovery")):
         if kind:
             monkeypatch.setitem(table, name, kind(table[name].function))
-    monkeypatch.setattr("slimllm.pruning.pipeline.saliencies", lambda runner: pytest.fail("gradients were taken"))
+    monkeypatch.setattr("slimllm.pruning.importance.taylor.saliencies", lambda runner: pytest.fail("gradients were taken"))
     with pytest.raises(TypeError, match="NoneType"):  # -None: the score is not given the variance
         slimllm.prune(make_model(), **settings)
     heads, score = added["heads"], added["score"]
     assert heads.input_norm is None and heads.saliency is None
-    assert score.output_covariance is None and score.activation_variance is None and score.saliency is None
+    assert score.output_covariance is None and score.input_variance is None and score.saliency is None
     slimllm.prune(make_model(), channel_score="magnitude", **settings)
     assert added["covariance"] is None
 
@@ -127,3 +127,33 @@ def test_the_picture_of_recoveries_shows_an_added_one(added, legends, tmp_path):
     figures.recovery_curves(rows, tmp_path)
     known = ["none", "bias", "linear (the paper)", "least squares"]
     assert legends == [[*known, "My recovery"], [*known, "my_recovery"]]
+
+
+@pytest.mark.parametrize(
+    "kept, said",
+    [
+        (lambda s, removed: [2, 0, 1, 3][: s.units - 2 * removed], "it keeps the heads"),
+        (lambda s, removed: [0], r"it keeps the heads \[0\]; it is to keep 2 of 4, as a list"),
+        (lambda s, removed: torch.tensor([0, 2]), "it keeps the heads tensor"),
+        (lambda s, removed: [0, 1], "each of the kept KV heads must keep the same number"),
+        (lambda s, removed: [0, 9], "it keeps the heads"),
+    ],
+)
+def test_a_choice_that_gives_something_else_than_units_is_named(kept, said, monkeypatch):
+    """Or query heads would belong to other KV heads in silence."""
+    monkeypatch.setitem(methods.HEAD_CHOICES, "odd", HeadChoice(kept))
+    with pytest.raises(slimllm.UserError, match=f"^--head_choice odd, layer 0: .*{said}"):
+        slimllm.prune(make_model(), calibration=make_ids(), pruning_ratio=0.5, head_choice="odd", layer_ratio="uniform")
+
+
+@pytest.mark.parametrize("scores", [lambda s: torch.zeros(32), lambda s: torch.full((48,), float("nan")), lambda s: torch.zeros(48, 2)])
+def test_a_score_of_another_shape_or_without_numbers_is_named(scores, monkeypatch):
+    monkeypatch.setitem(methods.CHANNEL_SCORES, "odd", ChannelScore(scores))
+    with pytest.raises(slimllm.UserError, match="^--channel_score odd, layer 0: it gives scores of shape .* one number for each of 48"):
+        slimllm.prune(make_model(), calibration=make_ids(), pruning_ratio=0.5, channel_score="odd", layer_ratio="uniform")
+
+
+def test_a_method_that_names_what_there_is_not_is_named(monkeypatch):
+    monkeypatch.setitem(methods.METHODS, "mine", Method("greedy", "trcae", "uniform", "none"))
+    with pytest.raises(slimllm.UserError, match="--method mine: channel_score trcae: not one of"):
+        slimllm.prune(make_model(), calibration=make_ids(), method="mine")

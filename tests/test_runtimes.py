@@ -16,9 +16,8 @@ from slimllm.models import families
 from slimllm.models import shape as shapes
 from slimllm.models.shape import RUNTIMES
 from slimllm.models.weights import Tensors, weight_files
-from slimllm.pruning import pipeline
-from slimllm.pruning.allocation.plan import LayerPlan, removed_parameters
-from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model, make_shape, plan, prune_to
+from slimllm.plan import LayerPlan, removed_parameters
+from tests.conftest import FAMILY_CASES, count, logits, make_config, make_ids, make_model, make_shape, plan, prune, prune_to
 
 SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4)
 
@@ -30,10 +29,10 @@ def pruned(case, runtime, tmp_path, tokenizer, **settings):
     settings = {"target_sparsity": 0.3, "pruned_layers": 3, "recovery": "least_squares", "round_to": 1, **settings}
     config = make_config(shape=shape, runtime=runtime, **settings)
     dense = model.num_parameters()
-    pipeline.prune(model, make_ids(), config)
+    prune(model, make_ids(), config)
     runtimes.convert_for_runtime(model, runtime)
     checkpoint.save(model, tokenizer, tmp_path, make_ids(2, 6), "dense")
-    together = shape.layers if shapes.limits_of(runtime, shape).same_channels else 1
+    together = len(shape.layers) if shapes.limits_of(runtime, shape).same_channels else 1
     step = together * (3 * shape.hidden + 2) / shape.decoder_parameters
     return model, tmp_path, (dense - model.num_parameters()) / shape.decoder_parameters, step
 
@@ -43,15 +42,15 @@ def pruned(case, runtime, tmp_path, tokenizer, **settings):
 def test_what_a_runtime_gets_is_what_it_holds(case, runtime, tmp_path, tiny_tokenizer):
     model, folder, removed, step = pruned(case, runtime, tmp_path, tiny_tokenizer)
     shape, config = make_shape(case, **SIZES), AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    widths = shapes.widths_of(config)
+    widths = shapes.units_of(config)
     limits = shapes.limits_of(runtime, shape)
     assert abs(removed - 0.3) <= step
-    plans = [LayerPlan(0.0, *width) for width in widths]  # what a dry run counts is what the model has
+    plans = [LayerPlan(0.0, width) for width in widths]  # what a dry run counts is what the model has
     counted = removed_parameters(shape, plans, make_config(shape=shape, runtime=runtime, recovery="least_squares"))
     assert counted == shape.decoder_parameters + shape.other_parameters - model.num_parameters()
-    assert not limits.same_heads or len({width[:2] for width in widths}) == 1
-    assert not limits.same_channels or len(set(widths)) == 1
-    assert all(heads % kv_heads == 0 for heads, kv_heads, _ in widths)
+    assert not limits.same_heads or all(width["attention"] == widths[0]["attention"] for width in widths)
+    assert not limits.same_channels or all(width == widths[0] for width in widths)
+    assert all(count(width, "heads") % count(width, "kv_heads") == 0 for width in widths)
     stock = json.loads((folder / "config.json").read_text())["model_type"] in families.FAMILIES
     assert stock == limits.same_channels and stock != (folder / "modeling.py").is_file()
     reloaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=not stock)
@@ -75,8 +74,9 @@ def test_vllm_form_is_what_decilm_reads(tmp_path, tiny_tokenizer):
     raw = json.loads((folder / "config.json").read_text())
     assert raw["architectures"] == ["DeciLMForCausalLM"] and raw["num_attention_heads"] == 3 == raw["num_key_value_heads"]
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    for block, (heads, kv_heads, channels) in zip(config.block_configs, shapes.widths_of(config), strict=True):
-        assert (block.attention.n_heads_in_group, block.ffn.intermediate_size) == (heads // kv_heads, channels)
+    for block, own in zip(config.block_configs, shapes.units_of(config), strict=True):
+        group = count(own, "heads") // count(own, "kv_heads")
+        assert (block.attention.n_heads_in_group, block.ffn.intermediate_size) == (group, count(own, "channels"))
         assert not (block.attention.no_op or block.ffn.no_op or hasattr(block.ffn, "ffn_mult"))
     assert len({block.ffn.intermediate_size for block in config.block_configs}) > 1
     # every bias that the config's flags make vLLM look for is there
@@ -100,7 +100,8 @@ def test_any_form_is_what_vllm_s_transformers_backend_reads(tmp_path, tiny_token
     model, folder, _, _ = pruned("llama_gqa", "any", tmp_path, tiny_tokenizer)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     found = [(c.num_attention_heads, c.num_key_value_heads, c.intermediate_size) for c in config.per_layer_config]
-    assert config.is_heterogeneous and found == shapes.widths_of(config) and len(set(found)) > 1
+    widths = [tuple(count(own, sort) for sort in ("heads", "kv_heads", "channels")) for own in shapes.units_of(config)]
+    assert config.is_heterogeneous and found == widths and len(set(found)) > 1
     ids = make_ids(2, 6)
     headless = AutoModel.from_pretrained(folder, trust_remote_code=True)
     states = headless(ids, use_cache=False).last_hidden_state
@@ -129,7 +130,7 @@ def test_the_number_of_heads_is_one_that_the_stock_class_takes():
     shape = make_shape("llama_mha", hidden_size=64, num_attention_heads=8, num_key_value_heads=8, num_hidden_layers=4)
     for target in (0.1, 0.25, 0.4, 0.6):
         plans = plan(shape, [0.0] * 4, make_config(shape=shape, target_sparsity=target, pruned_layers=4, runtime="transformers"))
-        assert {p.heads for p in plans} <= {1, 2, 4, 8}
+        assert {count(p, "heads") for p in plans} <= {1, 2, 4, 8}
 
 
 @pytest.mark.parametrize("runtime", ["vllm", "transformers"])
@@ -138,9 +139,9 @@ def test_heads_that_every_layer_loses_are_half_the_share_of_channels(runtime):
         "mistral", hidden_size=64, num_attention_heads=16, num_key_value_heads=16, intermediate_size=200, sliding_window=None
     )
     for target in (0.1, 0.3, 0.5):
-        plans = plan(shape, [0.9] * shape.layers, make_config(shape=shape, target_sparsity=target, runtime=runtime))
-        channels = 1 - sum(p.channels for p in plans) / (200 * shape.layers)
-        assert abs(1 - plans[0].heads / 16 - channels / 2) <= 1 / 16
+        plans = plan(shape, [0.9] * len(shape.layers), make_config(shape=shape, target_sparsity=target, runtime=runtime))
+        channels = 1 - sum(count(p, "channels") for p in plans) / (200 * len(shape.layers))
+        assert abs(1 - count(plans[0], "heads") / 16 - channels / 2) <= 1 / 16
 
 
 def test_auto_where_all_layers_must_be_alike_is_a_mistake():
@@ -150,11 +151,8 @@ def test_auto_where_all_layers_must_be_alike_is_a_mistake():
 
 def test_nothing_removed_is_the_dense_model():
     shape = make_shape(**SIZES)
-    (found,) = {
-        (p.heads, p.kv_heads, p.channels)
-        for p in plan(shape, [0.9] * 4, make_config(4, shape, target_sparsity=0.0, runtime="transformers", recovery="none"))
-    }
-    assert found == (shape.heads, shape.kv_heads, shape.channels)
+    plans = plan(shape, [0.9] * 4, make_config(4, shape, target_sparsity=0.0, runtime="transformers", recovery="none"))
+    assert [p.units for p in plans] == shape.units
 
 
 def test_gguf_keeps_whole_blocks_of_quantized_rows():
@@ -163,7 +161,7 @@ def test_gguf_keeps_whole_blocks_of_quantized_rows():
     )
     config = make_config(shape=shape, target_sparsity=0.3, pruned_layers=3, runtime="gguf")
     plans = plan(shape, [0.1, 0.9, 0.8, 0.7], config)
-    assert config.round_to == 32 and all(p.channels % 32 == 0 for p in plans)
+    assert config.round_to == 32 and all(count(p, "channels") % 32 == 0 for p in plans)
     assert abs(removed_parameters(shape, plans, config) / shape.decoder_parameters - 0.3) <= 32 * 3 * 64 / shape.decoder_parameters
 
 
@@ -171,16 +169,16 @@ def test_gguf_keeps_whole_blocks_of_quantized_rows():
 def test_without_a_place_for_a_bias_the_fit_goes_through_zero(recovery):
     """The error after recovery is no larger than without, and no bias appears."""
     model = make_model("mistral", **SIZES)
-    reports = pipeline.prune(model, make_ids(), make_config(4, make_shape("mistral", **SIZES), runtime="transformers", recovery=recovery))
+    reports = prune(model, make_ids(), make_config(4, make_shape("mistral", **SIZES), runtime="transformers", recovery=recovery))
     assert all(layer.self_attn.o_proj.bias is None and layer.mlp.down_proj.bias is None for layer in model.model.layers)
     for report in reports:
-        for before, after in (report.attention_error, report.mlp_error):
+        for before, after in report.errors.values():
             assert after <= before * 1.001 and (recovery == "bias" or after < before)
 
 
 def test_irregular_layers_are_named_with_the_way_out():
     model = make_model(**SIZES)
-    pipeline.prune(model, make_ids(), make_config(shape=make_shape(**SIZES), pruned_layers=1))
+    prune(model, make_ids(), make_config(shape=make_shape(**SIZES), pruned_layers=1))
     with pytest.raises(UserError, match=r"layers \d differ from the 4 heads, 2 KV heads and 96 channels .*--runtime transformers"):
         runtimes.as_stock_model(model)
     assert type(model).__name__ == "LlamaForCausalLM" and model.config.num_attention_heads == 4  # untouched
@@ -189,7 +187,7 @@ def test_irregular_layers_are_named_with_the_way_out():
 def test_a_checkpoint_that_is_regular_can_be_exported_as_a_stock_one(tmp_path, tiny_tokenizer, capsys):
     model = make_model(**SIZES)
     shape = make_shape(**SIZES)
-    pipeline.prune(model, make_ids(), make_config(4, shape, layer_ratio="uniform", recovery="least_squares"))
+    prune(model, make_ids(), make_config(4, shape, layer_ratio="uniform", recovery="least_squares"))
     checkpoint.save(runtimes.as_slim_model(model), tiny_tokenizer, tmp_path / "slim", make_ids(2), "dense")
     before = logits(model, make_ids())
     assert slim(["export-transformers", str(tmp_path / "slim"), str(tmp_path / "stock")]) == 0

@@ -11,9 +11,9 @@ from slimllm.deploy import vllm
 from slimllm.errors import UserError
 from slimllm.models.families import FAMILIES
 from slimllm.models.loading import load_config
-from slimllm.models.shape import widths_of
+from slimllm.models.shape import units_of
 from slimllm.settings.common import VLLM_PYTHON
-from tests.conftest import FAMILY_CASES, ROOT, prune_to
+from tests.conftest import FAMILY_CASES, ROOT, count, prune_to
 from tests.test_export_gguf import VOCAB, bpe_tokenizer, save
 
 PYTHON = os.environ.get("VLLM_PYTHON") or str(ROOT / VLLM_PYTHON)
@@ -86,9 +86,9 @@ def test_vllm_computes_the_same_model(case, runtime, tmp_path, capsys):
     """``any``: whole groups of heads and channels of each layer's own; ``vllm``: for its DeciLM; ``transformers``: a stock model."""
     settings = dict(head_unit="group" if runtime == "any" else "query", target_sparsity=0.2, pruned_layers=3, runtime=runtime)
     folder = save(case, tmp_path / "m", bpe_tokenizer(), sizes=SIZES, **settings)
-    widths = widths_of(load_config(str(folder), "DIR", pruned=True))
-    assert runtime != "any" or len({w[2] for w in widths}) > 1
-    assert runtime != "any" or len({w[1] for w in widths}) > 1 or case.startswith("olmo")
+    widths = units_of(load_config(str(folder), "DIR"))
+    assert runtime != "any" or len({count(w, "channels") for w in widths}) > 1
+    assert runtime != "any" or len({count(w, "kv_heads") for w in widths}) > 1 or case.startswith("olmo")
     assert slim(["verify", str(folder), "--seq_len", "24", "--blocks", "1", "--vllm", PYTHON]) == 0
     table = capsys.readouterr().out
     assert len(re.findall(r"vLLM: .* ok ", table)) == 3 and "FAILED" not in table

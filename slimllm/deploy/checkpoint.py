@@ -1,4 +1,4 @@
-"""Saves a pruned model as an ordinary Hugging Face folder, loads it again, and proves that it is the same model."""
+"""Saves a pruned model as an ordinary Hugging Face folder, and writes beside it what shows that it loads as the same model."""
 
 from __future__ import annotations
 
@@ -63,5 +63,7 @@ def write_tokenizer(tokenizer, folder: Path, base_model: str, config) -> None:
 
 def write_config(model, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Config, modeling file and generation config of a model that may be without weights. Before the weights: it clears older ones."""
+    before = model.config.dtype
     model.save_pretrained(folder, state_dict={}, save_original_format=False)
+    model.config.dtype = before  # which transformers leaves as a name
     complete_config(folder, model.config, dtype or model.dtype)

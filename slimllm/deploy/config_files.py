@@ -1,4 +1,4 @@
-"""What config.json and tokenizer_config.json of a checkpoint say besides what transformers 5 writes: what other programs read there."""
+"""What config.json and tokenizer_config.json of a checkpoint hold, for other programs, besides what transformers 5 writes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from ..models.shape import rope_of
 from ..utils.device import name_of
 from ..utils.files import file_hash
 
+# SHA-256 of older forms of modeling.py, which lie beside the checkpoints of their time
+OLDER_MODELING = ("16db1e1d776b4a2d6079276b4b174a209179bff5c186f3ca7eedc3f25b467309",)
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 
 
@@ -29,7 +31,7 @@ def complete_config(folder: Path, config, dtype: torch.dtype) -> None:
             written["architectures"] = ["DeciLMForCausalLM"]
         return written | older_rope(config)
 
-    _rewrite(folder / CONFIG, complete)
+    rewrite(folder / CONFIG, complete)
 
 
 def complete_tokenizer_config(folder: Path, context: int) -> None:
@@ -37,12 +39,12 @@ def complete_tokenizer_config(folder: Path, context: int) -> None:
 
     def complete(written: dict) -> dict:
         if written.get("tokenizer_class") == "TokenizersBackend":
-            written["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that both versions know
+            written["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name in both versions
         if (written.get("model_max_length") or LARGE_INTEGER) >= LARGE_INTEGER:
             written["model_max_length"] = context
         return written
 
-    _rewrite(folder / TOKENIZER_CONFIG, complete)
+    rewrite(folder / TOKENIZER_CONFIG, complete)
 
 
 def older_rope(config) -> dict:
@@ -64,15 +66,15 @@ def older_rope(config) -> dict:
 
 
 def brings_only_our_code(folder: Path) -> bool:
-    """Whether all code that loading ``folder`` would run is this program's own modeling file, unchanged."""
+    """Whether all code that loading ``folder`` would run is this program's own modeling file, of this or an older version, unchanged."""
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*.py")]
     maps = [json.loads(path.read_text(encoding="utf-8")).get("auto_map") for path in folder.glob("*config.json")]
     named = {str(name).rpartition(".")[0] for auto_map in maps for _, entry in _entries(auto_map) for name in _classes(entry)}
     ours = Path(modeling.__file__)
-    return files == [ours.name] and named <= {ours.stem} and file_hash(folder / ours.name) == file_hash(ours)
+    return files == [ours.name] and named <= {ours.stem} and file_hash(folder / ours.name) in {file_hash(ours), *OLDER_MODELING}
 
 
-def _rewrite(path: Path, complete) -> None:
+def rewrite(path: Path, complete) -> None:
     """Passes the JSON object in a file through ``complete``; of its ``auto_map`` only what refers to files beside it stays."""
     written = complete(json.loads(path.read_text(encoding="utf-8")))
     auto_map = {name: entry for name, entry in _entries(written.pop("auto_map", None)) if _is_there(entry, path.parent)}

@@ -30,7 +30,7 @@ FILE_TYPES = {name: gguf.LlamaFileType[f"{'ALL' if name == 'f32' else 'MOSTLY'}_
 def export(folder: str | os.PathLike, target: Path, outtype: str = "f16", arch: str = "auto") -> Path:
     """Writes the checkpoint in ``folder`` to ``target``, which appears only when it is complete. Returns ``target``.
 
-    Matrices get ``outtype`` (one whose rows do not fill blocks of 32 stays f16 in q8_0, which the log says); norms and biases are
+    Matrices get ``outtype`` (one whose rows do not fill blocks of 32 stays f16 in q8_0, which is logged); norms and biases are
     float32.
     Raises UserError for a folder that is no checkpoint, a model or tokenizer that llama.cpp has no form for, a full disk.
     """
@@ -92,7 +92,7 @@ def _write_tensors(writer, source, arch: str, quantization) -> None:
         size = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
         writer.add_tensor_info(f"{place}.{suffix}", shape, np.dtype(np.float32), size, kind)
         listed.append((name, kind))
-    _say_what_stayed([name for name, kind in listed if kind == F16 != quantization], arrangement, quantization)
+    _log_what_stayed([name for name, kind in listed if kind == F16 != quantization], arrangement, quantization)
     for name, values in factors.items():
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
     writer.write_header_to_file()
@@ -104,8 +104,8 @@ def _write_tensors(writer, source, arch: str, quantization) -> None:
         writer.write_tensor_data(values)
 
 
-def _say_what_stayed(names: list[str], arrangement: Arrangement, quantization) -> None:
-    """Names the matrices that stayed f16, and what it would save if their rows filled the blocks of ``quantization``."""
+def _log_what_stayed(names: list[str], arrangement: Arrangement, quantization) -> None:
+    """Logs the matrices that stayed f16, and what it would save if their rows filled the blocks of ``quantization``."""
     if not names:
         return
     block, block_bytes = gguf.GGML_QUANT_SIZES[quantization]
@@ -125,9 +125,9 @@ def quantized_bytes(model, outtype: str) -> int:
     total = 0
     for parameter in model.parameters():
         kind = _kind(list(parameter.shape), gguf.GGMLQuantizationType[outtype.upper()])
-        held = gguf.quantize(parameter.detach().float().cpu().numpy(), kind)
-        total += held.nbytes
-        parameter.data.copy_(torch.from_numpy(gguf.dequantize(held, kind)))
+        quantized = gguf.quantize(parameter.detach().float().cpu().numpy(), kind)
+        total += quantized.nbytes
+        parameter.data.copy_(torch.from_numpy(gguf.dequantize(quantized, kind)))
     return total
 
 

@@ -14,7 +14,8 @@ from ..models.adapter import LayerAdapter
 from ..models.families import FAMILIES, family_of
 from ..models.gguf_settings import SCALAR_OF_HIDDEN, llama3_factors
 from ..models.gguf_tensors import ROPE_IN_PAIRS, in_pairs
-from ..models.shape import HEADS_FILL_HIDDEN, free_architecture_of, head_dim_of, irregular, rope_of, widths_of, window_of
+from ..models.parts import head_dim_of
+from ..models.shape import HEADS_FILL_HIDDEN, free_architecture_of, irregular, rope_of, units_of, window_of
 
 PER_LAYER = ("deci", "openelm")  # architectures that read the widths of each layer
 OUTPUT_BIASES = ("llama", "deci", "granite")  # those that have biases in the output projections
@@ -31,38 +32,38 @@ ROPE_SETTINGS = {  # rope types, and what of each llama.cpp computes as transfor
 NEUTRAL = {"partial_rotary_factor", "rope_theta", "rope_type", "type"}  # settings that every type may have
 
 
-def architecture_of(config, biased: bool, wanted: str = "auto") -> str:
+def architecture_of(config, biased: bool, requested: str = "auto") -> str:
     """The GGUF architecture that can hold a model with this transformers config.
 
-    ``biased``: its output projections have biases. Raises UserError where none can, or not the ``wanted`` one: it names
-    the layers that stand in the way and the flag that would have avoided it.
+    ``biased``: its output projections have biases. Raises UserError where none can, or not the ``requested`` one, naming
+    the layers in question and the flag that would have avoided it.
     """
-    family, widths = family_of(config), widths_of(config)
-    own, free = family.gguf, free_architecture_of(config)
+    family, units = family_of(config), units_of(config)
+    stock, free, heads = family.gguf, free_architecture_of(config), units[0]["attention"]["heads"]
     if (activation := getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", family.activation)) != family.activation:
         raise UserError(f"hidden_act {activation}: llama.cpp computes {family.activation} for {family.model_type}")
-    if reason := _stands_in_the_way(config):
+    if reason := _difference_of_graph(config):
         raise UserError(reason)
-    if wanted == "llama":
-        if irregular(widths):
-            raise UserError(f"--arch llama: {irregular(widths)}; prune with --runtime transformers, or export with --arch deci")
-        if own != "llama":
-            raise UserError(f"--arch llama: the model is a {family.model_type}; leave --arch away")
-        return wanted
-    if wanted == "deci" and free != "deci":
-        raise UserError(f"--arch deci: llama.cpp has nothing that holds a {family.model_type} with a width per layer; leave --arch away")
-    fits = len(set(widths)) == 1 and (own in OUTPUT_BIASES or not biased)
-    if wanted == "auto" and fits and (own not in HEADS_FILL_HIDDEN or widths[0][0] * head_dim_of(config) == config.hidden_size):
-        return own
+    if requested == "llama":
+        if irregular(units):
+            raise UserError(f"--arch llama: {irregular(units)}; prune with --runtime transformers, or export with --arch deci")
+        if stock != "llama":
+            raise UserError(f"--arch llama: the model is a {family.model_type}; leave out --arch")
+        return requested
+    if requested == "deci" and free != "deci":
+        raise UserError(f"--arch deci: llama.cpp has nothing that holds a {family.model_type} with a width per layer; leave out --arch")
+    fits = not irregular(units) and (stock in OUTPUT_BIASES or not biased)
+    if requested == "auto" and fits and (stock not in HEADS_FILL_HIDDEN or heads * head_dim_of(config) == config.hidden_size):
+        return stock
     if free in OUTPUT_BIASES or (free and not biased):
         return free
-    what = irregular(widths) or ("biases of the output projections" if biased else f"{widths[0][0]} heads")
+    what = irregular(units) or ("biases of the output projections" if biased else f"{heads} heads")
     needs = ["one width for all layers"] * (not free) + ["no biases of the output projections"]
-    needs += ["heads that fill the hidden size"] * (own in HEADS_FILL_HIDDEN and not free)
-    raise UserError(f"{what}: llama.cpp's {free or own} takes {', '.join(needs)} only; prune with --runtime gguf")
+    needs += ["heads that fill the hidden size"] * (stock in HEADS_FILL_HIDDEN and not free)
+    raise UserError(f"{what}: llama.cpp's {free or stock} takes {', '.join(needs)} only; prune with --runtime gguf")
 
 
-def _stands_in_the_way(config) -> str | None:
+def _difference_of_graph(config) -> str | None:
     """What llama.cpp's graph of this family computes otherwise than this model, in words; None where it is the same."""
     family = family_of(config)
     if family.sparse_rope:
@@ -91,8 +92,9 @@ def _period(config) -> int | None:
 
 def add_settings(writer: gguf.GGUFWriter, config) -> None:
     """Adds what llama.cpp reads of a config besides the tokenizer and the tensors."""
-    widths, family, arch = widths_of(config), family_of(config), writer.arch
-    heads, kv_heads, channels = (list(column) for column in zip(*widths))
+    units, family, arch = units_of(config), family_of(config), writer.arch
+    heads, kv_heads = ([layer["attention"][sort] for layer in units] for sort in ("heads", "kv_heads"))
+    channels = [layer["mlp"]["channels"] for layer in units]
     if arch not in PER_LAYER:
         heads, kv_heads, channels = heads[0], kv_heads[0], channels[0]
     head_dim, window, rope = head_dim_of(config), window_of(config), rope_of(config)
@@ -133,12 +135,12 @@ def _add_rope(writer, config, rope: dict) -> None:
     kind, arch = rope.get("rope_type", "default"), writer.arch
     if kind not in ROPE_SETTINGS:
         raise UserError(f"rope_type {kind}: cannot be written to GGUF; {', '.join(ROPE_SETTINGS)} can")
-    known = {*NEUTRAL, *ROPE_SETTINGS[kind]}
+    supported = {*NEUTRAL, *ROPE_SETTINGS[kind]}
     if arch == "mistral3":
-        known |= {"mscale", "mscale_all_dim", "llama_4_scaling_beta", "max_position_embeddings"}
+        supported |= {"mscale", "mscale_all_dim", "llama_4_scaling_beta", "max_position_embeddings"}
     if kind == "yarn" and rope.get("attention_factor") and math.isclose(rope["attention_factor"], 1 + 0.1 * math.log(rope["factor"])):
-        known |= {"attention_factor"}  # what it is without being named
-    strange = sorted(key for key in rope if rope[key] is not None and key not in known)
+        supported |= {"attention_factor"}  # what it is without being named
+    strange = sorted(key for key in rope if rope[key] is not None and key not in supported)
     if strange:
         raise UserError(f"rope_type {kind} with {', '.join(strange)}: cannot be written to GGUF")
     writer.add_rope_freq_base(rope["rope_theta"])
@@ -191,7 +193,7 @@ class Arrangement:
 
     def __init__(self, config, arch: str, shapes: dict[str, list[int]]):
         self.config, self.arch, self.family = config, arch, family_of(config)
-        self.widths, self._shapes = widths_of(config), shapes
+        self.units, self._shapes = units_of(config), shapes
         self._split = LayerAdapter(config, FAMILIES["llama"])
         self.pieces: dict[str, Piece] = {}
         for name in shapes:
@@ -199,7 +201,7 @@ class Arrangement:
         self._factors = _factors(config, arch)
 
     def shape(self, name: str) -> list[int]:
-        """Of a tensor of the file."""
+        """The shape of a tensor of the file."""
         piece = self.pieces[name]
         rows = sum(self._shapes[source][0] for source in piece.sources)
         stop = rows if piece.stop is None else piece.stop
@@ -210,7 +212,7 @@ class Arrangement:
         piece = self.pieces[name]
         parts = [tensors[source].float() for source in piece.sources]
         tensor = (parts[0] if len(parts) == 1 else torch.cat(parts))[piece.start : piece.stop]
-        if self.arch in ROPE_IN_PAIRS and (heads := self._split.rotary_heads(name, self.widths)):
+        if self.arch in ROPE_IN_PAIRS and (heads := self._split.rotary_heads(name, self.units)):
             tensor = in_pairs(tensor, heads)
         if self.family.is_norm(name):
             tensor = tensor + self.family.norm_offset
@@ -220,28 +222,28 @@ class Arrangement:
     def _pieces_of(self, name: str) -> dict[str, Piece]:
         stem, _, suffix = name.rpartition(".")
         block, _, part = stem.rpartition(".")
-        split, fused = FAMILIES["llama"], FAMILIES["phi3"]
-        if self.arch == "openelm" and part in split.head_inputs:
-            sources = tuple(f"{block}.{one}.{suffix}" for one in split.head_inputs)
-            return {f"{block}.{fused.head_inputs[0]}.{suffix}": Piece(sources)}
-        if self.arch == "deci" and part in (*fused.head_inputs, *fused.channel_inputs):
-            heads, kv_heads, channels = self.widths[int(name.split(".")[2])]
-            size = head_dim_of(self.config)
-            rows = (heads * size, kv_heads * size, kv_heads * size) if part in fused.head_inputs else (channels, channels)
-            ends = [sum(rows[: i + 1]) for i in range(len(rows))]
-            names = split.head_inputs if part in fused.head_inputs else split.channel_inputs
-            return {f"{block}.{one}.{suffix}": Piece((name,), end - count, end) for one, count, end in zip(names, rows, ends)}
+        split, fused = ({row.kind: row.inputs for row in FAMILIES[name].parts} for name in ("llama", "phi3"))
+        if self.arch == "openelm" and part in split["attention"]:
+            sources = tuple(f"{block}.{one}.{suffix}" for one in split["attention"])
+            return {f"{block}.{fused['attention'][0]}.{suffix}": Piece(sources)}
+        kind = next((kind for kind, inputs in fused.items() if part in inputs), None)
+        if self.arch == "deci" and kind:
+            units, size = self.units[int(name.split(".")[2])][kind], head_dim_of(self.config)
+            counts = [units[sort] * size for sort in ("heads", "kv_heads", "kv_heads")] if kind == "attention" else [units["channels"]] * 2
+            ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+            return {f"{block}.{one}.{suffix}": Piece((name,), end - n, end) for one, n, end in zip(split[kind], counts, ends)}
         return {name: Piece((name,))}
 
 
 def _factors(config, arch: str) -> dict[str, float]:
-    """Projection, norm or embedding -> what its weights are multiplied by, so that ``arch`` needs not know a scale of the config."""
+    """Projection, norm or embedding -> what its weights are multiplied by, so that ``arch`` need not have the scales of the config."""
     family, root = family_of(config), math.sqrt(head_dim_of(config))
     if family.attention_scalar:
-        heads = widths_of(config)[0][0]
+        heads = units_of(config)[0]["attention"]["heads"]
         of_hidden = SCALAR_OF_HIDDEN[arch] == config.num_hidden_layers
         divided = config.hidden_size // heads if of_hidden else head_dim_of(config)
-        query = family.query_norm if family.qk_norm else family.head_inputs[0]
+        row = family.part("attention")
+        query = row.query_norm if row.qk_norm else row.inputs[0]
         return {query: math.sqrt(divided / getattr(config, family.attention_scalar))}
     if arch == family.gguf or not family.residual_multiplier:
         return {}
@@ -249,8 +251,7 @@ def _factors(config, arch: str) -> dict[str, float]:
     before_head = 1 / getattr(config, family.logits_divisor) / (embedding if config.tie_word_embeddings else 1)
     return {
         family.embedding: embedding,
-        family.head_inputs[0]: getattr(config, family.attention_multiplier) * root,
-        family.attention_output: residual,
-        family.mlp_output: residual,
+        family.part("attention").inputs[0]: getattr(config, family.attention_multiplier) * root,
+        **{row.output: residual for row in family.parts},
         family.final_norm: before_head,
     }

@@ -79,8 +79,8 @@ def add(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
     else:
         writer.add_token_merges([" ".join(pair) for pair in merges])
         writer.add_add_space_prefix(False)
-    # Asked of the tokenizer itself. gguf.SpecialVocab reads the files: it takes an id that no tokenizer has (pad) from config.json, and
-    # writes no add_bos_token where tokenizer.json has no template for it, which llama.cpp then takes for yes in a llama-bpe file.
+    # By the tokenizer itself. gguf.SpecialVocab reads the files: it takes an id that no tokenizer has (pad) from config.json, and
+    # writes no add_bos_token where tokenizer.json has no template for it, and then llama.cpp adds one in a llama-bpe file.
     for name in ("bos", "eos", "unk", "pad"):
         index = getattr(tokenizer, f"{name}_token_id")
         if index is not None:
@@ -96,14 +96,14 @@ def add(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
 
 
 def add_origin(writer: gguf.GGUFWriter, folder: Path) -> None:
-    """Adds where the model comes from: what the .gguf file said that it was made of, or else its card."""
+    """Adds where the model comes from: by the .gguf file that it was made from, or else by its card."""
     if (folder / FILE).is_file():
         _copy(writer, folder / FILE, ORIGIN)
-    known = {field for fields in writer.kv_data for field in fields}
+    present = {field for fields in writer.kv_data for field in fields}
     card = hub.card_data(folder)
-    said = {name: card[name] for name, field in CARD_FIELDS.items() if card.get(name) and field not in known}
-    metadata = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(name=""), said)  # an empty name is not written: the file has one
-    bases = said.get("base_model", [])
+    from_card = {name: card[name] for name, field in CARD_FIELDS.items() if card.get(name) and field not in present}
+    metadata = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(name=""), from_card)  # an empty name is not written: the file has one
+    bases = from_card.get("base_model", [])
     for base, name in zip(metadata.base_models or [], [bases] if isinstance(bases, str) else bases):
         *_, base["organization"], base["name"] = ["", *name.split("/")]  # as the hub has them; gguf makes titles of them (Me, First)
     metadata.set_gguf_meta_model(writer)
@@ -123,13 +123,13 @@ def _copy(writer: gguf.GGUFWriter, source: Path, prefixes: tuple[str, ...]) -> N
     """Copies every field of another GGUF file whose name begins with one of ``prefixes``."""
     try:
         fields = gguf_reader(source).fields
-        found = {name: field for name, field in fields.items() if name.startswith(prefixes)}
-        for name, field in found.items():
+        copied = {name: field for name, field in fields.items() if name.startswith(prefixes)}
+        for name, field in copied.items():
             kind, *inner = field.types
             writer.add_key_value(name, field.contents(), kind, inner[-1] if inner else None)
     except (ValueError, IndexError, KeyError, OSError) as error:
         raise UserError(f"{source}: not a readable GGUF file ({error})") from None
-    if PREFIX in prefixes and f"{PREFIX}ggml.tokens" not in found:
+    if PREFIX in prefixes and f"{PREFIX}ggml.tokens" not in copied:
         raise UserError(f"{source}: it holds no tokenizer")
 
 
@@ -146,8 +146,8 @@ def _kind_of(data: dict, folder: Path) -> str:
     if steps[-1]["type"] == "ByteLevel" and not steps[-1].get("use_regex", True):
         key = key[:-1]
     if key not in PRE_TOKENIZERS:
-        known = ", ".join(PRE_TOKENIZERS.values())
-        raise UserError(f"{folder}: llama.cpp has no known type for how this tokenizer splits text ({' + '.join(key)}); known are {known}")
+        names = ", ".join(PRE_TOKENIZERS.values())
+        raise UserError(f"{folder}: llama.cpp has no known type for how this tokenizer splits text ({' + '.join(key)}); known are {names}")
     return PRE_TOKENIZERS[key]
 
 

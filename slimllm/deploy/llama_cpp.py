@@ -61,7 +61,7 @@ class LlamaCpp:
             raise RuntimeError(f"llama.cpp: {path}: {error.read().decode(errors='replace')[:300]}") from None
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of plain text, with the tokens that the model wants around it."""
+        """Token ids of plain text, with the special tokens that the model has before or after it."""
         return self.ask("/tokenize", content=text, add_special=True, parse_special=False)["tokens"]
 
     def log_probabilities(self, ids: list[int]) -> list[float]:
@@ -71,10 +71,10 @@ class LlamaCpp:
             answer = self.ask(
                 "/completion", prompt=ids[:t], n_predict=1, n_probs=1, temperature=0, logit_bias=[[ids[t], FORCED]], cache_prompt=True
             )
-            (found,) = answer["completion_probabilities"]
-            if found["id"] != ids[t]:
-                raise RuntimeError(f"llama.cpp gave token {found['id']} where {ids[t]} was forced")
-            values.append(found["logprob"])
+            (token,) = answer["completion_probabilities"]
+            if token["id"] != ids[t]:
+                raise RuntimeError(f"llama.cpp gave token {token['id']} where {ids[t]} was forced")
+            values.append(token["logprob"])
         return values
 
     def greedy(self, ids: list[int], tokens: int, banned: list[int]) -> list[int]:

@@ -57,12 +57,12 @@ def _outputs(runner: LayerRunner, states: ActivationStore) -> dict[str, torch.Te
     """
     norm, head = runner.output_modules()
     rows = torch.cat(list(states))
-    found = {"log_probabilities": [], "last_logits": []}
+    outputs = {"log_probabilities": [], "last_logits": []}
     for ids, row in zip(runner.ids, rows):
         logits = runner.adapter.logits(head, norm(row)).cpu()
-        found["log_probabilities"].append(log_probabilities(logits[None], ids[None])[0])
-        found["last_logits"].append(logits[-1])
-    return {name: torch.stack(values) for name, values in found.items()}
+        outputs["log_probabilities"].append(log_probabilities(logits[None], ids[None])[0])
+        outputs["last_logits"].append(logits[-1])
+    return {name: torch.stack(values) for name, values in outputs.items()}
 
 
 def _reference(folder: str | os.PathLike) -> tuple[dict[str, torch.Tensor], str, str]:
@@ -73,13 +73,13 @@ def _reference(folder: str | os.PathLike) -> tuple[dict[str, torch.Tensor], str,
     try:
         with safe_open(Path(folder) / REFERENCE, "pt") as file:
             dtype, _, device = (file.metadata() or {}).get("computed", "auto on cpu").partition(" on ")
-            found = {name: file.get_tensor(name) for name in file.keys()}
-        (samples, length), (rows, vocabulary) = found["ids"].shape, found["last_logits"].shape
-        if rows != samples or found["log_probabilities"].shape != (samples, length - 1) or not found["ids"].numel():
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        (samples, length), (rows, vocabulary) = tensors["ids"].shape, tensors["last_logits"].shape
+        if rows != samples or tensors["log_probabilities"].shape != (samples, length - 1) or not tensors["ids"].numel():
             raise ValueError("its shapes do not belong together")
-        if not 0 <= int(found["ids"].min()) <= int(found["ids"].max()) < vocabulary:
-            raise ValueError("its token ids are not of its vocabulary")
-        return found, dtype, device
+        if not 0 <= int(tensors["ids"].min()) <= int(tensors["ids"].max()) < vocabulary:
+            raise ValueError("its token ids are outside its vocabulary")
+        return tensors, dtype, device
     except (KeyError, ValueError, OSError, SafetensorError) as error:
         raise UserError(f"{folder}: no readable {REFERENCE} ({error}); checkpoints of hf_prune.py and post_training.py have one") from None
 
@@ -93,10 +93,10 @@ def compare_with_reference(model, folder: str | os.PathLike, device: torch.devic
     """
     (reference, _, computed_on), source = _reference(folder), ModelSource.of(model)
     if reference["last_logits"].shape[1] != source.config.vocab_size:
-        raise UserError(f"{folder}: {REFERENCE} is of a model with another vocabulary; restore the folder, or make it anew")
+        raise UserError(f"{folder}: {REFERENCE} is of a model with another vocabulary; restore the folder, or write it again")
     runner = LayerRunner(source, reference["ids"], device or source.home, split=False)
-    found = _outputs(runner, runner.last_states())
-    difference = float(torch.stack([(found[name] - reference[name]).abs().max() for name in found]).max())  # not a number stays none
+    outputs = _outputs(runner, runner.last_states())
+    difference = float(torch.stack([(outputs[name] - reference[name]).abs().max() for name in outputs]).max())  # not a number stays none
     return difference, tolerance(runner.dtype, computed_on == runner.device.type) * float(reference["last_logits"].abs().max())
 
 
@@ -117,6 +117,6 @@ def reference_dtype(folder: str | os.PathLike) -> torch.dtype | str:
 
 def write_reference(folder: Path, runner: LayerRunner, states: ActivationStore) -> None:
     """What the model in memory gives for the runner's token ids; ``states``: of these, after the last layer."""
-    found = {"ids": runner.ids.contiguous(), **_outputs(runner, states)}
+    tensors = {"ids": runner.ids.contiguous(), **_outputs(runner, states)}
     how = f"{name_of(runner.dtype)} on {runner.device.type}"
-    save_file(found, folder / REFERENCE, {"computed": how})  # one entry: several would come in any order
+    save_file(tensors, folder / REFERENCE, {"computed": how})  # one entry: several would come in any order

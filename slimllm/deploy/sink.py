@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..models.parts import Units
 from ..models.shape import shape_of
+from ..models.slicing import slice_skeleton
 from ..models.source import ModelSource, stored_tensors
 from ..models.weights import Rounded, round_to
-from ..pruning import surgery
-from ..pruning.allocation.plan import LayerPlan
 from ..settings.pruning import PruneConfig
 from ..streaming.activations import ActivationStore
 from ..streaming.journal import Journal
@@ -27,7 +27,7 @@ class CheckpointSink:
     """The model of a checkpoint, written into a folder layer by layer while ``source`` is pruned; a pipeline's Sink.
 
     ``ids`` [samples, length]: what the comparison after saving is made on; they follow the layers as these are computed.
-    ``dtype``: what the weights are written in, the source's by default. What is rounded is a copy: pruning goes on from the layers as
+    ``dtype``: what the weights are written in, the source's by default. What is rounded is a copy: pruning continues from the layers as
     they were computed, while what is compared follows from the weights as they are saved.
     ``model``, from :meth:`begin` on: the pruned model without its weights, in the class that the runtime asks for.
     """
@@ -38,8 +38,9 @@ class CheckpointSink:
         self._saved = ModelSource(source.model, Rounded(source.weights, self.dtype), source.dtype) if self._rounds else source
         self._runner = LayerRunner(self._saved, ids, device, split=False)
 
-    def begin(self, plans: list[LayerPlan], done: int, journal: Journal | None) -> None:
-        self.model = pruned_skeleton(self.source, [(p.heads, p.kv_heads, p.channels) for p in plans], self.config)
+    def begin(self, units: list[dict[str, Units]], done: int, journal: Journal | None) -> None:
+        """Lays out the files and writes all that is in no layer; or where a run is resumed, restores the states after its last layer."""
+        self.model = pruned_skeleton(self.source, units, self.config)
         if not done:
             write_config(self.model, self.folder, self.dtype)
         self._files = WeightFiles(self.folder, self.model, self.dtype)
@@ -54,6 +55,7 @@ class CheckpointSink:
                 self._files.write(name, self._saved.tensor(name, self.dtype))
 
     def layer(self, index: int, layer: nn.Module) -> None:
+        """Writes a layer, rounded, and advances the states by which the files are compared."""
         prefix = self.source.adapter.layer_name(index)
         if self._rounds:
             layer = copy.deepcopy(layer)
@@ -67,6 +69,7 @@ class CheckpointSink:
         self._runner.advance(self._states, layer, index)
 
     def streams(self) -> dict[str, ActivationStore]:
+        """{"reference": the states of ``ids`` after the last layer that was written}."""
         return {"reference": self._states}
 
     def finish(self, compare: bool = True) -> None:
@@ -97,8 +100,8 @@ class CheckpointSink:
         reload_and_compare(self.folder, self.source.dtype, runner.device)
 
 
-def pruned_skeleton(source: ModelSource, widths: list[tuple[int, int, int]], config: PruneConfig):
-    """The model that pruning ``source`` to these widths (heads, KV heads, channels of each layer) gives, without its weights."""
+def pruned_skeleton(source: ModelSource, units: list[dict[str, Units]], config: PruneConfig):
+    """The model that pruning ``source`` gives, without its weights. ``units``: what each part of each layer has then."""
     model = copy.deepcopy(source.model)
-    surgery.slice_skeleton(source.adapter, model, widths, config.adds_bias(shape_of(source.config)))
+    slice_skeleton(source.adapter, model, units, config.adds_bias(shape_of(source.config)))
     return convert_for_runtime(model, config.runtime)

@@ -1,4 +1,4 @@
-"""Proves that what was written is the model that was pruned.
+"""Checks that what was written is the model that was pruned.
 
 The files against their hashes, and the widths against the record's plan; the checkpoint against what the model gave in memory before it
 was saved; cached against uncached generation; a padded batch against single texts; and each GGUF file in llama.cpp, and the checkpoint in
@@ -17,6 +17,8 @@ from tqdm.auto import tqdm
 
 from ..errors import UserError, first_line
 from ..models.loading import open_source
+from ..models.parts import Units
+from ..plan import by_part
 from ..utils import outputs
 from . import reference, vllm
 from .llama_cpp import LlamaCpp
@@ -42,9 +44,11 @@ class Check:
 
     @property
     def passed(self) -> bool:
+        """Whether the measured difference is allowed; one that is not a finite number is not."""
         return reference.agrees(self.measured, self.allowed)
 
     def row(self) -> list[str]:
+        """The cells of its row: what, measured with its unit, allowed, ``ok`` or ``FAILED``."""
         return [self.what, f"{self.measured:.3g} {self.unit}".strip(), f"{self.allowed:.3g}", "ok" if self.passed else "FAILED"]
 
 
@@ -58,9 +62,9 @@ def greedy(model, ids: torch.Tensor, tokens: int, banned: list[int], cached: boo
 
 
 def checks_of_bytes(folder: str) -> list[Check]:
-    """Whether the files are those that were written, by their seal, and the widths those that the record says; loads no weight.
+    """Whether the files are those that were written, by their seal, and the widths those of the record; loads no weight.
 
-    A folder from before there were seals has no check of its files, and the log says so.
+    A folder from before there were seals has no check of its files, which is logged.
     """
     checks, wrong = [], outputs.altered(Path(folder))
     if wrong is None:
@@ -70,33 +74,37 @@ def checks_of_bytes(folder: str) -> list[Check]:
         checks.append(Check(f"files with the SHA-256 that {outputs.SEAL} holds{named}", len(wrong), 0, "differ"))
         if unknown := outputs.unsealed(Path(folder)):
             log.warning("%s: not from the run that wrote the rest, so not compared: %s", folder, ", ".join(unknown))
-    if (planned := _planned_widths(Path(folder))) is not None and not wrong:
+    if (planned := planned_units(Path(folder))) is not None and not wrong:
         source = open_source(folder, "auto", "DIR")  # which refuses weights of other widths than the config's
-        found = source.adapter.all_widths(source.model)
-        differing = [index for index, (a, b) in enumerate(zip(planned, found)) if a != b] + [len(found)] * (len(planned) != len(found))
+        widths = source.adapter.units(source.model)
+        differing = [index for index, (a, b) in enumerate(zip(planned, widths)) if a != b]
+        differing += [len(widths)] * (len(planned) != len(widths))
         named = f": not layer {', '.join(map(str, differing))}" if differing else ""
-        checks.append(Check(f"widths of the layers that {PLAN} says{named}", len(differing), 0, "differ"))
+        checks.append(Check(f"widths of the layers that {PLAN} holds{named}", len(differing), 0, "differ"))
     return checks
 
 
-def _planned_widths(folder: Path) -> list[tuple[int, int, int]] | None:
-    """(heads, KV heads, channels) of each layer by the run's record; None where the folder has none. Raises UserError for a broken one."""
+def planned_units(folder: Path) -> list[dict[str, Units]] | None:
+    """What each part of each layer kept by the run's record; None where the folder has none. Raises UserError for a broken one."""
     try:
         layers = json.loads((folder / PLAN).read_text(encoding="utf-8"))["layers"]
-        return [tuple(len({int(i) for i in layer[name]}) for name in ("heads", "kv_heads", "channels")) for layer in layers]
+        return [
+            {kind: {sort: len({int(i) for i in kept}) for sort, kept in part.items()} for kind, part in by_part(layer)["kept"].items()}
+            for layer in layers
+        ]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder / PLAN}: not the record of a pruning run ({first_line(error)})") from None
 
 
 def checks_of_folder(folder: str, model, tokenizer, blocks: torch.Tensor) -> list[Check]:
     """The checks that need transformers only. ``model`` is the one of ``folder`` in float32, ``blocks`` [n, length] text."""
-    own = open_source(folder, reference.reference_dtype(folder), "DIR")
-    covered, rows = reference.covered_rows(own, folder)
+    saved = open_source(folder, reference.reference_dtype(folder), "DIR")
+    covered, rows = reference.covered_rows(saved, folder)
     if covered < rows:
         log.info("the saved outputs follow from %d of %d rows of the embeddings; the others are compared by SHA-256 alone", covered, rows)
-    checks = [Check("saved model against the model in memory: logits", *reference.compare_with_reference(own, folder))]
+    checks = [Check("saved model against the model in memory: logits", *reference.compare_with_reference(saved, folder))]
     prompt = blocks[0, : blocks.shape[1] // 2]
     cached, plain = (greedy(model, prompt, GREEDY_TOKENS, tokenizer.all_special_ids, use) for use in (True, False))
     checks.append(Check("greedy generation with KV cache against without", _lost(model, prompt, plain, cached), 1e-3, "nats"))
@@ -130,15 +138,17 @@ def checks_of_file(path: str, model, tokenizer, text: str, blocks: torch.Tensor)
     except (ValueError, IndexError, KeyError, OSError) as error:
         raise UserError(f"{path}: not a readable GGUF file ({error}); export it again") from None
     kind = max(set(kinds), key=kinds.count)
-    asked = _Asked.of(tokenizer, text, blocks, context)
-    with LlamaCpp(path, min(context, 2 * asked.blocks.shape[1] + GREEDY_TOKENS)) as llama:
-        tokens, values = llama.tokenize(asked.text), []
-        with tqdm(total=asked.blocks.numel(), desc=Path(path).name, unit="token", leave=False, disable=None) as bar:
-            for block in asked.blocks.tolist():
+    questions = Questions.of(tokenizer, text, blocks, context)
+    with LlamaCpp(path, min(context, 2 * questions.blocks.shape[1] + GREEDY_TOKENS)) as llama:
+        tokens, values = llama.tokenize(questions.text), []
+        with tqdm(total=questions.blocks.numel(), desc=Path(path).name, unit="token", leave=False, disable=None) as bar:
+            for block in questions.blocks.tolist():
                 values.append(llama.log_probabilities(block))
                 bar.update(len(block))
-        said = llama.greedy(asked.prompt.tolist(), asked.new_tokens, asked.banned)
-    return _compared(Path(path).name, asked, model, tokenizer, tokens, values, said, GGUF_TOLERANCE.get(kind, OTHER_TOLERANCE))
+        continuation = llama.greedy(questions.prompt.tolist(), questions.new_tokens, questions.banned)
+    allowed = GGUF_TOLERANCE.get(kind, OTHER_TOLERANCE)
+    answers = Answers(tokens, values, continuation)
+    return questions.compared(Path(path).name, answers, model, tokenizer, allowed)
 
 
 def checks_of_vllm(
@@ -149,15 +159,25 @@ def checks_of_vllm(
     Raises UserError where there is no vLLM or it does not take the model.
     """
     context = min(model.config.max_position_embeddings, 2 * blocks.shape[1] + GREEDY_TOKENS)
-    asked = _Asked.of(tokenizer, text, blocks, context)
-    greedy_of = (asked.prompt.tolist(), asked.new_tokens, asked.banned)
-    wanted = dict(text=asked.text, prompts=asked.blocks.tolist(), greedy=greedy_of)
-    said = vllm.ask(python, folder, context, trust_remote_code=trust_remote_code, **wanted)
-    return _compared("vLLM", asked, model, tokenizer, said["text"], said["prompts"], said["greedy"], VLLM_TOLERANCE)
+    questions = Questions.of(tokenizer, text, blocks, context)
+    greedy_of = (questions.prompt.tolist(), questions.new_tokens, questions.banned)
+    queries = dict(text=questions.text, prompts=questions.blocks.tolist(), greedy=greedy_of)
+    answer = vllm.ask(python, folder, context, trust_remote_code=trust_remote_code, **queries)
+    answers = Answers(answer["text"], answer["prompts"], answer["greedy"])
+    return questions.compared("vLLM", answers, model, tokenizer, VLLM_TOLERANCE)
 
 
 @dataclass
-class _Asked:
+class Answers:
+    """What another runtime makes of :class:`Questions`: token ids, log-probabilities of each block, the continuation."""
+
+    tokens: list[int]
+    log_probabilities: list[list[float]]
+    continuation: list[int]
+
+
+@dataclass
+class Questions:
     """What another runtime is asked: ``text`` to tokenize, ``blocks`` [n, length] to give log-probabilities of, ``prompt`` to continue."""
 
     text: str
@@ -167,37 +187,38 @@ class _Asked:
     banned: list[int]
 
     @classmethod
-    def of(cls, tokenizer, text: str, blocks: torch.Tensor, context: int) -> _Asked:
+    def of(cls, tokenizer, text: str, blocks: torch.Tensor, context: int) -> Questions:
+        """As much of ``text`` and ``blocks`` as fits in ``context`` tokens, with room for a continuation."""
         blocks = blocks[:, : min(blocks.shape[1], context - 1)]
         half = blocks.shape[1] // 2
         return cls(text[:2000], blocks, blocks[0, :half], min(GREEDY_TOKENS, context - half - 1), tokenizer.all_special_ids)
 
+    @torch.no_grad()
+    def compared(self, name: str, answers: Answers, model, tokenizer, allowed: float) -> list[Check]:
+        """What the runtime ``name`` answered against ``model`` in transformers."""
+        expected = tokenizer(self.text).input_ids
+        differing = sum(a != b for a, b in zip(expected, answers.tokens)) + abs(len(expected) - len(answers.tokens))
+        in_transformers = reference.log_probabilities(model(self.blocks, use_cache=False).logits.float(), self.blocks)
+        difference = (torch.tensor(answers.log_probabilities) - in_transformers).abs()
+        continuation = greedy(model, self.prompt, self.new_tokens, self.banned)
+        lost = _lost(model, self.prompt, continuation, answers.continuation)
+        return [
+            Check(f"{name}: tokens of {len(expected)} that differ", differing, 0),
+            Check(f"{name}: mean difference of {difference.numel()} log-probabilities", float(difference.mean()), allowed, "nats"),
+            Check(f"{name}: greedy continuation of {self.new_tokens} tokens, probability lost", lost, 5 * allowed, "nats"),
+        ]
 
-@torch.no_grad()
-def _compared(name: str, asked: _Asked, model, tokenizer, tokens, values, said, allowed: float) -> list[Check]:
-    """What another runtime answered (token ids, log-probabilities, continuation) against ``model`` in transformers."""
-    expected = tokenizer(asked.text).input_ids
-    differing = sum(a != b for a, b in zip(expected, tokens)) + abs(len(expected) - len(tokens))
-    in_transformers = reference.log_probabilities(model(asked.blocks, use_cache=False).logits.float(), asked.blocks)
-    difference = (torch.tensor(values) - in_transformers).abs()
-    lost = _lost(model, asked.prompt, greedy(model, asked.prompt, asked.new_tokens, asked.banned), said)
-    return [
-        Check(f"{name}: tokens of {len(expected)} that differ", differing, 0),
-        Check(f"{name}: mean difference of {difference.numel()} log-probabilities", float(difference.mean()), allowed, "nats"),
-        Check(f"{name}: greedy continuation of {asked.new_tokens} tokens, probability lost", lost, 5 * allowed, "nats"),
-    ]
 
+def _lost(model, prompt: torch.Tensor, expected: list[int], actual: list[int]) -> float:
+    """By how many nats the first token in which ``actual`` differs from ``expected`` is less probable to ``model``; 0 where none does.
 
-def _lost(model, prompt: torch.Tensor, wanted: list[int], found: list[int]) -> float:
-    """By how many nats the first token of ``found`` that is not in ``wanted`` is less probable to ``model``; 0 where they are equal.
-
-    Two computations of one model may part where two tokens are equally probable, and only there.
+    Two computations of one model may differ where two tokens are equally probable, and only there.
     """
-    if len(wanted) != len(found):
+    if len(expected) != len(actual):
         return float("inf")
-    for t, (a, b) in enumerate(zip(wanted, found)):
+    for t, (a, b) in enumerate(zip(expected, actual)):
         if a != b:
-            ids = torch.cat([prompt, torch.tensor(wanted[:t], dtype=torch.long)])[None]
+            ids = torch.cat([prompt, torch.tensor(expected[:t], dtype=torch.long)])[None]
             with torch.no_grad():
                 likely = model(ids, use_cache=False).logits[0, -1].float().log_softmax(-1)
             return float(likely[a] - likely[b])

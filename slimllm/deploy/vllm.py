@@ -16,8 +16,8 @@ _WORKER = Path(__file__).with_name("vllm_worker.py")
 _CACHE_GIGABYTES = "1"  # of keys and values on a CPU; by default vLLM takes half of the memory there is
 
 
-def ask(python: str, model: str | os.PathLike, context: int, dtype: str = "float32", trust_remote_code: bool = False, **wanted) -> dict:
-    """What vLLM, run by the interpreter ``python``, answers about the folder ``model``; ``wanted`` and the answer as in vllm_worker.
+def ask(python: str, model: str | os.PathLike, context: int, dtype: str = "float32", trust_remote_code: bool = False, **queries) -> dict:
+    """What vLLM, run by the interpreter ``python``, computes for the model in a folder; ``queries`` and the results as in vllm_worker.
 
     Code that the folder brings is run where that is this program's own, or with ``trust_remote_code``.
     Raises UserError where there is no such interpreter, it has no vLLM, or vLLM does not take the model.
@@ -33,7 +33,7 @@ def ask(python: str, model: str | os.PathLike, context: int, dtype: str = "float
         request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
         trusted = trust_remote_code or brings_only_our_code(Path(model))
         settings = {"model": str(Path(model).resolve()), "context": context, "dtype": dtype, "trust_remote_code": trusted}
-        request.write_text(json.dumps(settings | wanted))
+        request.write_text(json.dumps(settings | queries))
         command = [os.path.abspath(python), _WORKER, request, answer]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
         if done.returncode or not answer.is_file():

@@ -1,7 +1,7 @@
 """Asks vLLM about one model: ``python vllm_worker.py REQUEST.json ANSWER.json``.
 
 Runs in vLLM's own environment, by the interpreter of that, so it imports nothing of this project. REQUEST holds ``model`` (a folder),
-``dtype``, ``context``, ``trust_remote_code``, and what is wanted: ``text`` to tokenize, ``prompts`` (token ids) to take
+``dtype``, ``context``, ``trust_remote_code``, and any of these queries: ``text`` to tokenize, ``prompts`` (token ids) to take
 log-probabilities of, ``greedy`` (prompt, tokens, banned ids) and ``speed`` (prompt tokens, new tokens, repeats). ANSWER holds the
 results by the same names.
 """
@@ -13,6 +13,7 @@ import time
 
 
 def main(request_path, answer_path):
+    """Reads the request, loads the model, and writes the answer; whatever vLLM raises ends the process with a traceback."""
     from vllm import LLM, SamplingParams
 
     with open(request_path) as file:
@@ -30,8 +31,8 @@ def main(request_path, answer_path):
     if "prompts" in request:
         answer["prompts"] = []
         for ids in request["prompts"]:
-            found = generate(ids, max_tokens=1, prompt_logprobs=0).prompt_logprobs
-            answer["prompts"].append([entry[token].logprob for token, entry in zip(ids[1:], found[1:])])
+            log_probabilities = generate(ids, max_tokens=1, prompt_logprobs=0).prompt_logprobs
+            answer["prompts"].append([entry[token].logprob for token, entry in zip(ids[1:], log_probabilities[1:])])
     if "greedy" in request:
         prompt, tokens, banned = request["greedy"]
         never = {token: -100.0 for token in banned}

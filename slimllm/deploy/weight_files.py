@@ -16,7 +16,7 @@ SHARD_BYTES = 5_000_000_000  # of weights in one file, at most; a single tensor 
 
 
 def weight_bytes(folder: str | os.PathLike) -> int:
-    """Of the files of weights in a checkpoint folder."""
+    """Bytes of the files of weights in a checkpoint folder."""
     return sum(path.stat().st_size for path in Path(folder).glob("model*.safetensors"))
 
 
@@ -28,7 +28,7 @@ def _written(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
 class WeightFiles:
     """The weights of a checkpoint, written one tensor at a time: one file, or several where it is large, and their index.
 
-    ``model`` says what tensors there will be; it may be without weights. ``dtype``: what they are written in, the model's by default.
+    The tensors are those of ``model``, which may be without weights. ``dtype``: what they are written in, the model's by default.
     """
 
     def __init__(self, folder: Path, model, dtype: torch.dtype | None = None):
@@ -52,6 +52,7 @@ class WeightFiles:
         self._files[name].write(name, tensor.to(self.layout[name][0]))
 
     def sync(self) -> None:
+        """Returns once all that was written is on the disk."""
         for file in set(self._files.values()):
             file.sync()
 

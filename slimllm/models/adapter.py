@@ -1,41 +1,48 @@
-"""The layer adapter: the one place that turns a row of the family table into modules, rows and columns of a real model.
+"""The layer adapter: the one place that finds the modules, rows and columns of a real model by its row of the family table.
 
-Everything above asks it: which module is the attention, which rows of which projection belong to a head, how a block's
-output joins the residual stream, what the final norm and the head make of the last states.
+Everything above learns from it which parts a layer has, which rows of which projection belong to a unit, how a part's output joins the
+residual stream, what the final norm and the head make of the last states.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from .families import Family, family_of
-from .shape import head_dim_of
+from .families import Family, PartRow, family_of
+from .parts import Kept, Units, head_dim_of
 
 
-@dataclass
-class Block:
-    """The attention or the feed-forward part of one layer.
+def blocks_of_columns(blocks: torch.Tensor, width: int) -> torch.Tensor:
+    """Indices of the columns (or rows) of whole blocks: [len(blocks) * width]."""
+    return (blocks[:, None] * width + torch.arange(width, device=blocks.device)).flatten()
 
-    ``output`` is the projection whose input columns belong to heads or channels; ``norm`` comes before ``module``, ``post_norm``
-    after it, and ``multiplier`` scales what is added to the residual.
+
+class Part:
+    """One part of one layer, with its modules.
+
+    ``kind``: as in :mod:`parts`. ``output``: the projection whose input columns belong to units. ``norm`` comes before ``module``,
+    ``post_norm`` after it, and ``multiplier`` scales what is added to the residual stream.
     """
 
-    module: nn.Module
-    output: nn.Linear
-    norm: nn.Module | None
-    post_norm: nn.Module | None
-    multiplier: float
+    def __init__(self, row: PartRow, layer: nn.Module, head_dim: int, multiplier: float):
+        self.row, self.kind, self.head_dim, self.multiplier = row, row.kind, head_dim, multiplier
+        self.module = getattr(layer, row.module)
+        self.output: nn.Linear = getattr(self.module, row.output)
+        self.norm, self.post_norm = (None if name is None else getattr(layer, name) for name in (row.norm, row.post_norm))
 
-    def prepare(self, states: torch.Tensor) -> torch.Tensor:
+    def read(self, states: torch.Tensor) -> torch.Tensor:
         """What ``module`` is given for the residual stream ``states`` [..., D]."""
         return states if self.norm is None else self.norm(states)
 
+    def run(self, inputs: torch.Tensor, arguments: dict) -> None:
+        """Calls ``module``. ``arguments``: what the layer is called with besides the states."""
+        self.module(inputs)
+
     def join(self, states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """The residual stream after this block, whose output projection gave ``output`` [..., D]."""
+        """The residual stream after this part, whose output projection gave ``output`` [..., D]."""
         output = output.view_as(states)
         if self.post_norm is not None:
             output = self.post_norm(output)
@@ -43,16 +50,126 @@ class Block:
 
     @property
     def linears(self) -> list[nn.Linear]:
+        """All projections of the part, inputs and output."""
         return [child for child in self.module.children() if isinstance(child, nn.Linear)]
 
+    @property
+    def inputs(self) -> list[nn.Linear]:
+        """The projections whose rows belong to units."""
+        return [getattr(self.module, name) for name in self.row.inputs]
 
-def columns(blocks: torch.Tensor, width: int) -> torch.Tensor:
-    """Indices of the columns (or rows) of whole blocks: [len(blocks) * width]."""
-    return (blocks[:, None] * width + torch.arange(width, device=blocks.device)).flatten()
+    def _split(self, rows: list[torch.Tensor], sizes: list[int]) -> list[tuple[nn.Linear, torch.Tensor]]:
+        """Pairs each projection with its rows; where one holds all of them, stacked in this order. ``sizes``: all but the last."""
+        linears = self.inputs
+        if len(linears) == len(rows):
+            return list(zip(linears, rows))
+        offsets = [sum(sizes[:i]) for i in range(len(rows))]
+        return [(linears[0], torch.cat([offset + part for offset, part in zip(offsets, rows)]))]
+
+    # of each kind
+
+    @property
+    def units(self) -> Units:
+        """How many units of each sort it has, from its modules."""
+        raise NotImplementedError
+
+    def rows(self, kept: Kept) -> list[tuple[nn.Linear, torch.Tensor]]:
+        """(projection, its rows that belong to these units), for each of ``inputs``."""
+        raise NotImplementedError
+
+    def columns(self, kept: Kept, device=None) -> torch.Tensor:
+        """The columns of ``output`` that belong to these units."""
+        raise NotImplementedError
+
+    def note_units(self, units: Units) -> None:
+        """Brings the widths that the modules store of themselves up to date, once they are sliced."""
+        raise NotImplementedError
+
+    def unit_sums(self, rows: torch.Tensor, columns: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Sums of numbers over what goes with each unit, by sort: over its ``rows`` (:meth:`rows`, joined) and its ``columns`` of
+        ``output``; those of query heads and KV heads apart.
+        """
+        raise NotImplementedError
+
+
+class Attention(Part):
+    """Query heads that share KV heads in equal groups."""
+
+    def run(self, inputs: torch.Tensor, arguments: dict) -> None:
+        """Calls the attention with the arguments of the layer: mask, position embeddings and the like."""
+        self.module(inputs, **arguments)
+
+    @property
+    def units(self) -> Units:
+        """{"heads": query heads, "kv_heads": KV heads}, from the widths of the projections."""
+        heads = self.output.in_features // self.head_dim
+        rows = sum(linear.out_features for linear in self.inputs)
+        return {"heads": heads, "kv_heads": (rows // self.head_dim - heads) // 2}
+
+    def rows(self, kept: Kept) -> list[tuple[nn.Linear, torch.Tensor]]:
+        """Rows of the query projection that belong to kept query heads; of key and value projections those of kept KV heads."""
+        before = self.units
+        queries, pairs = (blocks_of_columns(torch.as_tensor(kept[sort]), self.head_dim) for sort in ("heads", "kv_heads"))
+        return self._split([queries, pairs, pairs], [before[sort] * self.head_dim for sort in ("heads", "kv_heads")])
+
+    def columns(self, kept: Kept, device=None) -> torch.Tensor:
+        """Columns of kept query heads: [heads * head size]."""
+        return blocks_of_columns(torch.as_tensor(kept["heads"], device=device), self.head_dim)
+
+    def unit_sums(self, rows: torch.Tensor, columns: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A query head has its rows of queries and its columns of the output, a KV head its rows of keys and of values."""
+        units = self.units
+        queries, keys, values = rows.split([units[sort] * self.head_dim for sort in ("heads", "kv_heads", "kv_heads")])
+        sums = {"heads": queries + columns, "kv_heads": keys + values}
+        return {sort: of_rows.view(units[sort], -1).sum(1) for sort, of_rows in sums.items()}
+
+    def note_units(self, units: Units) -> None:
+        """Sets the size of a group, and of a fused projection what it is split by."""
+        heads, kv_heads = units["heads"], units["kv_heads"]
+        self.module.num_key_value_groups = heads // kv_heads
+        if len(self.row.inputs) == 1:  # the module splits a fused projection by its config
+            self.module.config = copy.copy(self.module.config)
+            self.module.config.num_attention_heads, self.module.config.num_key_value_heads = heads, kv_heads
+            self.module.num_key_value_heads = kv_heads
+
+
+class Mlp(Part):
+    """A feed-forward part whose channels are scaled by a gate."""
+
+    @property
+    def units(self) -> Units:
+        """{"channels": channels}, from the width of the output projection."""
+        return {"channels": self.output.in_features}
+
+    def rows(self, kept: Kept) -> list[tuple[nn.Linear, torch.Tensor]]:
+        """The same rows of gate and up projection."""
+        channels = torch.as_tensor(kept["channels"])
+        return self._split([channels, channels], [self.units["channels"]])
+
+    def columns(self, kept: Kept, device=None) -> torch.Tensor:
+        """The kept channels themselves."""
+        return torch.as_tensor(kept["channels"], device=device)
+
+    def note_units(self, units: Units) -> None:
+        """Sets the intermediate size."""
+        self.module.intermediate_size = units["channels"]
+
+    def unit_sums(self, rows: torch.Tensor, columns: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A channel has one row of gate, one of up and one column of down."""
+        return {"channels": columns + rows.view(2, -1).sum(0)}
+
+    def gate_and_up(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights [I, D] of the gate and the up projection, float32."""
+        weights = [linear.weight.float() for linear in self.inputs]
+        gate, up = weights if len(weights) == 2 else weights[0].chunk(2)
+        return gate, up
+
+
+_PARTS = {"attention": Attention, "mlp": Mlp}
 
 
 class LayerAdapter:
-    """The parts of models of one family, dense or pruned. ``config`` is the model's; ``family`` defaults to its row of the table."""
+    """What models of one family, dense or pruned, are made of. ``config`` is the model's; ``family`` defaults to its row of the table."""
 
     def __init__(self, config, family: Family | None = None):
         self.family = family or family_of(config)
@@ -62,22 +179,27 @@ class LayerAdapter:
     # the model
 
     def decoder(self, model) -> nn.Module:
+        """The module that holds embeddings, layers and final norm."""
         return getattr(model, self.family.decoder)
 
     def layers(self, model) -> nn.ModuleList:
+        """The layers of a model, which may be changed in place."""
         return getattr(self.decoder(model), self.family.layers)
 
     def set_layers(self, model, layers: nn.ModuleList) -> None:
+        """Puts ``layers`` in the place of the model's."""
         setattr(self.decoder(model), self.family.layers, layers)
 
     def final_norm(self, model) -> nn.Module:
+        """The norm between the last layer and the output head."""
         return getattr(self.decoder(model), self.family.final_norm)
 
     def head(self, model) -> nn.Module:
+        """The output head, a Linear from [..., D] to [..., V]."""
         return getattr(model, self.family.head)
 
     def last_states(self, model, ids: torch.Tensor, **inputs) -> torch.Tensor:
-        """The states [..., D] that the head turns into logits: after the last layer and the final norm."""
+        """The states [..., D] that the head makes logits of: after the last layer and the final norm."""
         return self.decoder(model)(input_ids=ids, use_cache=False, **inputs).last_hidden_state
 
     def logits(self, head: nn.Module, states: torch.Tensor) -> torch.Tensor:
@@ -92,72 +214,26 @@ class LayerAdapter:
     def _setting(self, name: str | None):
         return None if name is None else getattr(self.config, name, None)
 
-    # one layer
+    # its layers
 
-    def attention(self, layer: nn.Module) -> Block:
-        f = self.family
-        return self._block(layer, f.attention, f.attention_output, f.attention_norm, f.attention_post_norm)
-
-    def mlp(self, layer: nn.Module) -> Block:
-        f = self.family
-        return self._block(layer, f.mlp, f.mlp_output, f.mlp_norm, f.mlp_post_norm)
-
-    def blocks(self, model) -> list[tuple[Block, Block]]:
-        """(attention, feed-forward part) of each layer."""
-        return [(self.attention(layer), self.mlp(layer)) for layer in self.layers(model)]
-
-    def _block(self, layer, name: str, output: str, norm: str | None, post_norm: str | None) -> Block:
-        module = getattr(layer, name)
-        before, after = (None if n is None else getattr(layer, n) for n in (norm, post_norm))
+    def steps(self, layer: nn.Module) -> list[list[Part]]:
+        """The parts of a layer in the order of computation; those of one step read the same state, side by side."""
         multiplier = self._setting(self.family.residual_multiplier)
-        return Block(module, getattr(module, output), before, after, 1.0 if multiplier is None else multiplier)
+        multiplier = 1.0 if multiplier is None else multiplier
+        steps = [[row for row in step if row.layers is None or getattr(layer, row.module, None) is not None] for step in self.family.steps]
+        return [[_PARTS[row.kind](row, layer, self.head_dim, multiplier) for row in step] for step in steps if step]
 
-    def widths(self, layer: nn.Module) -> tuple[int, int, int]:
-        """(query heads, KV heads, channels) of a layer, from its modules."""
-        attention, mlp = self.attention(layer), self.mlp(layer)
-        heads = attention.output.in_features // self.head_dim
-        inputs = [getattr(attention.module, name) for name in self.family.head_inputs]
-        rows = sum(linear.out_features for linear in inputs)
-        return heads, (rows // self.head_dim - heads) // 2, mlp.output.in_features
+    def parts(self, layer: nn.Module) -> list[Part]:
+        """The parts of a layer, in the order of computation."""
+        return [part for step in self.steps(layer) for part in step]
 
-    def all_widths(self, model) -> list[tuple[int, int, int]]:
-        return [self.widths(layer) for layer in self.layers(model)]
+    def all_parts(self, model) -> list[Part]:
+        """The parts of all layers."""
+        return [part for layer in self.layers(model) for part in self.parts(layer)]
 
-    def head_rows(self, layer: nn.Module, heads: torch.Tensor, kv_heads: torch.Tensor) -> list[tuple[nn.Linear, torch.Tensor]]:
-        """(projection, its rows that belong to these query heads and KV heads), for each projection of queries, keys and values."""
-        before, kv_before, _ = self.widths(layer)
-        rows = [columns(chosen, self.head_dim) for chosen in (heads, kv_heads, kv_heads)]
-        return self._rows(self.attention(layer).module, self.family.head_inputs, rows, [n * self.head_dim for n in (before, kv_before)])
-
-    def channel_rows(self, layer: nn.Module, channels: torch.Tensor) -> list[tuple[nn.Linear, torch.Tensor]]:
-        """(projection, its rows that belong to these channels), for gate and up."""
-        return self._rows(self.mlp(layer).module, self.family.channel_inputs, [channels, channels], [self.widths(layer)[2]])
-
-    @staticmethod
-    def _rows(module, names: tuple[str, ...], rows: list[torch.Tensor], sizes: list[int]) -> list[tuple[nn.Linear, torch.Tensor]]:
-        """Pairs each projection with its rows; where one holds all of them, stacked in this order. ``sizes``: all but the last."""
-        linears = [getattr(module, name) for name in names]
-        if len(linears) == len(rows):
-            return list(zip(linears, rows))
-        offsets = [sum(sizes[:i]) for i in range(len(rows))]
-        return [(linears[0], torch.cat([offset + part for offset, part in zip(offsets, rows)]))]
-
-    def gate_and_up(self, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights [I, D] of the gate and the up projection, float32."""
-        module = self.mlp(layer).module
-        weights = [getattr(module, name).weight.float() for name in self.family.channel_inputs]
-        gate, up = weights if len(weights) == 2 else weights[0].chunk(2)
-        return gate, up
-
-    def set_widths(self, layer: nn.Module, heads: int, kv_heads: int, channels: int) -> None:
-        """Brings what the modules of a sliced layer know of their widths up to date."""
-        attention = self.attention(layer).module
-        attention.num_key_value_groups = heads // kv_heads
-        if len(self.family.head_inputs) == 1:  # a fused projection is taken apart by what the module's config says
-            attention.config = copy.copy(attention.config)
-            attention.config.num_attention_heads, attention.config.num_key_value_heads = heads, kv_heads
-            attention.num_key_value_heads = kv_heads
-        self.mlp(layer).module.intermediate_size = channels
+    def units(self, model) -> list[dict[str, Units]]:
+        """What each part of each layer has, from the modules."""
+        return [{part.kind: part.units for part in self.parts(layer)} for layer in self.layers(model)]
 
     # names of tensors in a checkpoint
 
@@ -166,27 +242,31 @@ class LayerAdapter:
         return f"{self.family.decoder}.{self.family.layers}."
 
     def layer_name(self, index: int) -> str:
+        """What the names of this layer's tensors begin with, a point at its end."""
         return f"{self.layers_name()}{index}."
 
     def norm_name(self) -> str:
+        """What the names of the final norm's tensors begin with."""
         return f"{self.family.decoder}.{self.family.final_norm}."
 
     def head_name(self) -> str:
+        """What the names of the output head's tensors begin with."""
         return f"{self.family.head}."
 
     def decoder_name(self) -> str:
+        """What the names of all the decoder's tensors begin with."""
         return f"{self.family.decoder}."
 
     def is_output_bias(self, name: str) -> bool:
         """Whether this is the name of a bias of an output projection, which only a recovery or the config's flags give."""
-        return name.endswith((f".{self.family.attention_output}.bias", f".{self.family.mlp_output}.bias"))
+        return name.endswith(tuple(f".{row.output}.bias" for row in self.family.parts))
 
-    def rotary_heads(self, name: str, widths: list[tuple[int, int, int]]) -> int | None:
-        """How many heads a tensor of this name holds whose rows rotary embeddings turn; None for any other tensor."""
-        parts = name.split(".")
-        if len(parts) < 5 or parts[-2] not in self.family.head_inputs[:2]:
+    def rotary_heads(self, name: str, units: list[dict[str, Units]]) -> int | None:
+        """How many heads a tensor of this name holds, where rotary embeddings rotate its rows; None for any other tensor."""
+        parts, row = name.split("."), self.family.part("attention")
+        if len(parts) < 5 or parts[-2] not in row.inputs[:2]:
             return None
-        return widths[int(parts[2])][self.family.head_inputs.index(parts[-2])]
+        return units[int(parts[2])]["attention"][("heads", "kv_heads")[row.inputs.index(parts[-2])]]
 
 
 def keep_rows(linear: nn.Linear, rows: torch.Tensor) -> None:
@@ -201,14 +281,16 @@ def keep_rows(linear: nn.Linear, rows: torch.Tensor) -> None:
 def with_multi_head_attention(model):
     """The same model with each key/value head repeated for every query head that uses it (in place).
 
-    For comparison with implementations that know multi-head attention only; the outputs stay the same.
+    For comparison with implementations that have multi-head attention only; the outputs stay the same.
     """
     adapter = LayerAdapter(model.config)
-    for layer in adapter.layers(model):
-        heads, kv_heads, channels = adapter.widths(layer)
+    for part in adapter.all_parts(model):
+        if not isinstance(part, Attention):
+            continue
+        heads, kv_heads = part.units["heads"], part.units["kv_heads"]
         repeated = torch.arange(kv_heads).repeat_interleave(heads // kv_heads)
-        for linear, rows in adapter.head_rows(layer, torch.arange(heads), repeated):
+        for linear, rows in part.rows({"heads": torch.arange(heads), "kv_heads": repeated}):
             keep_rows(linear, rows)
-        adapter.set_widths(layer, heads, heads, channels)
+        part.note_units({"heads": heads, "kv_heads": heads})
     model.config.num_key_value_heads = model.config.num_attention_heads
     return model

@@ -1,4 +1,4 @@
-"""What a config.json may say: values that would be a traceback further on, or a model without sense, are named here."""
+"""Checks of a config.json: values that would end in a traceback further on, or in a model that makes no sense, are named here."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def check_config(config, where: str) -> None:
     for name in _FLAGS:
         if not isinstance(value := getattr(config, name, False), bool):
             raise UserError(f"{where}: {name} is {value!r}, neither true nor false")
-    if not isinstance(config.dtype, torch.dtype | None):
+    named = isinstance(config.dtype, str) and isinstance(getattr(torch, config.dtype, None), torch.dtype)  # as save_pretrained leaves it
+    if not named and not isinstance(config.dtype, torch.dtype | None):
         raise UserError(f"{where}: dtype is {config.dtype!r}, which torch does not know")
     if config.num_hidden_layers > MOST_LAYERS:
         raise UserError(f"{where}: num_hidden_layers is {config.num_hidden_layers}, which no model has")

@@ -1,4 +1,4 @@
-"""What the metadata of a .gguf file says of a model and transformers leaves out of the config that it makes of them.
+"""Settings that the metadata of a .gguf file has and transformers leaves out of the config that it makes of them.
 
 Without these settings the same weights are another model.
 """
@@ -12,14 +12,16 @@ import torch
 
 from ..errors import UserError
 from .families import family_of
-from .shape import head_dim_of, rope_of
+from .parts import head_dim_of
+from .shape import rope_of
 
-SCALAR_OF_HIDDEN = {"gemma2": 46, "gemma3": 62}  # models of so many layers divide scores by the root of hidden size / heads
+# architecture -> how many layers the one model has that divides attention scores by the root of hidden size / heads
+SCALAR_OF_HIDDEN = {"gemma2": 46, "gemma3": 62}
 LLAMA3_TURNS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # of each llama3 scaling that was published
 
 
 def complete(config, reader: gguf.GGUFReader, where: str) -> None:
-    """Gives ``config``, in place, what the file says of soft caps, scores, windows and rotary embeddings.
+    """Sets in ``config``, in place, what the file has of soft caps, scores, windows and rotary embeddings.
 
     Raises UserError, naming ``where``, for rotary embeddings that it has no settings for.
     """
@@ -49,7 +51,7 @@ def complete(config, reader: gguf.GGUFReader, where: str) -> None:
 
 
 def _scaling(config, reader, value, where: str) -> dict:
-    """What ``rope_parameters`` says of a scaling of the rotary frequencies; empty where there is none."""
+    """The entries of ``rope_parameters`` for a scaling of the rotary frequencies; empty where there is none."""
     factors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors if tensor.name.startswith("rope_f")}
     kind = value("rope.scaling.type")
     refusal = UserError(
@@ -57,20 +59,20 @@ def _scaling(config, reader, value, where: str) -> dict:
         "model in the form of transformers"
     )
     if "rope_freqs.weight" in factors:
-        wanted = factors.pop("rope_freqs.weight").float()
-        found = _llama3(wanted, rope_of(config)["rope_theta"], head_dim_of(config)) if factors == {} and not kind else None
-        if found is None:
+        divisors = factors.pop("rope_freqs.weight").float()
+        settings = _llama3(divisors, rope_of(config)["rope_theta"], head_dim_of(config)) if factors == {} and not kind else None
+        if settings is None:
             raise refusal
-        return found
+        return settings
     if factors or kind not in (None, "none", "linear", "yarn"):
         raise refusal
     if kind in (None, "none"):
         return {}
-    found = {"rope_type": kind, "factor": value("rope.scaling.factor")}
+    settings = {"rope_type": kind, "factor": value("rope.scaling.factor")}
     if kind == "yarn":
-        found["original_max_position_embeddings"] = value("rope.scaling.original_context_length")
-        found |= {f"beta_{name}": value(f"rope.scaling.yarn_beta_{name}") for name in ("fast", "slow")}
-    return {name: setting for name, setting in found.items() if setting is not None}
+        settings["original_max_position_embeddings"] = value("rope.scaling.original_context_length")
+        settings |= {f"beta_{name}": value(f"rope.scaling.yarn_beta_{name}") for name in ("fast", "slow")}
+    return {name: setting for name, setting in settings.items() if setting is not None}
 
 
 def llama3_factors(rope: dict, head_dim: int) -> torch.Tensor:
@@ -92,8 +94,8 @@ def _llama3(factors: torch.Tensor, theta: float, head_dim: int) -> dict | None:
     smooth = (1 / float(factors[at]) - 1 / factor) / (1 - 1 / factor)
     original = (low + smooth * (high - low)) * 2 * math.pi / float(_frequencies(theta, head_dim)[at])
     original = round(original) if smooth < 1 else math.ceil(original)  # where it is not divided at all, any longer one does
-    found = {"rope_type": "llama3", "factor": factor, **LLAMA3_TURNS, "original_max_position_embeddings": original}
-    return found if torch.allclose(llama3_factors(found | {"rope_theta": theta}, head_dim), factors, rtol=1e-3) else None
+    settings = {"rope_type": "llama3", "factor": factor, **LLAMA3_TURNS, "original_max_position_embeddings": original}
+    return settings if torch.allclose(llama3_factors(settings | {"rope_theta": theta}, head_dim), factors, rtol=1e-3) else None
 
 
 def _frequencies(theta: float, head_dim: int) -> torch.Tensor:

@@ -17,16 +17,12 @@ from ..errors import UserError, first_line
 from ..utils.files import state_of
 from ..utils.memory import return_free_memory
 from .adapter import LayerAdapter
-from .shape import widths_of
+from .shape import units_of
 from .weights import TensorReader
 
 _ROPE_FACTORS = re.compile(r"rope_(freqs|factors_\w+)\.weight$")  # of a .gguf file, whose metadata says the same
-
-
 ROWS = 4096  # of a .gguf tensor that are dequantized at once
-
-
-# GGUF architectures that turn neighbouring dimensions of a head where transformers turns its two halves
+# GGUF architectures that rotate neighbouring dimensions of a head where transformers rotates its two halves
 ROPE_IN_PAIRS = ("llama", "deci", "smollm3", "mistral3", "granite")
 
 
@@ -43,13 +39,13 @@ class GgufTensors(TensorReader):
         reader = gguf_reader(path)
         self._arch = reader.fields["general.architecture"].contents()
         self.origin = origin_in(reader)
-        found = {
+        by_gguf_name = {
             tensor.name: (
                 int(tensor.data_offset),
                 tensor.data.shape,
+                [*map(int, tensor.shape[::-1])],
                 tensor.data.dtype,
                 tensor.tensor_type,
-                [*map(int, tensor.shape[::-1])],
             )
             for tensor in reader.tensors
         }
@@ -61,34 +57,35 @@ class GgufTensors(TensorReader):
         for name in names:
             stem, _, suffix = name.rpartition(".")
             place = f"{places.get_name(stem)}.{suffix}"
-            if place in found:
-                self._at[name] = found.pop(place)
-        self._at |= {place: value for place, value in found.items() if not _ROPE_FACTORS.match(place)}  # what the config has no place for
-        self._adapter, self._widths = LayerAdapter(config), widths_of(config)
-
-    def shape(self, name: str) -> list[int]:
-        return self._at[name][4]
+            if place in by_gguf_name:
+                self._at[name] = by_gguf_name.pop(place)
+        # What is left the config has no place for.
+        self._at |= {place: value for place, value in by_gguf_name.items() if not _ROPE_FACTORS.match(place)}
+        self._adapter, self._units = LayerAdapter(config), units_of(config)
 
     def is_number(self, name: str) -> bool:
-        return self._at[name][3].name not in ("I8", "I16", "I32", "I64")
+        """Whether a tensor holds numbers with a fraction, as quantized ones do once they are dequantized."""
+        return self._at[name][4].name not in ("I8", "I16", "I32", "I64")
 
     def dtype_name(self, name: str) -> str:
-        return self._at[name][3].name
+        """The type of a tensor as GGUF names it, such as Q4_K."""
+        return self._at[name][4].name
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        offset, stored, kind, quantization, shape = self._at[name]
+        """One tensor as transformers would hold it, dequantized, in ``dtype`` or float32."""
+        offset, stored, shape, kind, quantization = self._at[name]
         raw = np.fromfile(self.files[0], dtype=kind, count=math.prod(stored), offset=offset).reshape(stored)
         tensor = torch.empty(shape, dtype=dtype or torch.float32)
         for start in range(0, len(raw), ROWS):  # what it is unpacked into on the way takes several times its room
             tensor[start : start + ROWS] = torch.from_numpy(gguf.dequantize(raw[start : start + ROWS], quantization))
-        family, heads = self._adapter.family, self._adapter.rotary_heads(name, self._widths)
+        family, heads = self._adapter.family, self._adapter.rotary_heads(name, self._units)
         if family.norm_offset and family.is_norm(name):
             tensor -= family.norm_offset  # the file holds what multiplies
         return from_pairs(tensor, heads) if self._arch in ROPE_IN_PAIRS and heads else tensor
 
 
 def origin_in(reader: gguf.GGUFReader) -> dict:
-    """What a .gguf file says of where it comes from, as a model card names it: licence, languages, the hub name of its base model."""
+    """Where a .gguf file comes from by its metadata, as a model card names it: licence, languages, the hub name of its base model."""
 
     def value(name: str):
         field = reader.fields.get(f"general.{name}")
@@ -137,7 +134,7 @@ def _parsed(path: str, state: tuple) -> gguf.GGUFReader:
     if parts is not None and parts.contents() > 1:
         raise UserError(
             f"{path}: one of {parts.contents()} files that hold the model together; join them with llama.cpp's "
-            "llama-gguf-split --merge FIRST OUT.gguf and name the outcome"
+            "llama-gguf-split --merge FIRST OUT.gguf and name the result"
         )
     return reader
 

@@ -1,4 +1,4 @@
-"""A model in memory as people have it: taken where it can be pruned, named where not, before anything is done to it."""
+"""Checks of a model in memory that people hand in: what cannot be pruned is refused by name, before anything is done to it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from ..errors import UserError
 from ..utils.device import name_of
 from .checked import check_config
-from .families import dense_family_of, family_of
+from .families import family_of
 from .loading import skeleton_of
 from .source import all_finite, stored_tensors
 
@@ -32,7 +32,7 @@ def check_model(model) -> transformers.PreTrainedModel:
     while (inner := _wrapped(model)) is not None:
         model = inner
     _check_kind(model)
-    dense_family_of(model.config)
+    family_of(model.config)
     _check_place(model)
     _check_weights(model)
     check_config(model.config, "model: its config")
@@ -115,11 +115,11 @@ def _check_weights(model) -> None:
 def _check_against_config(model) -> None:
     """Raises UserError where the tensors are not those that transformers makes for the config: layers taken out, widths changed."""
     config = copy.deepcopy(model.config)
-    config._attn_implementation = None  # one that computes elsewhere only is nothing to a skeleton
-    expected, found = (
+    config._attn_implementation = None  # an implementation that needs a GPU would refuse a skeleton
+    expected, actual = (
         {name: list(tensor.shape) for name, tensor in stored_tensors(one).items()} for one in (skeleton_of(config, model.dtype), model)
     )
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            says, has = (f"{shapes[name]}" if name in shapes else "none" for shapes in (expected, found))
-            raise UserError(f"model: {name} is {has} in the model and {says} by its config; {_AGAIN}, and prune that")
+    for name in sorted(expected.keys() | actual.keys()):
+        if expected.get(name) != actual.get(name):
+            by_config, in_model = (f"{shapes[name]}" if name in shapes else "none" for shapes in (expected, actual))
+            raise UserError(f"model: {name} is {in_model} in the model and {by_config} by its config; {_AGAIN}, and prune that")

@@ -18,7 +18,7 @@ from ..errors import UserError, first_line
 from .weights import ADAPTER, WEIGHTS, listed_in
 
 _TIMEOUT_SECONDS = 5
-# What the hub takes a repository with a .gguf file for is a model for llama.cpp, and this one holds a tokenizer alone.
+# The hub takes a repository with a .gguf file for a model for llama.cpp, and tokenizer.gguf holds a tokenizer alone.
 NOT_UPLOADED = ["log.txt", ".*", "tokenizer.gguf"]
 
 
@@ -67,27 +67,27 @@ def rows(path: str, column: str | None = None, stream: bool = False, **kwargs):
 
 
 def download_weights(name: str, named: str | None = None) -> str:
-    """The local snapshot of a hub model with the files of its weights, as :func:`weights.weight_files` knows them.
+    """The local snapshot of a hub model with the files of its weights, as :func:`weights.weight_files` finds them.
 
     ``named``: what its config names in place of the usual ones. Raises OSError where the model cannot be had.
     """
     beside = ["generation_config.json", ADAPTER]
-    for wanted in (named,) if named else WEIGHTS:
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=[wanted, *beside]))
-        if (folder / wanted).is_file():
+    for file_name in (named,) if named else WEIGHTS:
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=[file_name, *beside]))
+        if (folder / file_name).is_file():
             break
-    if wanted.endswith(".index.json") and (folder / wanted).is_file():
-        huggingface_hub.snapshot_download(name, allow_patterns=[wanted, *listed_in(folder / wanted), *beside])
+    if file_name.endswith(".index.json") and (folder / file_name).is_file():
+        huggingface_hub.snapshot_download(name, allow_patterns=[file_name, *listed_in(folder / file_name), *beside])
     return str(folder)
 
 
 def card_data(folder: str | os.PathLike) -> dict:
-    """What the model card in ``folder`` (README.md) says at its head; empty where there is none, or none that can be read."""
+    """What the model card in ``folder`` (README.md) has at its head, as YAML; empty where there is none, or none that can be read."""
     path = Path(folder) / "README.md"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    found = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    front_matter = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
     try:
-        data = yaml.safe_load(found[1]) if found else None
+        data = yaml.safe_load(front_matter[1]) if front_matter else None
     except yaml.YAMLError:
         return {}
     return data if isinstance(data, dict) else {}
@@ -102,7 +102,7 @@ def check_push(name: str) -> str:
     except HFValidationError as error:
         raise UserError(f"--push_to_hub {name}: {error}") from None
     if not reachable():
-        raise UserError(f"--push_to_hub {name}: the hub is out of reach, or offline mode is set (HF_HUB_OFFLINE); leave the flag away")
+        raise UserError(f"--push_to_hub {name}: the hub is out of reach, or offline mode is set (HF_HUB_OFFLINE); leave the flag out")
     with _hub_errors(name, "nothing was done yet"):
         user = huggingface_hub.HfApi().whoami()
     return name if "/" in name else f"{user['name']}/{name}"
@@ -111,7 +111,7 @@ def check_push(name: str) -> str:
 def push(folder: Path, name: str, public: bool = False) -> str:
     """Uploads a checkpoint folder to the model repository ``name``, made (private unless ``public``) where it does not exist.
 
-    A name without a user means the user's own repository, as the hub answers it. Returns its address. Raises UserError where
+    A name without a user means a repository of the user who is logged in. Returns its address. Raises UserError where
     the hub refuses.
     """
     api = huggingface_hub.HfApi()

@@ -19,7 +19,7 @@ from ..utils.device import evaluation_dtype
 from ..utils.memory import free_memory, return_free_memory
 from . import gguf_settings, hub
 from .checked import check_config
-from .families import dense_family_of, family_of
+from .families import family_of
 from .gguf_tensors import GgufTensors, gguf_reader, parsed_once
 from .shape import ModelShape, shape_of
 from .source import ModelSource, stored_tensors
@@ -32,6 +32,7 @@ log = logging.getLogger("slimllm")
 
 
 def is_gguf(base_model: str) -> bool:
+    """Whether this names a .gguf file, rather than a folder or a hub model."""
     return str(base_model).endswith(".gguf") and not os.path.isdir(base_model)
 
 
@@ -54,7 +55,7 @@ def stored_dtype(base_model: str, config) -> torch.dtype | None:
 
 
 def bytes_on_disk(base_model: str, stored: torch.dtype, shape: ModelShape) -> int:
-    """Of the model's files, told from its config alone but for a .gguf file."""
+    """Bytes of the model's files, from its config alone except for a .gguf file."""
     if is_gguf(base_model):
         return os.path.getsize(base_model)
     return (shape.decoder_parameters + shape.other_parameters) * stored.itemsize
@@ -92,7 +93,7 @@ def _source(base_model: str, option_name: str) -> tuple[str, dict]:
 
 
 def _read(what: str, base_model: str, option_name: str, read):
-    """Runs ``read``; what goes wrong inside the libraries becomes one line that names the model."""
+    """Runs ``read``; an error inside the libraries becomes a UserError of one line that names the model."""
     try:
         with parsed_once() if is_gguf(base_model) else contextlib.nullcontext():
             return read()
@@ -100,7 +101,7 @@ def _read(what: str, base_model: str, option_name: str, read):
         raise
     except SafetensorError as error:
         raise UserError(f"{option_name} {base_model}: a safetensors file is broken ({error}); copy or download it again") from None
-    except Exception as error:  # what a file may hold has no end, nor have the errors that the libraries make of it
+    except Exception as error:  # a file may hold anything, and the libraries raise errors of every kind
         if "gated repo" in str(error):
             raise UserError(
                 f"{option_name} {base_model}: the model is gated; accept its terms on its page of the hub, then log in with: hf auth login"
@@ -114,10 +115,10 @@ def _read(what: str, base_model: str, option_name: str, read):
         raise UserError(f"{option_name} {base_model}: cannot read the {what}: {kind}{first_line(error)}") from None
 
 
-def load_config(base_model: str, option_name: str = "--base_model", pruned: bool = False):
+def load_config(base_model: str, option_name: str = "--base_model"):
     """The model's transformers config, of a model of text and images that of its text model; ``option_name`` is what errors name it by.
 
-    Raises UserError for a missing, broken, unsupported or quantized model, and for one that is pruned already unless ``pruned`` allows it.
+    Raises UserError for a missing, broken, unsupported or quantized model.
     """
     source, kwargs = _source(base_model, option_name)
     where = f"{option_name} {base_model}"
@@ -129,10 +130,10 @@ def load_config(base_model: str, option_name: str = "--base_model", pruned: bool
         text.transformers_weights = getattr(config, "transformers_weights", None)
         text.dtype, text.tie_word_embeddings = text.dtype or config.dtype, config.tie_word_embeddings  # the head is the outer model's
         config = text
-    family = (family_of if pruned else dense_family_of)(config)
+    family = family_of(config)
     if kwargs:
         _read("config", base_model, option_name, lambda: gguf_settings.complete(config, gguf_reader(base_model), where))
-    config._attn_implementation = None  # how attention is computed is not the file's to choose
+    config._attn_implementation = None  # a file does not decide how attention is computed
     check_config(config, where if kwargs else f"{where}: config.json")
     _read("config", base_model, option_name, lambda: shape_of(config, family))
     if quantization is not None and not kwargs:
@@ -145,6 +146,7 @@ def load_config(base_model: str, option_name: str = "--base_model", pruned: bool
 
 
 def load_tokenizer(base_model: str, option_name: str = "--base_model"):
+    """The tokenizer that comes with a model. Raises UserError where there is none or it is broken; ``option_name`` as in errors."""
     source, kwargs = _source(base_model, option_name)
     return _read("tokenizer", base_model, option_name, lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=False, **kwargs))
 
@@ -155,7 +157,7 @@ def open_source(base_model: str, dtype: torch.dtype | str, option_name: str = "-
     ``config``: what :func:`load_config` gave, where it is at hand. Raises UserError where weights are missing, broken, of another
     shape than the config says, or unsupported; ``option_name`` is what it names the model by.
     """
-    config = config or load_config(base_model, option_name, pruned=True)
+    config = config or load_config(base_model, option_name)
     if is_gguf(base_model) and hasattr(config, "quantization_config"):
         del config.quantization_config  # its weights are dequantized as they are read; the label would forbid saving
     if dtype == "auto":
@@ -167,8 +169,8 @@ def open_source(base_model: str, dtype: torch.dtype | str, option_name: str = "-
     if _settle_head(config, weights):
         skeleton = skeleton_of(config, dtype)
     _check_tensors(skeleton, weights, where)
-    if not kwargs and (found := _generation_config(source, base_model, option_name)) is not None:
-        skeleton.generation_config = found
+    if not kwargs and (generation := _generation_config(source, base_model, option_name)) is not None:
+        skeleton.generation_config = generation
     return ModelSource(skeleton, weights, dtype)
 
 
@@ -187,12 +189,12 @@ def _generation_config(source: str, base_model: str, option_name: str) -> Genera
         return None
 
     def read():
-        found = GenerationConfig.from_pretrained(source)
+        generation = GenerationConfig.from_pretrained(source)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            ids = getattr(found, name)
+            ids = getattr(generation, name)
             if not all(isinstance(index, int) for index in (ids if isinstance(ids, list) else [] if ids is None else [ids])):
                 raise ValueError(f"{name} is {ids}, neither a token id nor a list of them")
-        return found
+        return generation
 
     try:
         return _read("generation_config.json", base_model, option_name, read)
@@ -203,9 +205,9 @@ def _generation_config(source: str, base_model: str, option_name: str) -> Genera
 
 
 def _settle_head(config, weights) -> bool:
-    """Whether the output head is the embeddings is what the files say, as in transformers; returns whether the config was wrong.
+    """Settles by the files, as transformers does, whether the output head is the embeddings; returns whether the config was wrong.
 
-    It says that they are one: files with two different ones keep both, and files with a head alone mean both by it.
+    Where the config ties them, files with two different ones keep both, and a head alone in the files serves as the embeddings too.
     """
     family = family_of(config)
     head, embeddings = f"{family.head}.weight", f"{family.decoder}.{family.embedding}.weight"
@@ -220,10 +222,10 @@ def _settle_head(config, weights) -> bool:
 
 def _check_tensors(skeleton, weights, where: str) -> None:
     """Raises UserError where the files do not hold the model of the config: tensors missing, of another shape, of no use, or unknown."""
-    wanted, known = stored_tensors(skeleton), set(weights.names)
-    missing = [name for name in wanted if name not in known]
+    expected, stored_names = stored_tensors(skeleton), set(weights.names)
+    missing = [name for name in expected if name not in stored_names]
     patterns = "|".join([_FOLLOWS, *(getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or [])])
-    strange = [name for name in known - set(skeleton.state_dict()) if not re.search(patterns, name)]
+    strange = [name for name in stored_names - set(skeleton.state_dict()) if not re.search(patterns, name)]
     if missing:
         instead = f"; the files name others, such as {min(strange)}: rename them, or download the model again" if strange else ""
         raise UserError(f"{where}: {len(missing)} weights are missing, the first {min(missing)}{instead}")
@@ -231,17 +233,17 @@ def _check_tensors(skeleton, weights, where: str) -> None:
         more = f", and {len(strange) - 1} more" if len(strange) > 1 else ""
         raise UserError(
             f"{where}: the files hold {min(strange)}{more}, of which the model that config.json describes has none; "
-            "transformers would leave it away and compute another model: correct config.json, or remove the tensors"
+            "transformers would drop it and compute another model: correct config.json, or remove the tensors"
         )
-    wrong = [name for name, tensor in wanted.items() if list(tensor.shape) != list(weights.shape(name))]
+    wrong = [name for name, tensor in expected.items() if list(tensor.shape) != list(weights.shape(name))]
     if wrong:
         name = min(wrong)
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise UserError(
             f"{where}: {name} is {list(weights.shape(name))} in the weights and "
-            f"{list(wanted[name].shape)} by config.json{more}; the two do not belong together"
+            f"{list(expected[name].shape)} by config.json{more}; the two do not belong together"
         )
-    odd = [name for name, tensor in wanted.items() if tensor.is_floating_point() and not weights.is_number(name)]
+    odd = [name for name, tensor in expected.items() if tensor.is_floating_point() and not weights.is_number(name)]
     if odd:
         raise UserError(
             f"{where}: {min(odd)} is {weights.dtype_name(min(odd))}, as in quantized weights; name the unquantized model it was made from"
@@ -283,8 +285,11 @@ def placed_for_evaluation(model, device: torch.device):
         return_free_memory()
 
 
-class Voice:
-    """A model, or a ModelSource, that may have to say something of its own: then it is whole on ``device``, in the dtype of evaluation."""
+class WholeModel:
+    """A model, or a ModelSource, that may be needed whole, to write text: then it is read once, in the dtype of evaluation.
+
+    Inside a ``with`` block: what was read or moved is given back at its end.
+    """
 
     def __init__(self, model, device: torch.device):
         self.source, self.device, self.config = ModelSource.of(model), device, model.config
@@ -292,7 +297,7 @@ class Voice:
 
     @property
     def fits(self) -> bool:
-        """Whether there is room for it. A model in memory is taken to have it."""
+        """Whether there is room for it. A model in memory has it already."""
         return not self.source.streams or self.bytes < free_memory(self.device)
 
     @property
@@ -300,7 +305,13 @@ class Voice:
         """What it takes: the weights, and a tenth for what is computed with them."""
         return round(1.1 * self.source.weight_bytes(evaluation_dtype(self.source.dtype, self.device)))
 
-    def whole(self):
+    @staticmethod
+    def peak_bytes(parameters: int, sizes) -> int:
+        """What it takes of a run whose numbers have these ``sizes`` (streaming.Sizes), where the run needs it."""
+        whole = round(1.15 * parameters * sizes.evaluation)
+        return whole if sizes.generates or (sizes.may_generate and whole < sizes.free) else 0
+
+    def model(self):
         """The model; a ModelSource is read the first time. Raises UserError where it does not fit."""
         if self._model is not None:
             return self._model
@@ -312,11 +323,12 @@ class Voice:
         if not self.source.streams:
             self._model = self._stack.enter_context(placed_for_evaluation(self.source.model, self.device))
         else:
-            log.info("text of the model's own needs all of it in memory: %.2f GB on %s", self.bytes / 1e9, self.device)
+            log.info("the model writes text of its own, so all of it is read into memory: %.2f GB on %s", self.bytes / 1e9, self.device)
             self._model = self.source.whole(evaluation_dtype(self.source.dtype, self.device), self.device)
         return self._model
 
     def close(self) -> None:
+        """Gives back what was read or moved to the device."""
         self._model = None
         self._stack.close()
         return_free_memory()

@@ -1,4 +1,4 @@
-"""A causal LM whose parts come one at a time: read from its files when they are due, or as they lie in memory.
+"""A causal LM whose parts come one at a time: read from its files when they are needed, or as they lie in memory.
 
 Everything that runs layers (both passes of pruning, the probes of ``auto``, perplexity, the comparison after saving) runs them
 from a ModelSource, so that a model never has to be whole in memory.
@@ -59,7 +59,7 @@ class ModelSource:
 
     @property
     def streams(self) -> bool:
-        """Whether parts are read from files when they are due."""
+        """Whether parts are read from files when they are needed."""
         return self.weights is not None
 
     def __len__(self) -> int:
@@ -99,7 +99,7 @@ class ModelSource:
     @contextmanager
     def decoder(self, layers: nn.ModuleList):
         """The decoder with ``layers`` in place of its own, its embeddings in the model's dtype."""
-        own = self.adapter.layers(self.model)
+        original_layers = self.adapter.layers(self.model)
         self.adapter.set_layers(self.model, layers)
         try:
             if not self.streams:
@@ -107,14 +107,15 @@ class ModelSource:
                 return
             decoder = self._copy(self.adapter.decoder(self.model), layers)
         finally:
-            self.adapter.set_layers(self.model, own)
+            self.adapter.set_layers(self.model, original_layers)
         yield self._read(decoder, self.adapter.decoder_name(), self.dtype)
 
     def final_norm(self, device, dtype: torch.dtype | None = None) -> nn.Module:
+        """The norm after the last layer, on ``device``, in ``dtype`` or the source's."""
         return self._part(self.adapter.final_norm(self.model), self.adapter.norm_name(), device, dtype)
 
     def head(self, device, dtype: torch.dtype | None = None) -> nn.Module:
-        """The output head [V, D], which may be the embeddings'."""
+        """The output head, whose weight [V, D] may be the embeddings', on ``device``, in ``dtype`` or the source's."""
         return self._part(self.adapter.head(self.model), self.adapter.head_name(), device, dtype)
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -165,11 +166,11 @@ class ModelSource:
 
     def _tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """One tensor from the files, in ``dtype`` if it holds numbers. Raises UserError where some of them are not finite."""
-        known = self._canonical[name]
-        tensor = self.weights.read(known, dtype if self.weights.is_number(known) else None)
-        if (known, dtype) not in self._finite:
-            self._check_finite(known, tensor, None)
-            self._finite.add((known, dtype))
+        stored_name = self._canonical[name]
+        tensor = self.weights.read(stored_name, dtype if self.weights.is_number(stored_name) else None)
+        if (stored_name, dtype) not in self._finite:
+            self._check_finite(stored_name, tensor, None)
+            self._finite.add((stored_name, dtype))
         return tensor
 
     def _check_finite(self, name: str, tensor: torch.Tensor, before: torch.dtype | None) -> None:

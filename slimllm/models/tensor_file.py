@@ -59,9 +59,11 @@ class TensorFile:
             data, offset = data[written:], offset + written
 
     def sync(self) -> None:
+        """Returns once all that was written is on the disk."""
         os.fsync(self._file)
 
     def close(self) -> None:
+        """Syncs and closes the file; it must not be written to afterwards."""
         try:
             self.sync()
         finally:

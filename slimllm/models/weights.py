@@ -35,15 +35,15 @@ def weight_files(folder: str | os.PathLike, named: str | None = None) -> list[Pa
     the index is broken, or a file that it lists is not there.
     """
     folder = Path(folder)
-    found = next((folder / name for name in ((named,) if named else WEIGHTS) if (folder / name).is_file()), None)
-    if found is None:
+    path = next((folder / name for name in ((named,) if named else WEIGHTS) if (folder / name).is_file()), None)
+    if path is None:
         raise UserError(f"{folder}: cannot read the weights: it has none of {', '.join((named,) if named else WEIGHTS)}")
-    if not found.name.endswith(".index.json"):
-        return [found]
-    names = listed_in(found)
+    if not path.name.endswith(".index.json"):
+        return [path]
+    names = listed_in(path)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise UserError(f"{folder / missing[0]}: listed in {found.name}, and not there; copy or download it again")
+        raise UserError(f"{folder / missing[0]}: listed in {path.name}, and not there; copy or download it again")
     return [folder / name for name in names]
 
 
@@ -65,18 +65,23 @@ def _pieces(shape) -> Iterator[slice]:
 
 
 class TensorReader:
-    """What the readers have in common: ``_at`` holds where each tensor is, by the name that transformers gives it."""
+    """What the readers have in common: ``_at`` holds where each tensor is, its shape third, by the name that transformers gives it."""
 
     def __init__(self):
         self._at: dict = {}
 
     @property
     def names(self) -> list[str]:
+        """The names that transformers gives the tensors of these files."""
         return list(self._at)
 
-    def call(self, name: str, known: str) -> None:
-        """Gives the tensor ``known`` the name ``name`` as well."""
-        self._at[name] = self._at[known]
+    def shape(self, name: str) -> list[int]:
+        """The shape of a tensor, without reading it."""
+        return self._at[name][2]
+
+    def call(self, name: str, stored: str) -> None:
+        """Gives the tensor ``stored`` the name ``name`` as well."""
+        self._at[name] = self._at[stored]
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same numbers, of which a piece at a time is read."""
@@ -107,15 +112,15 @@ class Tensors(TensorReader):
 
     @property
     def files(self) -> list[Path]:
+        """The files that hold the tensors, in the order of their names."""
         return sorted({path for path, *_ in self._at.values()})
 
-    def shape(self, name: str) -> list[int]:
-        return self._at[name][2]
-
     def is_number(self, name: str) -> bool:
+        """Whether a tensor is of a plain floating-point type; integers and quantized weights are not."""
         return self._at[name][3] in ("F64", "F32", "F16", "BF16")
 
     def dtype_name(self, name: str) -> str:
+        """The type of a tensor as safetensors names it, such as BF16."""
         return self._at[name][3]
 
     def rows(self, name: str, piece: slice) -> torch.Tensor:
@@ -168,20 +173,21 @@ class PickledTensors(TensorReader):
         except Exception as error:  # a zip file, a pickle and a tensor each break in their own way
             raise UserError(f"{path}: not a readable file of weights ({type(error).__name__}); copy or download it again") from None
 
-    def shape(self, name: str) -> list[int]:
-        return self._at[name][2]
-
     def is_number(self, name: str) -> bool:
+        """Whether a tensor is of a plain floating-point type; integers and quantized weights are not."""
         return self._at[name][3] in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
     def dtype_name(self, name: str) -> str:
+        """The type of a tensor as torch names it, such as bfloat16."""
         return str(self._at[name][3]).removeprefix("torch.")
 
     def rows(self, name: str, piece: slice) -> torch.Tensor:
+        """Some rows of a tensor, in its own dtype; they stay mapped."""
         path, stored, *_ = self._at[name]
         return self._open(path)[stored][piece]
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """One tensor, in ``dtype`` or its own, in memory of its own."""
         path, stored, *_ = self._at[name]
         return self._open(path)[stored].to(dtype=dtype, copy=True)
 
@@ -194,15 +200,19 @@ class Rounded(TensorReader):
 
     @property
     def names(self) -> list[str]:
+        """Those of the other reader."""
         return self._tensors.names
 
     def shape(self, name: str) -> list[int]:
+        """That of the other reader, which rounding does not change."""
         return self._tensors.shape(name)
 
     def is_number(self, name: str) -> bool:
+        """Whether a tensor is of a plain floating-point type, and so rounded."""
         return self._tensors.is_number(name)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """One tensor in ``dtype`` or its own, with values that the dtype of rounding can hold."""
         tensor = self._tensors.read(name, dtype)
         if tensor.is_floating_point():
             round_to(self.dtype, tensor, name)
@@ -214,7 +224,7 @@ def round_to(dtype: torch.dtype, tensor: torch.Tensor, name: str) -> None:
     tensor = torch.atleast_1d(tensor)
     for piece in _pieces(tensor.shape):
         rows = tensor[piece]
-        held = rows.to(dtype)
-        if dtype == torch.float16 and held.isinf().any():
+        rounded = rows.to(dtype)
+        if dtype == torch.float16 and rounded.isinf().any():
             raise UserError(f"{name}: a value is beyond float16, which ends at 65504; save in another dtype with --save_dtype bfloat16")
-        rows.copy_(held)
+        rows.copy_(rounded)

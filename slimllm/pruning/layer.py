@@ -1,148 +1,103 @@
-"""One layer pruned: attention first, then the feed-forward part, which sees what the pruned attention gives (paper section 3)."""
+"""One layer pruned, part by part: each part sees what the pruned parts before it give (paper section 3)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import torch
 from torch import nn
 
-from ..models.adapter import columns
+from ..models.parts import Kept, PartShape
 from ..models.shape import ModelShape
-from ..settings.methods import CHANNEL_SCORES, HEAD_CHOICES, RECOVERIES
+from ..models.slicing import slice_part
+from ..plan import LayerPlan, LayerReport
+from ..run import Run
+from ..settings.methods import RECOVERIES
+from ..settings.pruning import PruneConfig
 from ..streaming.activations import ActivationStore
-from ..streaming.runner import LayerRunner
+from ..streaming.runner import TOKENS_PER_BATCH, LayerRunner
+from ..streaming.sizes import Sizes, widest
 from ..utils import processes
-from . import surgery
-from .allocation.head_units import HeadUnits
-from .allocation.plan import LayerPlan
-from .importance.channels import ChannelStatistics, select_channels
-from .importance.heads import HeadStatistics
+from .choice import Choice, choose, needs_of
 from .importance.taylor import Saliency
-from .sublayer import Sublayer
-
-if TYPE_CHECKING:
-    from ..settings.pruning import PruneConfig
+from .part_run import PartRun
 
 
-@dataclass
-class LayerReport:
-    """What happened to one layer; heads, kv_heads and channels are the indices kept, ascending.
+class LayerPruner:
+    """Prunes layers of one model as the settings of ``run`` say, on the tokens of ``runner``.
 
-    The errors are the share of the projection's output variance missed on the calibration tokens, (before recovery,
-    after); None where nothing was removed. ``cosine``: c_l of Eq. 11, where the plans go by it. ``sensitivity``: what pruning this
-    layer alone costs, where it was measured.
+    ``saliency`` [L]: first-order importance of the units of each layer, for a choice that goes by gradients.
     """
 
-    index: int
-    cosine: float | None
-    ratio: float
-    heads: list[int]
-    kv_heads: list[int]
-    channels: list[int]
-    sensitivity: float | None = None
-    attention_error: tuple[float, float] | None = None
-    mlp_error: tuple[float, float] | None = None
-    clipped: bool = False
-    seconds: float = 0.0
+    def __init__(self, run: Run, runner: LayerRunner, saliency: list[Saliency | None] | None = None):
+        self.run, self.runner, self.config = run, runner, run.config
+        self.saliency = saliency or [None] * len(run.shape.layers)
+        self.new_bias = self.config.adds_bias(run.shape)
+
+    def prune(self, layer: nn.Module, index: int, plan: LayerPlan, hidden: ActivationStore) -> LayerReport:
+        """Prunes ``layer`` in place and advances ``hidden``, the states before it, to what it now gives.
+
+        A method that measures the dense model's states (``config.dense_states``) gets what the layer gave before it was pruned.
+        """
+        shape = self.run.shape.layers[index]
+        report, shapes = LayerReport.of_whole(index, shape, plan), {part.kind: part for part in shape.parts}
+        for step in self.runner.adapter.steps(layer):
+            runs = [PartRun(self.runner, hidden, part, index) for part in step]
+            try:
+                for part_run in runs:
+                    self._prune_part(part_run, shapes[part_run.part.kind], plan, report)
+                for part_run in runs:
+                    part_run.join()
+            finally:
+                for part_run in runs:
+                    part_run.close()
+        return report
+
+    def _prune_part(self, part_run: PartRun, shape: PartShape, plan: LayerPlan, report: LayerReport) -> None:
+        part, kind, config = part_run.part, shape.kind, self.config
+        if plan.units[kind] == shape.units:
+            part_run.take()
+            return
+        part_run.take(needs_of(kind, config, plan.kept is None) | (RECOVERIES[config.recovery].needs & {"input_covariance"}))
+        kept = processes.from_first(lambda: self._choose(part_run, shape, plan, report.index))
+        ridge = config.ridge_for(self.runner.tokens)
+        columns = part.columns(kept, part_run.weight.device)
+        recovered, error = part_run.recover(columns, config.recovery, ridge, self.new_bias, not config.dense_states)
+        slice_part(part, kept, recovered.weight, recovered.bias)
+        report.kept[kind], report.errors[kind] = kept, error
+
+    def _choose(self, part_run: PartRun, shape: PartShape, plan: LayerPlan, index: int) -> Kept:
+        """The units that stay, ascending: those of the plan, or by their importance."""
+        if plan.kept is not None:
+            return plan.kept[shape.kind]
+        steps, saliency = shape.steps(self.config.head_unit), self.saliency[index]
+        layer_saliency = saliency and {sort: values.to(part_run.weight.device) for sort, values in saliency[shape.kind].items()}
+        return choose(shape.kind, Choice(part_run, shape, steps.of(plan.units[shape.kind]), self.config, index, layer_saliency))
 
 
-def whole_layer(index: int, cosine: float | None, plan: LayerPlan, shape: ModelShape, sensitivity: float | None = None) -> LayerReport:
-    """The report of a layer from which nothing was removed yet."""
-    everything = [list(range(count)) for count in (shape.heads, shape.kv_heads, shape.channels)]
-    return LayerReport(index, cosine, plan.ratio, *everything, sensitivity=sensitivity, clipped=plan.clipped)
+def activation_bytes(shape: ModelShape, sizes: Sizes) -> int:
+    """Bytes of one part's activations: the states, the inputs and outputs of its output projection, and its pruned outputs in float32."""
+    most = max(widest(layer) for layer in shape.layers)
+    return sizes.tokens * (shape.hidden * (2 * sizes.compute + 4) + most * sizes.compute)
 
 
-def removes(shape: ModelShape, plan: LayerPlan) -> bool:
-    return (plan.heads, plan.kv_heads, plan.channels) != (shape.heads, shape.kv_heads, shape.channels)
+def peak_bytes(run: Run, plans: list[LayerPlan], sizes: Sizes) -> int:
+    """Bytes while a layer is pruned, at most: itself, the next one as stored, activations, and the largest step of one of its parts."""
+    peak = 0
+    for layer, plan in zip(run.shape.layers, plans, strict=True):
+        layer_bytes = layer.parameters * sizes.compute
+        steps = [_step_bytes(part, plan, run.config, sizes) for part in layer.parts]
+        activations = sizes.kept_in_memory(layer_bytes, activation_bytes(run.shape, sizes))
+        peak = max(peak, layer_bytes + layer.parameters * sizes.stored + activations + max(steps))
+    return peak
 
 
-def prune_layer(
-    runner: LayerRunner,
-    hidden: ActivationStore,
-    layer: nn.Module,
-    index: int,
-    plan: LayerPlan,
-    shape: ModelShape,
-    config: PruneConfig,
-    report: LayerReport | None = None,
-    saliency: Saliency | None = None,
-) -> None:
-    """Prunes ``layer`` in place and advances ``hidden``, the states before it, to what it now gives; completes ``report``.
-
-    With ``config.dense_stream`` to what it gave before. ``saliency``: the layer's, for a choice that goes by gradients.
-    """
-    adapter = runner.adapter
-    report = report or whole_layer(index, None, plan, shape)
-    how = {"recovery": config.recovery, "ridge": config.ridge_for(runner.tokens), "replace": not config.dense_stream}
-    new_bias = config.adds_bias(shape)
-
-    with Sublayer(hidden, adapter.attention(layer), runner.arguments[index], runner.memory) as sub:
-        if plan.heads < shape.heads:
-            sub.run(input_covariance=True, norms="input_norm" in HEAD_CHOICES[config.head_choice].needs)
-            heads, kv_heads = processes.from_first(lambda: _choose_heads(sub, plan, shape, config, index, saliency), runner.device)
-            recovered, report.attention_error = sub.recover(columns(heads, shape.head_dim), new_bias=new_bias, **how)
-            surgery.slice_heads(adapter, layer, heads, kv_heads, recovered)
-            report.heads, report.kv_heads = heads.tolist(), kv_heads.tolist()
-        else:
-            sub.run()
-
-    with Sublayer(hidden, adapter.mlp(layer), {}, runner.memory) as sub:
-        if plan.channels < shape.channels:
-            needs = CHANNEL_SCORES[config.channel_score].needs if plan.kept is None else frozenset()
-            sub.run(
-                input_covariance="input_covariance" in RECOVERIES[config.recovery].needs,
-                output_covariance="output_covariance" in needs,
-                norms=True,
-                variance="input_variance" in needs,
-            )
-            channels = processes.from_first(
-                lambda: _choose_channels(sub, adapter.gate_and_up(layer), plan, shape, config, index, saliency), runner.device
-            )
-            recovered, report.mlp_error = sub.recover(channels, new_bias=new_bias, **how)
-            surgery.slice_channels(adapter, layer, channels, recovered)
-            report.channels = channels.tolist()
-        else:
-            sub.run()
-
-
-def _choose_heads(sub: Sublayer, plan: LayerPlan, shape: ModelShape, config: PruneConfig, index: int, saliency) -> tuple:
-    """Kept query heads and KV heads, ascending: those of the plan, or by their importance, on whatever unit the heads go in."""
-    device = sub.weight.device
-    if plan.kept is not None:
-        return torch.tensor(plan.kept.heads, device=device), torch.tensor(plan.kept.kv_heads, device=device)
-    units = HeadUnits(shape, config.head_unit)
-    removed = units.steps - (plan.heads // shape.kv_heads if units.by_query else plan.kv_heads)
-    statistics = HeadStatistics(
-        sub.input_covariance.matrix(),
-        sub.weight,
-        units.units,
-        units.groups,
-        input_norm=sub.input_norm.norm() if "input_norm" in HEAD_CHOICES[config.head_choice].needs else None,
-        saliency=saliency and saliency.of_units(units.units),
-        seed=config.seed + index,
-    )
-    keep = torch.tensor(HEAD_CHOICES[config.head_choice](statistics, removed), device=device)
-    if units.by_query:
-        return keep, torch.arange(shape.kv_heads, device=device)
-    return columns(keep, shape.heads // shape.kv_heads), keep
-
-
-def _choose_channels(
-    sub: Sublayer, gate_and_up, plan: LayerPlan, shape: ModelShape, config: PruneConfig, index: int, saliency
-) -> torch.Tensor:
-    """Kept channels, ascending: those of the plan, or by their importance."""
-    if plan.kept is not None:
-        return torch.tensor(plan.kept.channels, device=sub.weight.device)
-    statistics = ChannelStatistics(
-        sub.output_covariance and sub.output_covariance.matrix(),
-        sub.weight,
-        *gate_and_up,
-        sub.input_norm.norm(),
-        sub.block_input_norm.norm(),
-        activation_variance=sub.input_variance and sub.input_variance.var_x,
-        saliency=saliency and saliency.channels,
-        seed=config.seed + index,
-    )
-    return select_channels(CHANNEL_SCORES[config.channel_score](statistics), shape.channels - plan.channels, config.keep_lowest)
+def _step_bytes(part: PartShape, plan: LayerPlan, config: PruneConfig, sizes: Sizes) -> int:
+    """Bytes of the largest step while one part is pruned: running it, choosing its units, or fitting its output."""
+    hidden, inner = part.hidden, part.output_inputs()
+    wants_covariance = "input_covariance" in needs_of(part.kind, config, plan.kept is None) | RECOVERIES[config.recovery].needs
+    fits = wants_covariance and plan.units[part.kind] != part.units
+    batch, cast = min(TOKENS_PER_BATCH, sizes.tokens), sizes.compute != 4  # a copy in float32
+    covariance = 4 * inner**2 if fits else 0
+    running = batch * inner * (2 * sizes.compute + 4 * (2 + cast))
+    choosing = 4 * hidden * inner * (3 * cast + 2) + 4 * 4 * hidden**2
+    fitting = 4 * inner * (inner + 4 * hidden if fits else hidden)  # the layer that matters most keeps nearly all of them
+    recovering = 4 * hidden * inner * (1 + cast) + fitting
+    return covariance + 4 * hidden**2 + max(running, choosing, recovering)

@@ -1,8 +1,9 @@
-"""What the kept weights of an output projection become (paper section 3.4; design: recovery).
+"""What the kept weights of an output projection become (paper section 3.4; docs/method.md, section 5).
 
-Notation, for o_proj and down_proj alike: X_S the kept input columns, W_S [D, |S|] the kept weight columns, y the
-unpruned output, x = X_S W_S^T + b0 the pruned one (b0 the projection's own bias or zero). A recovery sees
-statistics only and gives new weights and a bias; none of them can raise the mean squared calibration error.
+Notation, for o_proj and down_proj alike: X_S [T, |S|] the input columns that stay, W_S [D, |S|] their weights, Y [T, D] the output before
+pruning, Ŷ = X_S W_S^T + b0 the pruned one (b0 the projection's own bias or zero). A recovery is given W [D, n], b0 [D] or None, the indices
+S ascending, the PairMoments of Ŷ and Y, the Covariance of X and the strength of the ridge. It sees these statistics only and gives new
+weights and a bias; none of the recoveries can raise the mean squared error on the calibration tokens.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from ..streaming.statistics import Covariance, PairMoments
 class Recovered:
     """New parameters of a pruned projection.
 
-    weight [D, |S|], bias [D] or None. ``scale`` and ``shift`` [D], where given, say that the new output is
-    scale * x + shift, so that it need not be computed again from the input.
+    weight [D, |S|], bias [D] or None. Where ``scale`` and ``shift`` [D] are given, the new output is scale * Ŷ + shift, so that it need not
+    be computed again from the input.
     """
 
     weight: torch.Tensor
@@ -29,6 +30,7 @@ class Recovered:
     shift: torch.Tensor | None = None
 
     def to(self, device) -> Recovered:
+        """The same tensors on another device."""
         parts = (self.weight, self.bias, self.scale, self.shift)
         return Recovered(*(None if part is None else part.to(device) for part in parts))
 
@@ -39,19 +41,19 @@ def _affine(weight, bias, scale, shift) -> Recovered:
 
 
 def none(weight, bias, keep, moments: PairMoments, covariance, ridge) -> Recovered:
-    """The kept columns as they are."""
+    """The kept columns as they are: W_S and b0."""
     return Recovered(weight[:, keep], bias, torch.ones_like(moments.mean_x), torch.zeros_like(moments.mean_x))
 
 
 def bias(weight, bias, keep, moments: PairMoments, covariance, ridge) -> Recovered:
-    """Adds mean(y - x) to the bias."""
+    """Adds mean(Y - Ŷ) to the bias."""
     return _affine(weight[:, keep], bias, torch.ones_like(moments.mean_x), moments.mean_y - moments.mean_x)
 
 
 def linear(weight, bias, keep, moments: PairMoments, covariance, ridge) -> Recovered:
-    """The paper's regression of each output dimension: a = Cov(x, y) / Var(x), b = mean(y) - a mean(x).
+    """The paper's regression of each output dimension: a = Cov(Ŷ, Y) / Var(Ŷ), b = mean(Y) - a mean(Ŷ) (Eq. e).
 
-    A dimension in which x does not vary keeps a = 1.
+    A dimension in which Ŷ does not vary keeps a = 1.
     """
     varies = moments.var_x > 0
     scale = torch.where(varies, moments.cov_xy / torch.where(varies, moments.var_x, 1.0), 1.0)
@@ -59,13 +61,13 @@ def linear(weight, bias, keep, moments: PairMoments, covariance, ridge) -> Recov
 
 
 def least_squares(weight, bias, keep, moments: PairMoments, covariance: Covariance, ridge: float) -> Recovered:
-    """All kept weights anew, by ridge regression of y on X_S that pulls towards W_S (not from the paper).
+    """All kept weights anew, by ridge regression of Y on X_S that pulls towards W_S (not from the paper).
 
-    With C the covariance of the input and P the removed columns,
-    dW^T = (C_SS + ridge * median(diag C_SS) * 1)^-1 C_SP W_P^T, W' = W_S + dW, b = mean(y) - W' mean(X_S).
+    With C the covariance of the input, R the removed columns, ρ the ``ridge`` and E the unit matrix,
+    Δ^T = (C_SS + ρ * median(diag C_SS) * E)^-1 C_SR W_R^T, new weights W_S + Δ, b = mean(Y) - (W_S + Δ) mean(X_S) (Eq. f).
     The median, since one input with an outlying variance would raise a mean, and with it the pull, a thousandfold.
 
-    Raises UserError where C_SS plus the ridge is not positive definite (inputs that overflowed, say).
+    Raises UserError where C_SS plus the ridge is not positive definite, for example because inputs overflowed.
     """
     c = covariance.matrix()
     removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)

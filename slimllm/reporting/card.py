@@ -34,7 +34,7 @@ TEMPLATE = Path(__file__).with_name("card.md.jinja")
 def write(folder: Path, run: PruningRecord) -> None:
     """Writes the card of the checkpoint in ``folder`` from the record of its run, and the seal, whose hashes it shows: the last of all."""
     hashes = outputs.seal(folder)
-    config = loading.load_config(str(folder), "DIR", pruned=True)
+    config = loading.load_config(str(folder), "DIR")
     data = ModelCardData(
         base_model=run.model.hub_name or run.model.base_model,
         license=run.model.license,
@@ -94,8 +94,8 @@ def origin_of(base_model: str) -> dict:
     try:
         validate_repo_id(base_model)
         if "/" in base_model:
-            found = ModelCard.load(base_model).data.to_dict() if hub.reachable() else {}
-            return {"hub_name": base_model} | _of_card(found)
+            card = ModelCard.load(base_model).data.to_dict() if hub.reachable() else {}
+            return {"hub_name": base_model} | _of_card(card)
     except HFValidationError:
         return {}
     except (HTTPError, OSError, ValueError):
@@ -137,10 +137,10 @@ def _exports(folder: Path) -> bool:
     return True
 
 
-def _files(folder: Path, known: dict[str, str] | None = None) -> str:
-    """The table of a checkpoint's files; ``known``: the hashes that are at hand."""
-    rows, known = [["file", "bytes", "sha256"]], known or {}
+def _files(folder: Path, hashes: dict[str, str] | None = None) -> str:
+    """The table of a checkpoint's files; ``hashes``: those that are at hand, by name."""
+    rows, hashes = [["file", "bytes", "sha256"]], hashes or {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name not in (FILE, "log.txt", outputs.SEAL) and not path.name.startswith("."):
-            rows.append([path.name, str(path.stat().st_size), known.get(path.name) or file_hash(path)])
+            rows.append([path.name, str(path.stat().st_size), hashes.get(path.name) or file_hash(path)])
     return "\n".join(aligned(rows))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from ..models.parts import KINDS
 from ..settings.methods import METHODS, RECIPES, RECOVERIES, looks
 from .record import PruningRecord, TrainingRecord
 from .tables import TEXT_HEADINGS
@@ -27,16 +28,24 @@ def _saved(figure, path: Path) -> Path:
     return path
 
 
+PART_COLOURS = ("#3b6fb6", "#e08a2e", "#2f8f6b", "#7b5ea7")
+
+
 def layer_figure(run: PruningRecord, folder: Path) -> Path:
-    """Draws one run: kept heads and channels, layer importance, error before and after recovery, per layer."""
+    """Draws one run: what each part kept, layer importance, error before and after recovery, per layer."""
     plt = _pyplot()
-    layers, dense = run.layers, run.model.shape
+    layers, dense = run.layers, run.model.shape["layers"]
     index = [layer["index"] for layer in layers]
-    colours = {"heads": "#3b6fb6", "channels": "#e08a2e"}
+    sorts = {kind: next(iter(units)) for layer in dense for kind, units in layer.items()}
+    colours = dict(zip(sorts, PART_COLOURS))
     figure, axes = plt.subplots(3, 1, figsize=(8, 8), sharex=True, layout="constrained")
-    for offset, what, total in ((-0.2, "heads", dense["heads"]), (0.2, "channels", dense["channels"])):
-        kept = [len(layer[what]) / total for layer in layers]
-        axes[0].bar([i + offset for i in index], kept, 0.4, label=f"{what} (of {total})", color=colours[what])
+    width = 0.8 / len(sorts)
+    for number, (kind, sort) in enumerate(sorts.items()):
+        there = [(i, len(layer["kept"][kind][sort]), units[kind][sort]) for i, layer, units in zip(index, layers, dense) if kind in units]
+        place = [i + (number - (len(sorts) - 1) / 2) * width for i, *_ in there]
+        counts = sorted({total for *_, total in there})
+        label = f"{sort} (of {counts[-1] if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'})"
+        axes[0].bar(place, [kept / total for _, kept, total in there], width, label=label, color=colours[kind])
     axes[0].set(
         ylabel="share kept",
         ylim=(0, 1.2),
@@ -50,13 +59,13 @@ def layer_figure(run: PruningRecord, folder: Path) -> Path:
         cost.plot(index, [layer["sensitivity"] for layer in layers], "s--", color="#a33c3c", markersize=4)
         cost.set_yscale("log")
         cost.set_ylabel("divergence when half of\nthis layer alone goes (nats)", color="#a33c3c")
-    for what, part in (("heads", "attention_error"), ("channels", "mlp_error")):
-        points = [(layer["index"], *layer[part]) for layer in layers if layer[part]]
+    for kind in sorts:
+        points = [(layer["index"], *layer["errors"][kind]) for layer in layers if kind in layer["errors"]]
         if points:
             x, before, after = zip(*points)
-            label = "attention" if what == "heads" else "feed-forward"
-            axes[2].plot(x, before, "o--", color=colours[what], alpha=0.5, markersize=4, label=f"{label}, before recovery")
-            axes[2].plot(x, after, "o-", color=colours[what], markersize=4, label=f"{label}, after ({run.config['recovery']})")
+            label, style = KINDS[kind].title, dict(color=colours[kind], markersize=4)
+            axes[2].plot(x, before, "o--", alpha=0.5, label=f"{label}, before recovery", **style)
+            axes[2].plot(x, after, "o-", label=f"{label}, after ({run.config['recovery']})", **style)
     axes[2].set(xlabel="layer", ylabel="output variance missed", yscale="log")
     if axes[2].get_legend_handles_labels()[0]:
         axes[2].legend(ncols=2, fontsize=8)
@@ -93,8 +102,7 @@ def comparison(rows: list[dict], folder: Path) -> Path:
     for axis, text in zip(axes[0], texts):
 
         def points(chosen, text=text):
-            found = ((r["bytes"] / 1e6, f["pruned"]) for r in chosen for f in r["perplexity"] if f["data"] == text)
-            return sorted(point for point in found)
+            return sorted((r["bytes"] / 1e6, f["pruned"]) for r in chosen for f in r["perplexity"] if f["data"] == text)
 
         [(_, least)] = points([dense])
         for name, (label, colour) in looks(METHODS, (r["name"] for r in rows if r["share"])).items():

@@ -25,7 +25,7 @@ def paper_cells(results: list[dict]) -> list[list[str]]:
     """The paper's main table: header, then a row for each result of ``slimllm evaluate``, dense first, as strings.
 
     Perplexity, then the accuracy that the paper reports of each task in per cent, then their average. ``*`` marks a
-    figure of a limited run, ``-`` one that is not there; an average over fewer than all tasks says over how many.
+    figure of a limited run, ``-`` one that is not there; an average over fewer than all tasks comes with their number.
     The paper's own rows follow where the model is LLaMA-7B.
     """
     texts = list(dict.fromkeys(f["data"] for r in results for f in r["perplexity"]))
@@ -44,11 +44,11 @@ def paper_cells(results: list[dict]) -> list[list[str]]:
             named = title_of(METHODS, pruning.get("method", "slimllm"))
             method = f"{named}, {pruning['recipe']}: {pruning['recovery']}, {pruning['layer_ratio'] or 'plan'}"
             order = (removed, tuned)
-        found = {f["data"]: f"{f['perplexity']:.2f}{'*' if f['limited'] else ''}" for f in r["perplexity"]}
+        by_text = {f["data"]: f"{f['perplexity']:.2f}{'*' if f['limited'] else ''}" for f in r["perplexity"]}
         scores = {name: 100 * task["metrics"][task["reported"]] for name, task in r["tasks"].items()}
         limited = any(task["limited"] for task in r["tasks"].values())
         cells = [f"{scores[name]:.2f}{'*' if limited else ''}" if name in scores else "-" for name in TASKS]
-        rows.append((order, [ratio, method, *(found.get(text, "-") for text in texts), *cells, _average(list(scores.values()), limited)]))
+        rows.append((order, [ratio, method, *(by_text.get(text, "-") for text in texts), *cells, _average(list(scores.values()), limited)]))
     table = [header] + [cells for _, cells in sorted(rows, key=lambda row: row[0])]
     if paper:
         for ratio, method, wikitext2, ptb, *scores in PAPER_ROWS:
@@ -66,7 +66,7 @@ def _average(scores: list[float], limited: bool) -> str:
 
 
 def paper_table(results: list[dict]) -> list[str]:
-    """:func:`paper_cells` as lines of Markdown, with a line that says what ``*`` means where it occurs."""
+    """:func:`paper_cells` as lines of Markdown, with a line that explains ``*`` where it occurs."""
     cells = paper_cells(results)
     limited = any("*" in cell for row in cells for cell in row)
     return [*aligned(cells), *(["* limited: on the first blocks or questions only"] if limited else [])]

@@ -11,7 +11,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import ClassVar
 import torch
 
 from ..errors import UserError
+from ..plan import by_part, shape_by_part
 from ..utils import processes
 from ..utils.files import file_hash, write_text
 from ..utils.memory import peak_memory
@@ -37,7 +37,7 @@ def environment() -> dict:
     versions = {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
     return {
         "slimllm": slimllm.__version__,
-        "commit": _commit(),
+        "commit": commit_of_this_program(),
         "python": platform.python_version(),
         **versions,
         "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
@@ -54,10 +54,10 @@ def _installed(name: str) -> bool:
     return True
 
 
-def _commit() -> str | None:
+def commit_of_this_program() -> str | None:
     """The commit of this program's own repository; None where it was installed, into whatever repository the environment lies in."""
     root = Path(__file__).resolve().parents[2]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook's say where another lies
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a git hook's name another
 
     def git(*arguments: str) -> list[str]:
         done = subprocess.run(["git", *arguments], cwd=root, env=environment, capture_output=True, text=True, timeout=10, check=True)
@@ -79,13 +79,13 @@ def command() -> str:
     return shlex.join(["python", *module, *arguments])
 
 
-# Flags that say where a run's results go, or where it is stopped and gone on with, and nothing of what they are.
+# Flags of where a run's results go, or how it is stopped and resumed, which change nothing in the results.
 _NOT_OF_THE_RESULT = ("overwrite", "resume", "push_to_hub", "public", "dry_run", "tmp_dir", "save_ckpt_log_name")
 _NOT_OF_THE_RESULT += ("output_dir", "resume_from_checkpoint", "merge", "wandb_project", "cache_dataset")
 
 
 def identity(config, weights: list[Path], texts: list, sources: tuple[str | None, ...] = ()) -> dict:
-    """All that a run's results follow from: what has to be equal where one is gone on with.
+    """All that a run's results follow from: what has to be equal where a run is resumed.
 
     ``weights``: the model's files, told by size and date; config and tokenizer beside them, the files and folders among ``sources``,
     and ``texts`` (EvalText), by their hashes.
@@ -106,23 +106,10 @@ def identity(config, weights: list[Path], texts: list, sources: tuple[str | None
     }
 
 
-class Stopwatch:
-    """Seconds of each named phase of a run."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str):
-        started = time.perf_counter()
-        yield
-        self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.perf_counter() - started, 3)
-
-
 @dataclass
 class ModelInfo:
-    """The dense model of a run, ``shape``: its ModelShape. From ``hub_name`` on, as far as it is known; ``base_model``: what it was made
-    of itself.
+    """The model that a run pruned, ``shape``: its ModelShape as a dict. From ``hub_name`` on, as far as it is known; ``base_model``: what
+    it was made of itself, ``pruned_from``: the dense model, where that one was pruned before.
     """
 
     name: str
@@ -136,6 +123,7 @@ class ModelInfo:
     license_link: str | None = None
     language: list[str] | str | None = None
     base_model: list[str] | str | None = None
+    pruned_from: str | None = None
 
 
 @dataclass
@@ -150,6 +138,7 @@ class Parameters:
 
     @classmethod
     def of(cls, dense: int, pruned: int, dense_decoder: int) -> Parameters:
+        """From the parameters of the dense model, of the pruned one, and of the layers of the dense one."""
         return cls(dense, pruned, dense_decoder, (dense - pruned) / dense_decoder, (dense - pruned) / dense)
 
 
@@ -158,6 +147,7 @@ class _Record:
     FILE: ClassVar[str]
 
     def write(self, folder: Path) -> None:
+        """Writes the record, with the number of its format, to its file in ``folder``."""
         write_text(Path(folder) / self.FILE, dumps({"format": FORMAT, **asdict(self)}))
 
 
@@ -192,10 +182,12 @@ class PruningRecord(_Record):
     def read(cls, folder: str | os.PathLike) -> PruningRecord:
         """The record in a run's folder. Raises FileNotFoundError, or ValueError for what is not a record of this format."""
         path = Path(folder) / cls.FILE
-        found = read_json(path)
+        content = read_json(path)
         try:
-            values = {f.name: found[f.name] for f in fields(cls) if f.name in found}
-            return cls(**values | {"model": ModelInfo(**found["model"]), "parameters": Parameters(**found["parameters"])})
+            values = {f.name: content[f.name] for f in fields(cls) if f.name in content}
+            values["layers"] = [by_part(layer) for layer in content["layers"]]
+            model = ModelInfo(**content["model"] | {"shape": shape_by_part(content["model"]["shape"])})
+            return cls(**values | {"model": model, "parameters": Parameters(**content["parameters"])})
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: not the record of a pruning run ({error})") from None
 
@@ -281,7 +273,7 @@ def save_results(results: dict, path: Path) -> None:
 
 
 def continued(path: Path, fingerprint: dict, overwrite: bool) -> dict:
-    """The results that ``path`` holds, to be completed, or a new dict of them. ``fingerprint`` says what they are results of.
+    """The results that ``path`` holds, to be completed, or a new dict of them. ``fingerprint``: what they are results of.
 
     Raises UserError where the file is no such record or holds results of something else.
     """
@@ -290,10 +282,10 @@ def continued(path: Path, fingerprint: dict, overwrite: bool) -> dict:
         return {"format": FORMAT, "fingerprint": fingerprint}
     way = "name another --output, or replace it with --overwrite"
     try:
-        found = read_json(path)
+        results = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a file of results ({error}); {way}") from None
-    if found.get("fingerprint") != fingerprint:
-        different = sorted(key for key in fingerprint if found.get("fingerprint", {}).get(key) != fingerprint[key])
+    if results.get("fingerprint") != fingerprint:
+        different = sorted(key for key in fingerprint if results.get("fingerprint", {}).get(key) != fingerprint[key])
         raise UserError(f"{path} holds results of another {', '.join(different)}: {way}")
-    return found
+    return results

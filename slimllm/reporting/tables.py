@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
+from ..models.parts import Units
 from ..models.shape import ModelShape
-from ..pruning.allocation.plan import LayerPlan, removed_parameters
-from ..pruning.footprint import Footprint
-from ..pruning.layer import LayerReport
-from ..settings.pruning import PruneConfig
+from ..plan import LayerPlan, LayerReport, removed_parameters
+from ..run import Run
+from ..streaming.sizes import Footprint
 from ..utils.device import name_of
 from ..utils.memory import peak_memory
 from .record import PruningRecord
@@ -51,7 +49,7 @@ def table(records: list[tuple[str, PruningRecord]]) -> str:
 
 def odd_widths(layers: list[dict]) -> str | None:
     """A line on channels that a GPU computes slowly, where some of the ``layers`` (LayerReports) keep such numbers of them."""
-    odd = sum(len(layer["channels"]) % GPU_MULTIPLE > 0 for layer in layers)
+    odd = sum(len(kept.get("channels", ())) % GPU_MULTIPLE > 0 for layer in layers for kept in layer["kept"].values())
     if not odd:
         return None
     return (
@@ -73,30 +71,28 @@ def layer_line(layer: LayerReport, shape: ModelShape) -> str:
         line += f"  cosine {layer.cosine:6.4f}"
     if layer.sensitivity is not None:
         line += f"  cost {layer.sensitivity:.4f}"
-    if not layer.attention_error and not layer.mlp_error:
+    if not layer.errors:
         return f"{line}  whole"
-    line += f"  ratio {layer.ratio:.3f}  heads {len(layer.heads):3d}/{shape.heads}  channels {len(layer.channels):5d}/{shape.channels}"
-    for name, error in (("attention", layer.attention_error), ("mlp", layer.mlp_error)):
-        if error:
-            line += f"  {name} error {error[0]:.4f} -> {error[1]:.4f}"
+    line += f"  ratio {layer.ratio:.3f}"
+    for part in shape.layers[layer.index].parts:
+        sort = part.sorts[0]
+        line += f"  {sort} {len(layer.kept[part.kind][sort]):{len(str(part.units[sort]))}d}/{part.units[sort]}"
+    for kind, error in layer.errors.items():
+        line += f"  {kind} error {error[0]:.4f} -> {error[1]:.4f}"
     if layer.clipped:
         line += "  clipped: at least one head group and one channel stay"
     return f"{line}  {layer.seconds:.2f} s  {peak_memory()['cpu_bytes'] / 1e9:.2f} GB"
 
 
-def dry_run(
-    shape: ModelShape, plans: list[LayerPlan], config: PruneConfig, dtype: torch.dtype, how: str, takes: Footprint, before: int
-) -> str:
+def dry_run(run: Run, plans: list[LayerPlan], how: str, takes: Footprint, before: int) -> str:
     """The plans in words: widths, parameters, bytes, KV cache per token, what the run ``takes``. ``how``: where the plans are from.
 
     ``before``: bytes of the dense model's files.
     """
-    dense, removed = shape.decoder_parameters + shape.other_parameters, removed_parameters(shape, plans, config)
-    widths = {(p.heads, p.kv_heads, p.channels) for p in plans if p.ratio}
-    kv = [
-        sum(2 * p * shape.head_dim * dtype.itemsize for p in kept)
-        for kept in ([shape.kv_heads] * shape.layers, [p.kv_heads for p in plans])
-    ]
+    shape, size = run.shape, run.dtype.itemsize
+    dense, removed = shape.parameters, removed_parameters(shape, plans, run.config)
+    pruned = [plan.units for plan in plans]
+    kv = [shape.cache_numbers(units) * size for units in (shape.units, pruned)]
     rows = [
         ["", "dense", "pruned"],
         ["parameters", f"{dense / 1e6:.2f} M", f"{(dense - removed) / 1e6:.2f} M ({removed / dense:.2%} less)"],
@@ -105,16 +101,12 @@ def dry_run(
             f"{shape.decoder_parameters / 1e6:.2f} M",
             f"{(shape.decoder_parameters - removed) / 1e6:.2f} M ({removed / shape.decoder_parameters:.2%} less)",
         ],
-        [
-            f"weights in {name_of(dtype)}",
-            f"{dense * dtype.itemsize / 1e9:.3f} GB",
-            f"{(dense - removed) * dtype.itemsize / 1e9:.3f} GB",
-        ],
+        [f"weights in {name_of(run.dtype)}", f"{dense * size / 1e9:.3f} GB", f"{(dense - removed) * size / 1e9:.3f} GB"],
         ["KV cache per token", f"{kv[0]} bytes", f"{kv[1]} bytes"],
         [
-            "heads / KV heads / channels",
-            f"{shape.heads} / {shape.kv_heads} / {shape.channels}",
-            ", ".join("%d / %d / %d" % w for w in sorted(widths, reverse=True)),
+            " / ".join(sort.replace("kv_", "KV ") for units in pruned[0].values() for sort in units),
+            _widths(shape.units),
+            _widths([plan.units for plan in plans if plan.ratio]),
         ],
         ["peak memory of a run, about", "", f"{takes.host / 1e9:.2f} GB"],
         *([["peak memory of the GPU, about", "", f"{takes.device / 1e9:.2f} GB"]] if takes.device else []),
@@ -122,7 +114,14 @@ def dry_run(
         ["weights on disk", f"{before / 1e6:.1f} MB", f"{takes.result / 1e6:.1f} MB"],
         *([["beside them until the end, for --resume", "", f"{takes.beside / 1e9:.2f} GB"]] if takes.beside else []),
     ]
-    return f"dry run, {how} over {sum(p.ratio > 0 for p in plans)} of {shape.layers} layers; no weights read\n" + "\n".join(aligned(rows))
+    from_ = f"over {sum(plan.ratio > 0 for plan in plans)} of {len(plans)} layers"
+    return f"dry run, {how} {from_}; no weights read\n" + "\n".join(aligned(rows))
+
+
+def _widths(layers: list[dict[str, Units]]) -> str:
+    """What layers have, each width once: ``9 / 3 / 1536, 6 / 3 / 1152``."""
+    widths = {tuple(count for units in layer.values() for count in units.values()) for layer in layers}
+    return ", ".join(" / ".join(map(str, width)) for width in sorted(widths, reverse=True))
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
@@ -133,11 +132,11 @@ def aligned(rows: list[list[str]]) -> list[str]:
     return lines
 
 
-def speed_table(what: str, found: list[dict]) -> list[str]:
-    """Speeds as lines of Markdown, with the ratio to the first. ``found``: name, bytes, and tokens/s of prompt and generation."""
+def speed_table(what: str, speeds: list[dict]) -> list[str]:
+    """Speeds as lines of Markdown, with the ratio to the first. ``speeds``: name, bytes, and tokens/s of prompt and generation."""
     rows = [[what, "size", "prompt, tokens/s", "generation, tokens/s"]]
-    for f in found:
-        cells = [f"{f[kind]:.1f} ({f[kind] / found[0][kind]:.2f} x)" for kind in ("prompt", "generation")]
+    for f in speeds:
+        cells = [f"{f[kind]:.1f} ({f[kind] / speeds[0][kind]:.2f} x)" for kind in ("prompt", "generation")]
         rows.append([f["name"], f"{f['bytes'] / 1e6:.1f} MB", *cells])
     return aligned(rows)
 

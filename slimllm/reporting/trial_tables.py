@@ -20,13 +20,13 @@ def comparison_table(rows: list[dict]) -> list[str]:
     dense = {f["data"]: f["pruned"] for row in rows if row["name"] == "dense" for f in row["perplexity"]}
     cells, tasks = [header], []
     for r in sorted(rows, key=lambda row: round(row["removed"], 2)):
-        found = {f["data"]: f"{f['pruned']:.1f}{'*' if f['limited'] else ''}" for f in r["perplexity"]}
+        by_text = {f["data"]: f"{f['pruned']:.1f}{'*' if f['limited'] else ''}" for f in r["perplexity"]}
         tasks += r["tasks"].values()
         scores = [100 * task["metrics"][task["reported"]] for task in r["tasks"].values()]
         lost = [math.log(f["pruned"] / dense[f["data"]]) for f in r["perplexity"]]
         average = _average(scores, any(task["limited"] for task in r["tasks"].values()))
         size = [f"{r['parameters'] / 1e6:.1f} M", f"{r['bytes'] / 1e6:.0f}", f"{r['seconds']:.0f}"]
-        perplexities = [found.get(text, "-") for text in texts]
+        perplexities = [by_text.get(text, "-") for text in texts]
         name, nats = title_of(METHODS, r["name"]), f"{sum(lost) / len(lost):.3f}" if lost else "-"
         cells.append([f"{r['removed']:.1%}".replace("%", " %"), name, r["variant"], *perplexities, nats, average, *size])
     questions = sorted({task["questions"] for task in tasks if task["limited"]})
@@ -37,11 +37,11 @@ def comparison_table(rows: list[dict]) -> list[str]:
 def ablation_table(rows: list[dict], shares) -> list[str]:
     """Markdown: a row for each variant, a column for each share removed and text, perplexities inside. Takes ablation rows."""
     texts = list(dict.fromkeys(f["data"] for row in rows for f in row["perplexity"]))
-    found = {(r["name"], r["variant"], r["share"]): {f["data"]: f for f in r["perplexity"]} for r in rows}
-    names = [key[:2] for key in found if key[2] in shares]
+    by_run = {(r["name"], r["variant"], r["share"]): {f["data"]: f for f in r["perplexity"]} for r in rows}
+    names = [key[:2] for key in by_run if key[2] in shares]
     header = ["Ingredient", "Variant", *(f"{share:.0%}: {TEXT_HEADINGS.get(t, t)}".replace("%", " %") for share in shares for t in texts)]
     cells = [header]
     for name in dict.fromkeys(names):
-        figures = [found.get((*name, share), {}).get(text) for share in shares for text in texts]
+        figures = [by_run.get((*name, share), {}).get(text) for share in shares for text in texts]
         cells.append([*name, *(f"{f['pruned']:.1f}{'*' if f['limited'] else ''}" if f else "-" for f in figures)])
     return [*aligned(cells), *limits_line([f for r in rows for f in r["perplexity"]])]

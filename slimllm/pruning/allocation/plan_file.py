@@ -1,4 +1,4 @@
-"""A plan read back from a file: ``--plan FILE`` prunes exactly the heads and channels that it names."""
+"""A plan read back from a file: ``--plan FILE`` prunes exactly the units that it names."""
 
 from __future__ import annotations
 
@@ -6,61 +6,89 @@ import json
 from pathlib import Path
 
 from ...errors import UserError
-from ...models.shape import ModelShape, irregular, limits_of
+from ...models.parts import Kept
+from ...models.shape import LayerShape, ModelShape, irregular, limits_of
+from ...plan import LayerPlan, by_part, shape_by_part
 from ...utils.files import check_plain
-from .plan import Kept, LayerPlan
 
 
 def read_plan(path: str, shape: ModelShape, runtime: str = "any") -> list[LayerPlan]:
     """One LayerPlan per layer, from a run's ``pruning.json`` or any JSON object with such a ``layers`` list.
 
-    Each of ``layers`` has ``heads``, ``kv_heads`` and ``channels``, the indices kept; kept KV heads all have the same number of
-    query heads. Raises UserError, naming file and layer, for what is no such plan, does not fit the model, or what ``runtime``
-    cannot hold.
+    Each of ``layers`` has ``kept``: for each part of the layer the indices kept, by the sort of unit, such as
+    ``{"attention": {"heads": [0, 2], "kv_heads": [0]}, "mlp": {"channels": [...]}}``; the lists ``heads``, ``kv_heads`` and ``channels``
+    alone, without the parts around them, mean the same. Kept KV heads all have the same number of query heads. Raises UserError, naming
+    file and layer, for what is no such plan, does not fit the model, or what ``runtime`` cannot hold.
     """
     check_plain(path, "--plan ")
     try:
-        layers = json.loads(Path(path).read_text(encoding="utf-8"))["layers"]
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        layers = content["layers"]
     except OSError as error:
         raise UserError(f"--plan {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"--plan {path}: not a JSON object with a list of layers, such as a run's pruning.json") from None
-    if not isinstance(layers, list) or len(layers) != shape.layers:
+    if not isinstance(layers, list) or len(layers) != len(shape.layers):
         count = len(layers) if isinstance(layers, list) else "no list of"
-        raise UserError(f"--plan {path}: it has {count} layers, the model {shape.layers}")
-    plans = [_layer_plan(entry, shape, f"--plan {path}, layer {index}") for index, entry in enumerate(layers)]
-    limits = limits_of(runtime, shape)
-    widths = [(p.heads, p.kv_heads, p.channels if limits.same_channels else 0) for p in plans]
-    if limits.same_heads and irregular(widths):
-        raise UserError(
-            f"--plan {path}: {irregular([(p.heads, p.kv_heads, p.channels) for p in plans])}; --runtime {runtime} needs them alike"
-        )
-    if limits.whole_heads and any(p.heads < shape.heads for p in plans):
-        raise UserError(f"--plan {path}: it removes heads, and no head of this model can go; choose by --prune channels")
-    if limits.divisor and limits.divisor % plans[0].heads:
-        raise UserError(f"--plan {path}: {plans[0].heads} heads do not divide the hidden size, which --runtime {runtime} needs")
+        raise UserError(f"--plan {path}: it has {count} layers, the model {len(shape.layers)}")
+    _check_model(path, content, shape)
+    plans = [
+        LayerPlan.of_kept(_kept(entry, layer, f"--plan {path}, layer {index}"), layer)
+        for index, (entry, layer) in enumerate(zip(layers, shape.layers))
+    ]
+    _check_limits(path, plans, shape, runtime)
     return plans
 
 
-def _layer_plan(entry, shape: ModelShape, where: str) -> LayerPlan:
+def _check_model(path: str, content: dict, shape: ModelShape) -> None:
+    """Raises UserError for the record of a run on a model of other widths, whose indices mean other units here."""
+    try:
+        units, name = shape_by_part(content["model"]["shape"])["layers"], content["model"]["name"]
+    except (KeyError, TypeError, AttributeError):
+        return  # no record of a run, but a plan
+    if units != shape.units:
+        raise UserError(f"--plan {path}: it counts the units of {name}, a model of other widths; give that one as --base_model")
+
+
+def _check_limits(path: str, plans: list[LayerPlan], shape: ModelShape, runtime: str) -> None:
+    """Raises UserError for plans of a model that ``runtime`` cannot hold."""
+    limits = limits_of(runtime, shape)
+    coarse = [{part.kind: plan.units[part.kind] for part in layer.parts if not part.fine} for layer, plan in zip(shape.layers, plans)]
+    units = [plan.units for plan in plans]
+    if limits.same_heads and irregular(units if limits.same_channels else coarse):
+        raise UserError(f"--plan {path}: {irregular(units)}; --runtime {runtime} needs them alike")
+    whole = [layer.units[kind] == counts for layer, kept in zip(shape.layers, coarse) for kind, counts in kept.items()]
+    if limits.whole_heads and not all(whole):
+        raise UserError(f"--plan {path}: it removes heads, and no head of this model can go; choose by --prune channels")
+    heads = {counts["heads"] for kept in coarse for counts in kept.values() if "heads" in counts}
+    if limits.divisor and (odd := [count for count in heads if count and limits.divisor % count]):
+        raise UserError(f"--plan {path}: {odd[0]} heads do not divide the hidden size, which --runtime {runtime} needs")
+
+
+def _kept(entry, layer: LayerShape, where: str) -> dict[str, Kept]:
+    """What one entry keeps of each part of its layer."""
     if not isinstance(entry, dict):
         raise UserError(f"{where}: not a JSON object")
-    heads, kv_heads, channels = (
-        _indices(entry.get(name), count, f"{where}: {name}")
-        for name, count in (("heads", shape.heads), ("kv_heads", shape.kv_heads), ("channels", shape.channels))
-    )
-    size = shape.heads // shape.kv_heads
-    per_group = [sum(head // size == group for head in heads) for group in range(shape.kv_heads)]
-    kept = {per_group[group] for group in kv_heads}
-    if len(kept) != 1 or 0 in kept or sum(per_group[group] for group in kv_heads) != len(heads):
-        raise UserError(
-            f"{where}: each of the kept KV heads must keep the same number of its {size} query heads, and no other head may stay"
-        )
-    return LayerPlan(1 - len(channels) / shape.channels, len(heads), len(kv_heads), len(channels), kept=Kept(heads, kv_heads, channels))
+    older = {"heads": None, "kv_heads": None, "channels": None}
+    listed = by_part(older | entry)["kept"]
+    kinds = [part.kind for part in layer.parts]
+    if not isinstance(listed, dict) or sorted(listed) != sorted(kinds):
+        shown = ", ".join(map(str, listed)) if isinstance(listed, dict) else listed
+        raise UserError(f"{where}: it lists {shown}, and the layer's parts are {', '.join(kinds)}")
+    kept_by_part = {}
+    for part in layer.parts:
+        indices = listed[part.kind]
+        if not isinstance(indices, dict):
+            raise UserError(f"{where}: {part.kind}: not a JSON object")
+        kept = {sort: _indices(indices.get(sort), part.units[sort], f"{where}: {sort}") for sort in part.sorts}
+        if fault := part.check_kept(kept):
+            raise UserError(f"{where}: {fault}")
+        kept_by_part[part.kind] = kept
+    return kept_by_part
 
 
 def _indices(values, count: int, where: str) -> list[int]:
-    whole = isinstance(values, list) and values and all(isinstance(value, int) and 0 <= value < count for value in values)
+    whole = isinstance(values, list) and all(isinstance(value, int) and 0 <= value < count for value in values)
     if not whole or len(set(values)) != len(values):
-        raise UserError(f"{where} must be different whole numbers from 0 to {count - 1}, at least one")
+        raise UserError(f"{where} must be different whole numbers from 0 to {count - 1}")
     return sorted(values)

@@ -1,113 +1,111 @@
-"""``--layer_ratio ranking``: one ranking of the heads and channels of all layers, as FLAP has it (An et al. 2024)."""
+"""``--layer_ratio ranking``: one ranking of the units of all layers, as FLAP has it (An et al. 2024)."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from ...errors import UserError
-from ...models.shape import ModelShape, limits_of
-from ..sublayer import Sublayer
-from .head_units import HeadUnits
+from ...plan import LayerPlan
+from ..part_run import PartRun
 from .inputs import Allocation, AllocationInputs
-from .plan import LayerPlan, fill_with_channels, from_ratios, removed_parameters
-
-if TYPE_CHECKING:
-    from ...settings.pruning import PruneConfig
+from .sizing import Sizing, Slot
 
 
 def ranking(inputs: AllocationInputs) -> Allocation:
-    """FLAP's: on the dense model, S_j = Var(X_j) ||W[:, j]||^2 of each input of an output projection, squared for attention,
-    standardised within each layer for the two apart; the lowest of all layers go, a head counting as many channels as it has weights.
+    """FLAP's: on the dense model, each input j of an output projection scores Var(X[:, j]) ||W[:, j]||^2, squared for attention.
 
-    Without a model all layers are taken to matter the same. Raises UserError where the runtime wants layers alike.
+    The scores are standardised within each layer, attention and feed-forward part apart, and the lowest of all layers go; a head counts as
+    many channels as it has weights. Without a model all layers are assumed to matter the same. Raises UserError where the runtime needs
+    layers alike.
     """
-    shape, config = inputs.shape, inputs.config
-    limits = limits_of(config.runtime, shape)
-    if limits.same_heads:
+    sizing = Sizing(inputs.shape, inputs.config)
+    if sizing.limits.same_heads:
         raise UserError(
-            f"--layer_ratio ranking and --runtime {config.runtime}: it decides of each head by itself, and all layers keep the same "
-            "number there; leave one away"
+            f"--layer_ratio ranking and --runtime {inputs.config.runtime}: the first chooses each head by itself, and the second needs the "
+            "same number of heads in all layers; leave one of the two out"
         )
-    units = HeadUnits(shape, config.head_unit)
-    ranks = _ranks(inputs, units) if inputs.source else _equal_ranks(shape, units)
-    return Allocation(plans_of(ranks, shape, units, config))
+    slots = [slot for layer in range(len(inputs.shape.layers)) for slot in (*sizing.coarse, *sizing.fine) if slot.layer == layer]
+    scores = _scores(inputs) if inputs.run else {}
+    return Allocation(plans_of([scores.get((slot.layer, slot.part.kind), _equal(slot)) for slot in slots], slots, sizing))
 
 
-@dataclass
-class Ranks:
-    """Standardised scores of the steps in which the heads go [L, steps] and of the channels [L, I]: the lower, the sooner they go."""
-
-    steps: torch.Tensor
-    channels: torch.Tensor
-
-
-def plans_of(ranks: Ranks, shape: ModelShape, units: HeadUnits, config: PruneConfig) -> list[LayerPlan]:
+def plans_of(scores: list[torch.Tensor], slots: list[Slot], sizing: Sizing) -> list[LayerPlan]:
     """One LayerPlan per layer: the lowest of all go, until ``pruning_ratio`` of their cost or ``target_sparsity`` is met.
 
-    A step of heads costs (2 G + 2) h / 3 channels where it is a KV head with its G query heads. The highest of each layer stays.
+    ``scores``: of the steps of each slot [steps], standardised: the lower, the sooner they go. A KV head that goes with its g query heads
+    of size h costs (2 g + 2) h / 3 channels. The highest of each slot stays.
     """
-    heads, kv_heads = (whole - less for whole, less in zip(units.widths(units.steps), units.widths(units.steps - 1)))
-    step_cost = (2 * heads + 2 * kv_heads) * shape.head_dim / 3
-    scores = torch.cat([ranks.steps.sort(dim=1).values[:, :-1], ranks.channels.sort(dim=1).values[:, :-1]], 1)
-    order = scores.flatten().argsort(stable=True)
-    part = order % scores.shape[1] < units.steps - 1
-    if config.prune != "both":
-        order = order[part if config.prune == "heads" else ~part]
-        part = order % scores.shape[1] < units.steps - 1
-    layer = order // scores.shape[1]
+    config = sizing.config
+    ranked = torch.cat([slot_scores.sort().values[:-1] for slot_scores in scores])
+    owners = torch.cat([torch.full((len(slot_scores) - 1,), i) for i, slot_scores in enumerate(scores)])
+    owners = owners[ranked.argsort(stable=True)]
 
     def planned(count: int) -> list[LayerPlan]:
-        gone = torch.stack([torch.bincount(layer[:count][part[:count] == kind], minlength=shape.layers) for kind in (True, False)])
-        ratios = [float(channels) / shape.channels for channels in gone[1]]
-        plans = from_ratios(shape, units, ratios, config.round_to, limits_of(config.runtime, shape))
-        for plan, steps, ratio in zip(plans, gone[0].tolist(), ratios):
-            plan.heads, plan.kv_heads = units.widths(units.kept_steps(steps / units.steps, config.round_to) if steps else units.steps)
-            plan.ratio = ratio or float(steps > 0) / shape.channels
+        gone = torch.bincount(owners[:count], minlength=len(slots)).tolist()
+        fine = {slot.layer: lost / slot.steps.count for slot, lost in zip(slots, gone) if slot.part.fine}
+        plans = sizing.rounded([fine.get(layer, 0.0) for layer in range(len(sizing.shape.layers))], attention=0.0)
+        for slot, lost in zip(slots, gone):
+            if not slot.part.fine and lost:
+                slot.keep(plans, slot.steps.kept(lost / slot.steps.count, config.round_to))
+                plans[slot.layer].ratio = plans[slot.layer].ratio or 1 / _channels(sizing, slot.layer)
+        for plan in plans:
             plan.clipped = False
         return plans
 
     if config.target_sparsity is None:
-        costs = torch.where(part, step_cost, 1.0).cumsum(0)
-        whole = shape.layers * ((config.prune != "channels") * units.steps * step_cost + (config.prune != "heads") * shape.channels)
-        return planned(int((costs - config.pruning_ratio * whole).abs().argmin()) + 1 if config.pruning_ratio else 0)
-    target = config.target_sparsity * shape.decoder_parameters
-    low, high = 0, len(order)
-    if removed_parameters(shape, planned(high), config) < target:
-        most = removed_parameters(shape, planned(high), config) / shape.decoder_parameters
+        if not config.pruning_ratio or not len(owners):
+            return planned(0)
+        steps = torch.tensor([_cost_in_channels(slot) for slot in slots])
+        costs = steps[owners].cumsum(0)
+        whole = sum(float(cost) * slot.steps.count for cost, slot in zip(steps, slots))
+        return planned(int((costs - config.pruning_ratio * whole).abs().argmin()) + 1)
+    low, high = 0, len(owners)
+    if sizing.removed(planned(high)) < sizing.target:
+        most = sizing.removed(planned(high)) / sizing.shape.decoder_parameters
         raise UserError(f"--target_sparsity {config.target_sparsity}: all layers together can give up at most {most:.3f}; lower it")
     while low < high:
         middle = (low + high) // 2
-        low, high = (middle + 1, high) if removed_parameters(shape, planned(middle), config) < target else (low, middle)
+        low, high = (middle + 1, high) if sizing.removed(planned(middle)) < sizing.target else (low, middle)
     if config.prune == "heads":
         near = (planned(max(low - 1, 0)), planned(low))
-        return min(near, key=lambda plans: abs(removed_parameters(shape, plans, config) - target))
+        return min(near, key=lambda plans: abs(sizing.removed(plans) - sizing.target))
     plans = planned(low)
-    fill_with_channels(shape, plans, target, config)
+    sizing.fill(plans)
     return plans
 
 
-def _equal_ranks(shape: ModelShape, units: HeadUnits) -> Ranks:
-    """Of a model whose layers all look the same: the same share of everything goes."""
-    return Ranks(*(torch.linspace(-1, 1, count).expand(shape.layers, -1) for count in (units.steps, shape.channels)))
+def _channels(sizing: Sizing, layer: int) -> int:
+    return max((part.output_inputs() for part in sizing.shape.layers[layer].parts if part.fine), default=1)
+
+
+def _cost_in_channels(slot: Slot) -> float:
+    """How many channels hold as many weights as one step of this part."""
+    count = slot.steps.count
+    more, less = (slot.part.parameters(slot.steps.units(n), False, False) for n in (count, count - 1))
+    return 1.0 if slot.part.fine else (more - less) / (3 * slot.part.hidden)
+
+
+def _equal(slot: Slot) -> torch.Tensor:
+    """Scores of a model whose layers all look the same: the same share of everything goes."""
+    return torch.linspace(-1, 1, slot.steps.count)
 
 
 @torch.no_grad()
-def _ranks(inputs: AllocationInputs, units: HeadUnits) -> Ranks:
-    runner = inputs.runner(inputs.ids)
-    adapter, hidden = runner.adapter, runner.embed()
-    steps, channels = [], []
+def _scores(inputs: AllocationInputs) -> dict[tuple[int, str], torch.Tensor]:
+    """The scores of the steps of each part of each layer."""
+    runner = inputs.run.runner(inputs.run.samples.ids)
+    hidden, scores_by_part = runner.embed(), {}
     for index, layer in runner.visit("fluctuation"):
-        for block, arguments, power, into in (
-            (adapter.attention(layer), runner.arguments[index], 2, steps),
-            (adapter.mlp(layer), {}, 1, channels),
-        ):
-            with Sublayer(hidden, block, arguments, runner.memory) as sub:
-                sub.run(variance=True)
-                scores = (sub.input_variance.var_x * sub.weight.square().sum(0)) ** power
-                into.append(((scores - scores.mean()) / scores.std().clamp_min(torch.finfo(scores.dtype).tiny)).cpu())
+        shapes = {part.kind: part for part in inputs.shape.layers[index].parts}
+        for step in runner.adapter.steps(layer):
+            runs = [PartRun(runner, hidden, part, index) for part in step]
+            for run in runs:
+                run.take({"input_variance"})
+                part = shapes[run.part.kind]
+                scores = (run.input_variance.var_x * run.weight.square().sum(0)) ** (1 if part.fine else 2)
+                scores = ((scores - scores.mean()) / scores.std().clamp_min(torch.finfo(scores.dtype).tiny)).cpu()
+                scores_by_part[index, part.kind] = part.steps(inputs.config.head_unit).of_columns(scores)
+            for run in runs:
+                run.join()
     hidden.close()
-    of_units = torch.stack(steps).view(inputs.shape.layers, units.groups, units.units // units.groups, -1).mean(-1)
-    return Ranks(of_units.sort(dim=-1).values.mean(1), torch.stack(channels))  # a step: one unit of each group, its lowest first
+    return scores_by_part

@@ -16,25 +16,25 @@ from ...errors import UserError, first_line
 class ChannelStatistics:
     """One feed-forward part. Norms are over tokens, none is centred.
 
-    output_covariance: [D, D] of the output Y. down: [D, I]. gate, up: [I, D]. activation_norm: [I], ||A[:, c]|| of down_proj's
-    input. input_norm: [D], of each dimension of the feed-forward input. activation_variance: [I], of A[:, c] over tokens.
-    saliency: [I], from gradients (:mod:`taylor`). seed: for what is random. Covariance, variance and saliency are None for a score
-    that does not need them (ChannelScore).
+    output_covariance: [D, D] of the output Y. down: W [D, I]. gate, up: G and U [I, D]. input_norm: [I], ||X[:, j]|| of each channel
+    j, a column of down_proj's input X. read_norm: ν [D], of each dimension of the feed-forward part's input. input_variance: [I], of
+    X[:, j] over tokens. saliency: [I], from gradients (:mod:`taylor`). seed: for what is random. Covariance, variance and saliency are None
+    for a score that does not need them (ChannelScore).
     """
 
     output_covariance: torch.Tensor | None
     down: torch.Tensor
     gate: torch.Tensor
     up: torch.Tensor
-    activation_norm: torch.Tensor
     input_norm: torch.Tensor
-    activation_variance: torch.Tensor | None = None
+    read_norm: torch.Tensor
+    input_variance: torch.Tensor | None = None
     saliency: torch.Tensor | None = None
     seed: int = 0
 
     def input_terms(self) -> torch.Tensor:
-        """||W_gate[c] * xnorm|| + ||W_up[c] * xnorm||, [I]."""
-        squared = self.input_norm.square()
+        """||G[j] * ν|| + ||U[j] * ν||, [I]: how strong the inputs are that each channel reads."""
+        squared = self.read_norm.square()
         gate, up = ((weight.square() @ squared).sqrt() for weight in (self.gate, self.up))
         return gate + up
 
@@ -59,36 +59,36 @@ def eigendecomposition(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 
 def feature_space(s: ChannelStatistics) -> torch.Tensor:
-    """The paper's: with Cov(Y) = V diag(lambda) V^T and w = sigmoid(lambda / mean(lambda)),
-    ||(W_down[:, c]^T V) * w|| * ||A[:, c]|| + ||W_gate[c] * xnorm|| + ||W_up[c] * xnorm||.
+    """The paper's (Eq. c and d): with Cov(Y) = V diag(λ) V^T and ω = sigmoid(λ / mean(λ)),
+    ||(W[:, j]^T V) * ω|| * ||X[:, j]|| + ||G[j] * ν|| + ||U[j] * ν||.
     """
     eigenvalues, vectors = eigendecomposition(s.output_covariance)
     weighted = vectors * torch.sigmoid(eigenvalues / eigenvalues.mean())
-    return (s.down.T @ weighted).norm(dim=1) * s.activation_norm + s.input_terms()
+    return (s.down.T @ weighted).norm(dim=1) * s.input_norm + s.input_terms()
 
 
 def unweighted(s: ChannelStatistics) -> torch.Tensor:
-    """The paper's without the eigenvalue weights w, which leaves ||W_down[:, c]|| (V is orthogonal)."""
-    return s.down.norm(dim=0) * s.activation_norm + s.input_terms()
+    """The paper's without the weights ω of the eigenvectors, which leaves ||W[:, j]|| in their place (V is orthogonal)."""
+    return s.down.norm(dim=0) * s.input_norm + s.input_terms()
 
 
 def wanda(s: ChannelStatistics) -> torch.Tensor:
-    """mean_d |W_down[d, c]| * ||A[:, c]||: Wanda's score of a weight (Sun et al. 2024) over a column, as Wanda-sp has it."""
-    return s.down.abs().mean(0) * s.activation_norm
+    """mean_d |W[d, j]| * ||X[:, j]||: Wanda's score of a weight (Sun et al. 2024) over a column, as Wanda-sp has it."""
+    return s.down.abs().mean(0) * s.input_norm
 
 
 def taylor(s: ChannelStatistics) -> torch.Tensor:
-    """LLM-Pruner's (Ma et al. 2023): sum of |W * dL/dW| over the channel's rows of gate and up and its column of down."""
+    """LLM-Pruner's (Ma et al. 2023): sum of |weight * its gradient| over the channel's rows of G and U and its column of W."""
     return s.saliency
 
 
 def fluctuation(s: ChannelStatistics) -> torch.Tensor:
-    """FLAP's (An et al. 2024): Var(A[:, c]) ||W_down[:, c]||^2."""
-    return s.activation_variance * s.down.square().sum(0)
+    """FLAP's (An et al. 2024): Var(X[:, j]) ||W[:, j]||^2."""
+    return s.input_variance * s.down.square().sum(0)
 
 
 def magnitude(s: ChannelStatistics) -> torch.Tensor:
-    """||W_down[:, c]||: no activations at all."""
+    """||W[:, j]||: no activations at all."""
     return s.down.norm(dim=0)
 
 

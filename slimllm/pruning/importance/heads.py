@@ -2,7 +2,8 @@
 
 X [T, n] is the input of o_proj with weight W [D, n]; unit i (a head, or a KV group's heads together) owns a block of
 columns, and O_i = X_i W_i^T is its output. With C the covariance of X,
-gram[i, j, d] = W_i[d] C_ij W_j[d]^T = Cov(O_i, O_j)_d, so the similarity of any set of units follows without the tokens.
+gram[i, i′, d] = W_i[d] C_ii′ W_i′[d]^T = Cov(O_i[:, d], O_i′[:, d]) (Eq. b of docs/method.md), so the similarity of any set of units
+follows without the tokens.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ def _highest(column_scores: torch.Tensor, s: HeadStatistics, removed: int) -> li
 
 
 def taylor(s: HeadStatistics, removed: int) -> list[int]:
-    """LLM-Pruner's (Ma et al. 2023): sum of |W * dL/dW| over the rows of queries, keys and values and the columns of the output."""
+    """LLM-Pruner's (Ma et al. 2023): sum of |weight * its gradient| over the rows of queries, keys and values and the columns of W."""
     return _highest(s.saliency, s, removed)
 
 
 def fluctuation(s: HeadStatistics, removed: int) -> list[int]:
-    """FLAP's (An et al. 2024): mean over a unit's columns of (Var(X_j) ||W[:, j]||^2)^2."""
+    """FLAP's (An et al. 2024): mean over a unit's columns of (Var(X[:, j]) ||W[:, j]||^2)^2."""
     return _highest((s.covariance.diagonal() * s.weight.square().sum(0)).square(), s, removed)
 
 
@@ -72,7 +73,7 @@ def random(s: HeadStatistics, removed: int) -> list[int]:
 
 
 def output_gram(covariance: torch.Tensor, weight: torch.Tensor, units: int) -> torch.Tensor:
-    """Covariances of the units' outputs, per output dimension.
+    """Covariances of the units' outputs, per output dimension (Eq. b).
 
     Args:
         covariance: [n, n] of the projection's input. weight: [D, n]. units: how many equal blocks of columns.
@@ -92,9 +93,9 @@ def output_gram(covariance: torch.Tensor, weight: torch.Tensor, units: int) -> t
 
 
 def similarity(gram: torch.Tensor, keep: list[int]) -> float:
-    """sim(S): sum over output dimensions of |Pearson correlation| of the kept units' sum with the whole output.
+    """sim(S): sum over output dimensions of |Pearson correlation| of the kept units' sum with the whole output Y (Eq. a).
 
-    A dimension in which either does not vary counts as 0. ``gram`` [U, U, D]; ``keep`` unit indices.
+    A dimension in which either does not vary counts as 0. ``gram`` [units, units, D]; ``keep``: S, the indices of these units.
     """
     kept = gram[keep]
     return float(_correlation(kept[:, keep].sum((0, 1)), kept.sum((0, 1)), gram.sum((0, 1))).sum())
@@ -106,9 +107,9 @@ def _correlation(var_kept, covariance, var_all):
 
 
 def leave_one_out(gram: torch.Tensor) -> torch.Tensor:
-    """sim(all but i) for each unit i, [U]: the higher, the less the unit matters."""
+    """sim(all but i) for each unit i, [units]: the higher, the less the unit matters."""
     var_all = gram.sum((0, 1))
-    total = gram.sum(1)  # [U, D]: Cov(O_i, O)
+    total = gram.sum(1)  # [units, D]: Cov(O_i, Y)
     var_rest = var_all - 2 * total + gram.diagonal(dim1=0, dim2=1).T
     return _correlation(var_rest, var_all - total, var_all).sum(-1)
 
@@ -120,7 +121,7 @@ def greedy_search(gram: torch.Tensor, removed: int, groups: int = 1, swap: bool 
     place of every kept unit, and the best swap is taken if it raises sim(S). With ``groups`` > 1 the units form that
     many equal runs (the query heads of each KV head), each of which loses ``removed`` units, and swaps stay inside a run.
 
-    ``gram`` [U, U, D] as from :func:`output_gram`. Cost: O(U D) per tried unit, whatever the number of tokens.
+    ``gram`` [units, units, D] as from :func:`output_gram`. Cost: O(units * D) per tried unit, whatever the number of tokens.
     """
     units = gram.shape[0]
     size = units // groups
@@ -138,14 +139,14 @@ def greedy_search(gram: torch.Tensor, removed: int, groups: int = 1, swap: bool 
 def _swap(gram: torch.Tensor, kept: torch.Tensor, gone: list[int], group_size: int) -> None:
     """Tries each unit of ``gone`` in place of each kept unit of its group; updates ``kept`` in place."""
     var_all, with_all = gram.sum((0, 1)), gram.sum(1)
-    own = gram.diagonal(dim1=0, dim2=1).T  # [U, D]: Var(O_i)
+    var_unit = gram.diagonal(dim1=0, dim2=1).T  # [units, D]: Var(O_i)
     best = similarity(gram, kept.nonzero().flatten().tolist())
     for unit in gone:
         rivals = kept.nonzero().flatten()
-        with_kept = gram[:, rivals].sum(1)  # [U, D]: Cov(O_i, sum of the kept)
+        with_kept = gram[:, rivals].sum(1)  # [units, D]: Cov(O_i, sum of the kept)
         var_kept, cov_kept = with_kept[rivals].sum(0), with_all[rivals].sum(0)
         rivals = rivals[rivals // group_size == unit // group_size]
-        variance = var_kept - 2 * with_kept[rivals] + own[rivals] + 2 * (with_kept[unit] - gram[unit, rivals]) + own[unit]
+        variance = var_kept - 2 * with_kept[rivals] + var_unit[rivals] + 2 * (with_kept[unit] - gram[unit, rivals]) + var_unit[unit]
         candidates = _correlation(variance, cov_kept - with_all[rivals] + with_all[unit], var_all).sum(-1)
         value, index = candidates.max(0)
         if value > best:

@@ -1,40 +1,30 @@
-"""First-order importance, as LLM-Pruner has it (Ma et al. 2023): E = |W * dL/dW| of each weight, L the language-model loss.
+"""First-order importance, as LLM-Pruner has it (Ma et al. 2023): |weight * its gradient|, the gradient of the language-model loss.
 
-One backward pass of the mean loss of the calibration tokens through the dense model, one layer in memory at a time: forward,
+One backward pass of the mean loss over the calibration tokens through the dense model, one layer in memory at a time: forward,
 keeping what each layer is given; then from the last layer to the first, each run again with gradients.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
+from ...models.adapter import Part
 from ...streaming.runner import LOGIT_ROWS, LayerRunner
 from ...utils import processes
 
+# Of one layer: sums of this importance over all weights that go with a unit, {part: {sort: [units]}}
+Saliency = dict[str, dict[str, torch.Tensor]]
 
-@dataclass
-class Saliency:
-    """Sums of E over all weights that one layer loses with a query head [H], a KV head [K], a channel [I]."""
 
-    heads: torch.Tensor
-    kv_heads: torch.Tensor
-    channels: torch.Tensor
+def to_lists(saliency: Saliency) -> dict[str, dict[str, list[float]]]:
+    """The same with lists of numbers in place of tensors, which JSON can hold."""
+    return {kind: {sort: values.tolist() for sort, values in by_sort.items()} for kind, by_sort in saliency.items()}
 
-    def to_dict(self) -> dict[str, list[float]]:
-        return {name: values.tolist() for name, values in vars(self).items()}
 
-    @classmethod
-    def of(cls, values: dict[str, list[float]], device="cpu") -> Saliency:
-        """What :meth:`to_dict` gave."""
-        return cls(**{name: torch.tensor(numbers, device=device) for name, numbers in values.items()})
-
-    def of_units(self, units: int) -> torch.Tensor:
-        """Sums of E over each of ``units`` equal runs of heads, [units]: a KV head goes only with all its query heads."""
-        sums = self.heads.view(units, -1).sum(1)
-        return sums + self.kv_heads if units == len(self.kv_heads) else sums
+def from_lists(lists: dict[str, dict[str, list[float]]]) -> Saliency:
+    """What :func:`to_lists` gave."""
+    return {kind: {sort: torch.tensor(values) for sort, values in by_sort.items()} for kind, by_sort in lists.items()}
 
 
 def saliencies(runner: LayerRunner) -> list[Saliency]:
@@ -48,35 +38,35 @@ def saliencies(runner: LayerRunner) -> list[Saliency]:
     norm, head = runner.output_modules()
     for i, ids in enumerate(runner.ids.split(runner.batch)):
         upstream[i] = _loss_gradient(runner, norm, head, upstream[i], ids, tokens)
-    found, total = [], len(runner.source)
+    last_first, total = [], len(runner.source)
     for index in reversed(range(total)):
         for _, layer in runner.visit(start=index, stop=index + 1):
-            found.append(_backward(runner, layer, index, inputs[index], upstream))
+            last_first.append(_backward(runner, layer, index, inputs[index], upstream))
         inputs[index].close()
         runner.progress("gradients, backward", total - index, total)
     upstream.close()
-    return found[::-1]
+    return last_first[::-1]
 
 
 def _loss_gradient(runner: LayerRunner, norm, head, states: torch.Tensor, ids: torch.Tensor, tokens: int) -> torch.Tensor:
-    """dL / d(last states), for one batch [samples, length, D]; L is the mean over ``tokens`` predicted tokens."""
+    """The gradient, by the last states, of the mean loss over ``tokens`` predicted tokens; of one batch, [samples, length, D]."""
     gradient = torch.zeros_like(states)
     targets = ids.to(states.device)
-    for sample, wanted, into in zip(states, targets, gradient):
+    for sample, sample_ids, into in zip(states, targets, gradient):
         for start in range(0, len(sample) - 1, LOGIT_ROWS):
             part = slice(start, min(start + LOGIT_ROWS, len(sample) - 1))
             rows = sample[part].detach().requires_grad_()
             with torch.enable_grad():
                 logits = runner.adapter.logits(head, norm(rows))
-                loss = nn.functional.cross_entropy(logits, wanted[1:][part], reduction="sum") / tokens
+                loss = nn.functional.cross_entropy(logits, sample_ids[1:][part], reduction="sum") / tokens
             (into[part],) = torch.autograd.grad(loss, rows)
     return gradient
 
 
 def _backward(runner: LayerRunner, layer: nn.Module, index: int, inputs, upstream) -> Saliency:
     """Replaces ``upstream``, the gradients of the layer's outputs, by those of its inputs; gives the layer's saliency."""
-    adapter = runner.adapter
-    linears = [linear for block in (adapter.attention(layer), adapter.mlp(layer)) for linear in block.linears]
+    parts = runner.adapter.parts(layer)
+    linears = [linear for part in parts for linear in part.linears]
     before = [parameter.requires_grad for parameter in layer.parameters()]
     layer.requires_grad_(False)
     for linear in linears:
@@ -93,19 +83,13 @@ def _backward(runner: LayerRunner, layer: nn.Module, index: int, inputs, upstrea
     importance = {linear: (linear.weight.detach() * gradient).abs().float() for linear, gradient in zip(linears, gradients)}
     for linear in linears:
         linear.weight.grad = None
-    for parameter, wanted in zip(layer.parameters(), before):
-        parameter.requires_grad_(wanted)
-    return _sums(adapter, layer, importance)
+    for parameter, required in zip(layer.parameters(), before):
+        parameter.requires_grad_(required)
+    return {part.kind: _unit_sums(part, importance) for part in parts}
 
 
-def _sums(adapter, layer: nn.Module, importance: dict[nn.Linear, torch.Tensor]) -> Saliency:
-    heads, kv_heads, channels = adapter.widths(layer)
-    of_output = importance[adapter.attention(layer).output].sum(0)
-    everything = [torch.arange(count) for count in (heads, kv_heads)]
-    rows = torch.cat([importance[linear].sum(1)[which] for linear, which in adapter.head_rows(layer, *everything)])
-    queries, keys, values = rows.split([count * adapter.head_dim for count in (heads, kv_heads, kv_heads)])
-    of_channel = importance[adapter.mlp(layer).output].sum(0)
-    gate_and_up = torch.cat([importance[linear].sum(1)[which] for linear, which in adapter.channel_rows(layer, torch.arange(channels))])
-    return Saliency(
-        (queries + of_output).view(heads, -1).sum(1), (keys + values).view(kv_heads, -1).sum(1), of_channel + gate_and_up.view(2, -1).sum(0)
-    )
+def _unit_sums(part: Part, importance: dict[nn.Linear, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Sums over all weights that go with a unit of the part: rows of its input projections, columns of its output projection."""
+    everything = {sort: list(range(count)) for sort, count in part.units.items()}
+    rows = torch.cat([importance[linear].sum(1)[which] for linear, which in part.rows(everything)])
+    return {sort: values.cpu() for sort, values in part.unit_sums(rows, importance[part.output].sum(0)).items()}

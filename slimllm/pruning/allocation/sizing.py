@@ -1,0 +1,245 @@
+"""Ratios of the layers -> how many units each part of each layer keeps, so that the size that was asked for is met."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from ...errors import UserError
+from ...models.parts import PRUNED_KINDS, ChannelSteps, HeadSteps, PartShape
+from ...models.shape import ModelShape, irregular, limits_of
+from ...plan import LayerPlan, biased_everywhere, removed_parameters
+from ...settings.pruning import PruneConfig
+
+# The share of the heads that goes, divided by that of the channels, where all layers keep the same number of heads
+COMMON_ATTENTION_SHARE = 0.5
+
+Ratios = Callable[[float], list[float]]  # an amount -> the ratio of each layer [L], in proportion to it
+
+
+def plans_from_ratios(shape: ModelShape, ratios: Ratios, config: PruneConfig, attention: float | None = None) -> list[LayerPlan]:
+    """One LayerPlan per layer, from the ratios of the layers.
+
+    ``attention``: the share of the heads that goes, divided by that of the channels, which make up for the rest. By default it is 1, or
+    with ``target_sparsity`` COMMON_ATTENTION_SHARE where the runtime wants one number of heads.
+
+    With ``pruning_ratio`` each layer's ratio is rounded on its own, as published. With ``target_sparsity`` the ratios
+    are scaled, heads rounded, and channels take up the rest, so that the decoder's parameters (biases that the
+    recovery adds included) meet the target to within half a channel (half of ``round_to`` channels; of each layer, where
+    the runtime wants the same number in all). Where it wants one number of heads, that is the one at which heads lose most
+    nearly that share of what channels lose: the layers that importance would spare lose them too. Where only heads go, the
+    target is met to within half a step of one layer's heads.
+    Raises UserError where the pruned layers cannot give that much.
+    """
+    sizing = Sizing(shape, config)
+    limits = sizing.limits
+    if limits.same_channels:
+
+        def ratios(amount):
+            return [amount * config.pruned_layers / len(shape.layers)] * len(shape.layers)
+
+    if config.prune != "both":
+        attention = 1.0
+    elif attention is None:
+        attention = COMMON_ATTENTION_SHARE if limits.same_heads and config.target_sparsity is not None else 1.0
+    if config.target_sparsity is None:
+        plans = sizing.rounded(ratios(config.pruning_ratio))
+        if attention == 1.0:
+            return plans
+        share = removed_parameters(shape, plans, config) / shape.decoder_parameters
+        sizing = Sizing(shape, dataclasses.replace(config, pruning_ratio=None, target_sparsity=share))
+    return sizing.for_target(ratios, attention)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One part of one layer that may lose units, and the steps in which it does."""
+
+    layer: int
+    part: PartShape
+    steps: HeadSteps | ChannelSteps
+
+    def kept(self, plans: list[LayerPlan]) -> int:
+        """The steps that the plans keep of it."""
+        return self.steps.of(plans[self.layer].units[self.part.kind])
+
+    def keep(self, plans: list[LayerPlan], steps: int) -> None:
+        """Changes the plans, in place: this part is to keep so many steps."""
+        plans[self.layer].units[self.part.kind] = self.steps.units(steps)
+
+
+class Sizing:
+    """How ratios become units, for one model and its settings.
+
+    ``coarse``: the parts whose steps are few (heads); ``fine``: those that make up for what these leave (channels).
+    Raises UserError where ``round_to`` leaves a part no number of units, and where a runtime wants layers alike that are not alike in the
+    model.
+    """
+
+    def __init__(self, shape: ModelShape, config: PruneConfig):
+        self.shape, self.config, self.limits = shape, config, limits_of(config.runtime, shape)
+        slots = [
+            Slot(index, part, part.steps(config.head_unit, self.limits.divisor))
+            for index, layer in enumerate(shape.layers)
+            for part in layer.parts
+        ]
+        for slot in slots:
+            if not slot.steps.allowed(config.round_to):
+                sizes = " and ".join(part.in_words() for part in shape.layers[slot.layer].parts)
+                raise UserError(f"--round_to {config.round_to}: the model's {sizes} allow no such multiple")
+        self._check_alike()
+        slots = [slot for slot in slots if slot.part.kind in PRUNED_KINDS[config.prune]]
+        self.coarse, self.fine = ([slot for slot in slots if slot.part.fine == fine] for fine in (False, True))
+
+    def _check_alike(self) -> None:
+        if not self.limits.same_heads:
+            return
+        alike = [
+            {part.kind: part.units for part in layer.parts if self.limits.same_channels or not part.fine} for layer in self.shape.layers
+        ]
+        if odd := irregular(alike):
+            raise UserError(
+                f"--runtime {self.config.runtime}: it needs layers alike, and in this model {odd}; prune the dense model it came from"
+            )
+
+    @cached_property
+    def target(self) -> float:
+        """Parameters to remove."""
+        return self.config.target_sparsity * self.shape.decoder_parameters
+
+    def removed(self, plans: list[LayerPlan]) -> int:
+        """Decoder parameters that the plans remove, less the biases that they add."""
+        return removed_parameters(self.shape, plans, self.config)
+
+    def rounded(self, ratios: list[float], attention: float = 1.0, common: int | None = None) -> list[LayerPlan]:
+        """One plan per layer, each ratio rounded to whole steps.
+
+        ``attention``: the share of it that coarse parts lose. ``common``: steps that these keep in every layer, whatever the ratios say.
+        """
+        plans = [LayerPlan(ratio, layer.units) for ratio, layer in zip(ratios, self.shape.layers, strict=True)]
+        mean = sum(ratios) / len(ratios)
+        for slot in self.coarse:
+            asked = attention * min(mean if self.limits.same_heads else ratios[slot.layer], 1.0)
+            if common is None:
+                self._lose(slot, plans, asked)
+            else:
+                slot.keep(plans, common)
+        for slot in self.fine:
+            self._lose(slot, plans, min(ratios[slot.layer], 1.0))
+        return plans
+
+    def _lose(self, slot: Slot, plans: list[LayerPlan], ratio: float) -> None:
+        """Takes ``ratio`` of a part, as far as something of it stays."""
+        if ratio:
+            slot.keep(plans, slot.steps.kept(ratio, self.config.round_to))
+            plans[slot.layer].clipped |= round(ratio * slot.steps.count) >= slot.steps.count
+
+    def for_target(self, ratios: Ratios, attention: float) -> list[LayerPlan]:
+        """Plans that remove ``target_sparsity``."""
+        if self.config.prune == "heads":
+            return self._coarse_alone(ratios)
+        if not self.limits.same_heads or not self.coarse:
+            return self._filled(ratios, attention)
+        options, failed = [], None
+        steps = self.coarse[0].steps
+        for common in steps.allowed(self.config.round_to):
+            try:
+                plans = self._filled(ratios, attention, common)
+            except UserError as error:
+                failed = error
+                continue
+            channels = 1 - sum(slot.kept(plans) for slot in self.fine) / sum(slot.steps.count for slot in self.fine)
+            options.append((abs(1 - common / steps.count - attention * channels), -common, plans))
+        if not options:
+            raise failed
+        return min(options, key=lambda entry: entry[:2])[2]
+
+    def _filled(self, ratios: Ratios, attention: float, common: int | None = None) -> list[LayerPlan]:
+        """Plans that meet the target; with ``common``, of so many steps of heads in every layer."""
+        _, plans = self._around_target(lambda scale: self.rounded(ratios(scale), attention, common))
+        self.fill(plans)
+        return plans
+
+    def _coarse_alone(self, ratios: Ratios) -> list[LayerPlan]:
+        """Plans that keep all channels, nearest to the target: the layers of the largest ratio lose one more step of their heads first."""
+        fewer, more = self._around_target(lambda scale: self.rounded(ratios(scale)))
+        layers = range(len(self.shape.layers))
+        order = sorted((i for i in layers if fewer[i].units != more[i].units), key=lambda i: -more[i].ratio)
+        counts = (0, len(order)) if self.limits.same_heads else range(len(order) + 1)
+        options = [[more[i] if i in order[:count] else fewer[i] for i in layers] for count in counts]
+        return min(options, key=lambda plans: abs(self.removed(plans) - self.target))
+
+    def _around_target(self, planned: Callable[[float], list[LayerPlan]]) -> tuple[list[LayerPlan], list[LayerPlan]]:
+        """(plans that just miss the target, plans that just meet it), on both sides of the scale of the ratios at which it is met.
+
+        Raises UserError where no scale meets it.
+        """
+        low, high = 0.0, 1.0
+        while self.removed(planned(high)) < self.target:
+            if high > 1e6:
+                most = self.removed(planned(high)) / self.shape.decoder_parameters
+                raise UserError(
+                    f"--target_sparsity {self.config.target_sparsity}: {self._layers_in_words()} can give up at most "
+                    f"{most:.3f} of the decoder's parameters; {self._way_to_more()}"
+                )
+            low, high = high, 2 * high
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.removed(planned(middle)) < self.target else (low, middle)
+        return planned(low), planned(high)
+
+    @property
+    def _may_take_more_layers(self) -> bool:
+        return self.config.layer_ratio != "auto" and self.config.pruned_layers < len(self.shape.layers)
+
+    def _layers_in_words(self) -> str:
+        return f"{self.config.pruned_layers} pruned layers" if self._may_take_more_layers else f"all {len(self.shape.layers)} layers"
+
+    def _way_to_more(self) -> str:
+        return "raise --pruned_layers" if self._may_take_more_layers else "lower it: a part of each layer must stay"
+
+    def fill(self, plans: list[LayerPlan]) -> None:
+        """Changes what the fine parts of the pruned layers keep, in steps, until the removed parameters are nearest to the target.
+
+        The heads stay; the surplus is shared in proportion to what each layer loses, largest remainder first, or where the runtime
+        wants all layers alike, falls to all of them together.
+        """
+        step, together = self.config.round_to, self.limits.same_channels
+        biased = biased_everywhere(self.shape, plans, self.config)
+        pruned = self.fine if together else [slot for slot in self.fine if slot.kept(plans) < slot.steps.count]
+        part = self.fine[0].part
+        unit = step * part.unit_parameters(part.kind in biased) * (len(pruned) if together else 1)
+        surplus = round((self.removed(plans) - self.target) / unit)  # steps to give back
+        if together:
+            before, count = pruned[0].kept(plans), pruned[0].steps.count
+            moved = min(max(before + surplus * step, step), count)
+            surplus -= (moved - before) // step
+            for slot in pruned:
+                slot.keep(plans, moved)
+            pruned = []
+        while surplus and pruned:
+            share = sum(plans[slot.layer].ratio for slot in pruned)
+            parts = [surplus * plans[slot.layer].ratio / share for slot in pruned]
+            whole = [int(part) for part in parts]
+            rest = sorted(range(len(parts)), key=lambda i: -abs(parts[i] - whole[i]))
+            for i in rest[: abs(surplus - sum(whole))]:
+                whole[i] += 1 if surplus > 0 else -1
+            for slot, steps in zip(pruned, whole):
+                before = slot.kept(plans)
+                moved = min(max(before + steps * step, step), _most(slot, step))
+                surplus -= (moved - before) // step
+                slot.keep(plans, moved)
+            pruned = [slot for slot in pruned if (slot.kept(plans) < _most(slot, step) if surplus > 0 else slot.kept(plans) > step)]
+        if surplus:
+            raise UserError(
+                f"--target_sparsity {self.target / self.shape.decoder_parameters:.4g}: the heads come in steps too coarse for this, "
+                f"{surplus * step} channels too {'few' if surplus > 0 else 'many'} would stay; "
+                "choose another share, --pruned_layers or --head_unit"
+            )
+
+
+def _most(slot: Slot, step: int) -> int:
+    """Steps that a part keeps at most once it is pruned."""
+    return (slot.steps.count - 1) // step * step

@@ -1,0 +1,118 @@
+"""One part of a layer on all calibration tokens: the statistics that its scores and its recovery need, and what it gives once pruned."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..models.adapter import Part
+from ..settings.methods import RECOVERIES
+from ..streaming.activations import ActivationStore
+from ..streaming.runner import LayerRunner
+from ..streaming.statistics import Covariance, PairMoments, SquareSum
+from ..utils import processes
+from .recovery import Recovered
+
+
+class PartRun:
+    """A part whose output projection maps X [T, n] to Y [T, D], run on the residual stream ``hidden``.
+
+    :meth:`take` computes both once and takes the statistics asked for; :meth:`recover` replaces Y by what the kept columns of X give, with
+    no module run again; :meth:`join` adds Y to the residual stream.
+    """
+
+    def __init__(self, runner: LayerRunner, hidden: ActivationStore, part: Part, index: int):
+        self.part, self.hidden, self._arguments = part, hidden, runner.arguments[index]
+        self.inputs, self.outputs, self._pruned = (runner.store() for _ in range(3))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """W, the output projection's weight [D, n], in float32."""
+        return self.part.output.weight.float()
+
+    def take(self, needs: set[str] = frozenset()) -> None:
+        """Runs the part. ``needs``: any of ``input_covariance`` and ``input_variance`` (of X), ``output_covariance`` (of Y),
+        ``input_norm`` (of X and of what the part reads, over tokens, not centred). Without any, nothing can be removed from it afterwards.
+        """
+        projection = self.part.output
+        dims, size = projection.weight.shape
+        device = projection.weight.device
+        self.input_covariance = Covariance(size, device) if "input_covariance" in needs else None
+        self.output_covariance = Covariance(dims, device) if "output_covariance" in needs else None
+        self.input_variance = PairMoments(size, device) if "input_variance" in needs else None
+        norms = "input_norm" in needs
+        self.input_norm, self.read_norm = SquareSum(size, device), SquareSum(dims, device)
+        caught = {}
+        hook = projection.register_forward_hook(lambda _, args, output: caught.update(x=args[0], y=output))
+        for states in self.hidden:
+            read = self.part.read(states)
+            self.part.run(read, self._arguments)
+            x, y = caught["x"].flatten(0, -2), caught["y"].flatten(0, -2)
+            if self.input_covariance:
+                self.input_covariance.update(x.float())
+            if self.output_covariance:
+                self.output_covariance.update(y.float())
+            if self.input_variance:
+                self.input_variance.update(x.float(), x.float())
+            if norms:
+                self.input_norm.update(x.float())
+                self.read_norm.update(read.flatten(0, -2).float())
+            if needs - {"input_variance"}:  # something will be removed
+                self.inputs.append(x)
+            self.outputs.append(y)
+        hook.remove()
+        norm_sums = (self.input_norm, self.read_norm) if norms else ()
+        for statistic in (self.input_covariance, self.output_covariance, self.input_variance, *norm_sums):
+            if statistic:
+                statistic.merge()
+
+    def recover(self, keep: torch.Tensor, recovery: str, ridge: float, new_bias: bool, replace: bool):
+        """Recovers the output from the input columns ``keep``, ascending indices; returns (Recovered, (error before, error after)).
+
+        The errors are :meth:`PairMoments.relative_error` of Ŷ and of the recovered output. ``replace``: the recovered output takes the
+        place of Y. Without ``new_bias`` a projection that has no bias gets none: the fit goes through zero.
+        """
+        weight, bias = self.weight, self.part.output.bias
+        bias = None if bias is None else bias.float()
+        before, after = (PairMoments(len(weight), weight.device) for _ in range(2))
+        gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+        gone[keep] = False
+        columns = gone.nonzero().flatten() if len(keep) > len(gone) / 2 else keep  # the smaller product of the two
+        column_weights = weight[:, columns]
+        for x, y in zip(self.inputs, self.outputs):
+            if columns is keep:
+                pruned = nn.functional.linear(x[:, keep].float(), column_weights, bias)
+            else:
+                pruned = y.float() - x[:, columns].float() @ column_weights.T
+            before.update(pruned, y.float())
+            self._pruned.append(pruned)
+        before.merge()
+        moments, covariance = before, self.input_covariance
+        if bias is None and not new_bias:
+            moments, covariance = moments.about_zero(), covariance and covariance.about_zero()
+        recovered = processes.from_first(lambda: RECOVERIES[recovery](weight, bias, keep, moments, covariance, ridge), weight.device)
+        if bias is None and not new_bias:
+            recovered.bias = None  # it is zero
+        for i, y in enumerate(self.outputs):
+            new = self._recovered_output(i, keep, recovered)
+            after.update(new, y.float())
+            if replace:
+                self.outputs[i] = new.to(y.dtype)
+        after.merge()
+        return recovered, (before.relative_error(), after.relative_error())
+
+    def _recovered_output(self, i: int, keep: torch.Tensor, recovered: Recovered) -> torch.Tensor:
+        if recovered.scale is None:
+            return nn.functional.linear(self.inputs[i][:, keep].float(), recovered.weight, recovered.bias)
+        return self._pruned[i] * recovered.scale + recovered.shift
+
+    def join(self) -> None:
+        """Adds what the part gives to the residual stream, and forgets it."""
+        for i, states in enumerate(self.hidden):
+            self.hidden[i] = self.part.join(states, self.outputs[i])
+        self.close()
+
+    def close(self) -> None:
+        """Forgets X and Y of all tokens; the statistics stay."""
+        for store in (self.inputs, self.outputs, self._pruned):
+            store.close()

@@ -1,0 +1,273 @@
+"""Layers as lists of parts: models whose layers differ, and models that were pruned before."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+import hf_prune
+import slimllm
+from slimllm.data.calibration import Calibration
+from slimllm.errors import UserError
+from slimllm.models import families, loading
+from slimllm.models.adapter import LayerAdapter
+from slimllm.models.families import ATTENTION, FAMILIES, MLP, Family, in_turn
+from slimllm.models.shape import RUNTIMES, limits_of, shape_of
+from slimllm.plan import removed_parameters
+from slimllm.pruning.importance.taylor import saliencies
+from slimllm.reporting.record import PruningRecord
+from slimllm.streaming.runner import LayerRunner
+from tests.conftest import FAMILY_CASES, SIZES, count, logits, make_config, make_ids, make_model, prune
+
+
+def masked(dense, reports):
+    """The model with the columns of removed units set to zero in its output projections."""
+    model, adapter = copy.deepcopy(dense), LayerAdapter(dense.config)
+    for layer, report in zip(adapter.layers(model), reports, strict=True):
+        for part in adapter.parts(layer):
+            mask = torch.zeros(part.output.in_features)
+            mask[part.columns(report.kept[part.kind])] = 1
+            part.output.weight.data *= mask
+    return model
+
+
+def decoder_parameters(model):
+    return sum(p.numel() for p in LayerAdapter(model.config).layers(model).parameters())
+
+
+# models whose layers differ in their parts
+
+
+class PartlyConfig(LlamaConfig):
+    """A Llama some of whose layers have no attention, and whose layers differ in width."""
+
+    model_type = "partly"
+
+    def __init__(self, has_attention=(), ffn_sizes=(), query_heads=(), **kwargs):
+        self.has_attention, self.ffn_sizes, self.query_heads = list(has_attention), list(ffn_sizes), list(query_heads)
+        super().__init__(**kwargs)
+
+
+class PartlyLayer(LlamaDecoderLayer):
+    def __init__(self, config, index):
+        own = copy.copy(config)
+        own.intermediate_size, own.num_attention_heads = config.ffn_sizes[index], config.query_heads[index]
+        super().__init__(own, index)
+        if not config.has_attention[index]:
+            self.self_attn = self.input_layernorm = None
+
+    def forward(self, hidden_states, **kwargs):
+        if self.self_attn is not None:
+            return super().forward(hidden_states, **kwargs)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class Partly(LlamaForCausalLM):
+    config_class = PartlyConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.layers = torch.nn.ModuleList(PartlyLayer(config, i) for i in range(config.num_hidden_layers))
+
+
+LISTS = dict(has_attention=[True, False, True, True], ffn_sizes=[48, 64, 32, 48], query_heads=[4, 4, 8, 2])
+
+
+@pytest.fixture
+def partly(monkeypatch):
+    """A random model of layers that differ, and its row of the table."""
+    attention = dict(sizes=("query_heads", "num_key_value_heads"), layers="has_attention")
+    row = Family("partly", "a test", "llama", steps=in_turn(attention, {"sizes": ("ffn_sizes",)}))
+    monkeypatch.setitem(FAMILIES, "partly", row)
+    AutoConfig.register("partly", PartlyConfig, exist_ok=True)
+    AutoModelForCausalLM.register(PartlyConfig, Partly, exist_ok=True)
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_hidden_layers": 4, "num_key_value_heads": 2}
+    model = Partly(PartlyConfig(**sizes, **LISTS)).eval()
+    for name, parameter in model.named_parameters():
+        parameter.data.uniform_(0.5, 1.5) if "norm" in name else parameter.data.normal_(0, 0.3)
+    return model
+
+
+def test_the_shape_of_a_model_whose_layers_differ_is_what_it_has(partly):
+    shape = shape_of(partly.config)
+    assert shape.parameters == partly.num_parameters() and shape.decoder_parameters == decoder_parameters(partly)
+    assert shape.units == LayerAdapter(partly.config).units(partly)
+    assert [list(layer) for layer in shape.units] == [["attention", "mlp"], ["mlp"], ["attention", "mlp"], ["attention", "mlp"]]
+
+
+@pytest.mark.parametrize("layer_ratio", ["importance", "uniform", "middle", "ranking", "auto"])
+@pytest.mark.parametrize("parts", ["both", "heads", "channels"])
+def test_a_model_whose_layers_differ_is_pruned_as_any_other(layer_ratio, parts, partly):
+    dense, ids, shape = copy.deepcopy(partly), make_ids(12), shape_of(partly.config)
+    target = 0.1 if parts == "heads" else 0.3
+    settings = dict(layer_ratio=layer_ratio, prune=parts, target_sparsity=target, recovery="none", pruned_layers=4)
+    config = make_config(4, shape, **settings)
+    reports = prune(partly, ids[:9], config, ids[9:])
+    torch.testing.assert_close(logits(partly, ids), logits(masked(dense, reports), ids), rtol=1e-4, atol=1e-4)
+    removed = 1 - decoder_parameters(partly) / shape.decoder_parameters
+    assert removed == pytest.approx(target, abs=0.05 if parts == "heads" else 0.01)
+    assert LayerAdapter(partly.config).units(partly) == [report.units for report in reports]
+
+
+@pytest.mark.parametrize("recovery", ["linear", "least_squares"])
+def test_a_recovery_lowers_the_error_of_each_part_of_a_model_whose_layers_differ(recovery, partly):
+    reports = prune(partly, make_ids(12), make_config(4, shape_of(partly.config), recovery=recovery, layer_ratio="uniform"))
+    assert [set(report.errors) <= set(report.kept) for report in reports] == [True] * 4 and any(report.errors for report in reports)
+    assert all(after <= before * (1 + 1e-4) for report in reports for before, after in report.errors.values())
+
+
+def test_gradients_of_a_model_whose_layers_differ(partly):
+    found = saliencies(LayerRunner(partly, make_ids(6)))
+    assert [{kind: {sort: len(v) for sort, v in own.items()} for kind, own in layer.items()} for layer in found] == shape_of(
+        partly.config
+    ).units
+
+
+def test_runtimes_that_want_layers_alike_refuse_a_model_that_has_them_not(partly):
+    with pytest.raises(UserError, match="--runtime transformers: it needs layers alike, and in this model layers .* differ"):
+        prune(partly, make_ids(), make_config(4, shape_of(partly.config), runtime="transformers"))
+    with pytest.raises(UserError, match="layer 1: it has no attention part as other layers do"):
+        slimllm.prune(partly, calibration=make_ids(), pruning_ratio=0.3)
+
+
+# parts side by side
+
+
+def test_parts_side_by_side_read_the_same_state(monkeypatch):
+    """Cohere's: one norm, attention and feed-forward part of what it gives, both added to the residual."""
+    row = Family(
+        "cohere",
+        "a test",
+        "command-r",
+        steps=((dataclasses.replace(ATTENTION), dataclasses.replace(MLP, norm="input_layernorm")),),
+        logits_divisor="inverse_scale",
+    )
+    monkeypatch.setitem(FAMILIES, "cohere", row)
+    monkeypatch.delitem(families.UNSUPPORTED, "cohere")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("cohere", **SIZES, num_key_value_heads=2, pad_token_id=0, logit_scale=0.25, inverse_scale=4.0)
+    dense = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in dense.named_parameters():
+        parameter.data.uniform_(0.5, 1.5) if "norm" in name else parameter.data.normal_(0, 0.3)
+    shape = shape_of(config)
+    assert shape.decoder_parameters == decoder_parameters(dense)
+    for recovery in ("none", "least_squares"):
+        model, ids = copy.deepcopy(dense), make_ids(12)
+        reports = prune(model, ids, make_config(shape=shape, recovery=recovery, layer_ratio="uniform"))
+        if recovery == "none":
+            torch.testing.assert_close(logits(model, ids), logits(masked(dense, reports), ids), rtol=1e-4, atol=1e-4)
+        # the second layer's errors are of what the pruned first one gives, both parts of the very same state
+        states, outputs = {}, {}
+        layer, whole = model.model.layers[1], dense.model.layers[1]
+        layer.register_forward_pre_hook(lambda _, args, into=states: into.update(x=args[0]))
+        layer.mlp.register_forward_hook(lambda _, args, output, into=outputs: into.update(mlp=output))
+        logits(model, ids)
+        with torch.no_grad():
+            wanted = whole.mlp(whole.input_layernorm(states["x"])).flatten(0, 1)
+        error = (outputs["mlp"].flatten(0, 1) - wanted).square().mean(0).sum() / wanted.var(0, correction=0).sum()
+        assert reports[1].errors["mlp"][1] == pytest.approx(error.item(), rel=1e-3)
+
+
+# a model that was pruned before
+
+
+def pruned_before(case, **settings):
+    """A random model of layers of different widths."""
+    sizes = dict(num_hidden_layers=3, intermediate_size=64)
+    settings = {"target_sparsity": 0.2, "pruned_layers": 2, "recovery": "least_squares", **settings}
+    return slimllm.prune(make_model(case, **sizes), calibration=make_ids(), **settings).model
+
+
+@pytest.mark.parametrize("case", FAMILY_CASES)
+def test_a_pruned_model_is_pruned_again(case, tmp_path, tiny_tokenizer):
+    """It is counted from the model given; slicing equals masking; saved, it loads again."""
+    before = pruned_before(case)
+    shape, given, ids = shape_of(before.config), copy.deepcopy(before), make_ids(12)
+    assert shape.parameters == before.num_parameters() and shape.units == LayerAdapter(before.config).units(before)
+    settings = dict(target_sparsity=0.3, layer_ratio="uniform", pruned_layers=3)
+    result = slimllm.prune(before, tiny_tokenizer, calibration=ids, recovery="none", **settings)
+    torch.testing.assert_close(logits(result.model, ids), logits(masked(given, result.layers), ids), rtol=1e-4, atol=1e-4)
+    assert result.parameters.dense == given.num_parameters()
+    assert result.parameters.decoder_removed == pytest.approx(0.3, abs=0.01)
+    dtype = result.model.config.dtype
+    slimllm.save(result, tmp_path / "twice")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "twice", trust_remote_code=True).eval()
+    assert torch.equal(logits(reloaded, ids), logits(result.model, ids))
+    assert result.model.config.dtype == dtype  # a saved model is as it was, and can be pruned once more
+    slimllm.prune(result.model, calibration=ids, target_sparsity=0.1, layer_ratio="uniform", prune="channels")
+    again = slimllm.prune(copy.deepcopy(given), calibration=ids, recovery="least_squares", **settings)
+    assert all(after <= error * (1 + 1e-4) for layer in again.layers for error, after in layer.errors.values())
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_pruned_model_is_pruned_again_for_a_runtime(runtime):
+    """A regular one stays regular; one whose layers differ is refused where they may not."""
+    before = pruned_before("llama_gqa", runtime=runtime, round_to=1)
+    shape, ids = shape_of(before.config), make_ids(12)
+    model = slimllm.prune(before, calibration=ids, target_sparsity=0.2, runtime=runtime, round_to=1, recovery="least_squares").model
+    limits, units = limits_of(runtime, shape), LayerAdapter(model.config).units(model)
+    assert not limits.same_heads or len({count(own, "heads") for own in units}) == 1
+    assert not limits.same_channels or all(own == units[0] for own in units)
+    irregular = pruned_before("llama_gqa")
+    if limits.same_channels:
+        with pytest.raises(UserError, match=f"--runtime {runtime}: it needs layers alike"):
+            slimllm.prune(irregular, calibration=ids, target_sparsity=0.2, runtime=runtime)
+
+
+@pytest.mark.parametrize("runtime", ["any", "vllm", "transformers"])
+@pytest.mark.parametrize("case", ["llama_gqa", "llama_biases", "qwen2", "phi3"])
+def test_what_is_counted_of_a_model_pruned_again_is_what_it_has(case, runtime):
+    before = pruned_before(case, runtime=runtime)
+    shape = shape_of(before.config)
+    result = slimllm.prune(copy.deepcopy(before), calibration=make_ids(), target_sparsity=0.3, runtime=runtime, recovery="least_squares")
+    assert removed_parameters(shape, result.layers, result.config) == before.num_parameters() - result.model.num_parameters()
+
+
+def test_the_program_prunes_what_it_pruned_and_says_both_names(tiny_folder, text_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--calibration", str(text_file), "--eval_data", f"t={text_file}", "--num_examples", "8", "--seq_len", "16"]
+    flags += ["--max_seq_len", "16", "--target_sparsity", "0.2"]
+    assert hf_prune.main(["--base_model", str(tiny_folder), *flags, "--save_ckpt_log_name", "a"]) == 0
+    assert hf_prune.main(["--base_model", "prune_log/a", *flags, "--dry_run"]) == 0
+    assert hf_prune.main(["--base_model", "prune_log/a", *flags, "--save_ckpt_log_name", "b"]) == 0
+    one, two = (PruningRecord.read(f"prune_log/{name}") for name in "ab")
+    assert (two.model.name, two.model.pruned_from) == ("a", "tiny") and one.model.pruned_from is None
+    assert two.parameters.dense == one.parameters.pruned and two.parameters.decoder_removed == pytest.approx(0.2, abs=0.02)
+    assert two.model.shape["layers"] == [
+        {kind: {sort: len(kept) for sort, kept in own.items()} for kind, own in layer["kept"].items()} for layer in one.layers
+    ]
+    assert "itself pruned from tiny" in (tmp_path / "prune_log/b/README.md").read_text()
+    dense = json.loads((tmp_path / "prune_log/a/pruning.json").read_text())["evaluation"][0]["pruned"]
+    assert two.evaluation[0]["dense"] == pytest.approx(dense)
+    plan = flags[:-2] + ["--plan", "prune_log/b/pruning.json", "--save_ckpt_log_name", "c"]
+    assert hf_prune.main(["--base_model", str(tiny_folder), *plan]) == 2  # what it counts are units of a
+    assert "it counts the units of a, a model of other widths; give that one as --base_model" in capsys.readouterr().err
+    assert hf_prune.main(["--base_model", "prune_log/a", *plan]) == 0
+    same = [PruningRecord.read(f"prune_log/{name}").layers for name in "bc"]
+    assert [layer["kept"] for layer in same[0]] == [layer["kept"] for layer in same[1]]
+    model = loading.load_model("prune_log/b", "auto")
+    assert model.num_parameters() == two.parameters.pruned
+    capsys.readouterr()
+
+
+LEAST = {"attention": {"heads": [0], "kv_heads": [0]}, "mlp": {"channels": [3]}}
+
+
+@pytest.mark.parametrize("settings", [dict(method="flap"), dict(layer_ratio="auto"), {}, dict(prune="heads"), dict(method="llm_pruner")])
+@pytest.mark.parametrize("amount", [dict(pruning_ratio=0.5), dict(target_sparsity=0.3)])
+def test_a_model_of_which_the_least_is_left_gives_no_more(settings, amount, tmp_path):
+    (tmp_path / "plan.json").write_text(json.dumps({"layers": [{"kept": LEAST}] * 2}))
+    samples = Calibration(make_ids(8), "test", probe_ids=make_ids(4, seed=3))
+    model = slimllm.prune(make_model(), calibration=samples, plan=str(tmp_path / "plan.json")).model
+    assert LayerAdapter(model.config).units(model) == [{"attention": {"heads": 1, "kv_heads": 1}, "mlp": {"channels": 1}}] * 2
+    if "target_sparsity" in amount:
+        with pytest.raises(UserError, match="can give up at most 0.000"):
+            slimllm.prune(model, calibration=samples, **settings, **amount)
+    else:
+        again = slimllm.prune(model, calibration=samples, **settings, **amount)
+        assert again.parameters.removed == 0
