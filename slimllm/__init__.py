@@ -1,7 +1,7 @@
 """SlimLLM: structured width pruning of Llama-family language models (Guo et al., ICML 2025, arXiv 2505.22689).
 
 Importing the package teaches transformers' auto classes to load pruned checkpoints without remote code.
-:func:`prune` and :func:`save` are the two commands as functions; :class:`UserError` is what they raise for what you can mend.
+:func:`prune` and :func:`save` are the two commands as functions; both raise :class:`UserError` for a mistake in what they are given.
 """
 
 import importlib

@@ -11,8 +11,8 @@ from .models.families import FAMILIES, PRUNED
 MODULE = "transformers.models.auto.configuration_auto"  # the home of AutoConfig, which every auto class asks first
 
 
-class Watch:
-    """Has AutoConfig's module found as ever, and pruned models registered as soon as it is loaded."""
+class RegisterOnImport:
+    """An import hook: transformers' auto module is imported as usual, and then pruned models are registered."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
@@ -33,7 +33,7 @@ def register_in_time() -> None:
     if MODULE in sys.modules:
         register(importlib.import_module(MODULE))  # where another thread is loading it, this waits for the end
     else:
-        sys.meta_path.insert(0, Watch)
+        sys.meta_path.insert(0, RegisterOnImport)
 
 
 def register(module) -> None:

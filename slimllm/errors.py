@@ -1,4 +1,4 @@
-"""What a user can mend, said in one line."""
+"""A user's mistake, said in one line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: one line that names the thing and the way out, exit status 2."""
+    """A user's mistake: one line that names the thing and the way out, and exit status 2."""
 
 
 def nearest(value: str, allowed) -> str:

@@ -43,7 +43,7 @@ def evaluate(config: EvalConfig) -> dict:
 
 def _evaluate(config: EvalConfig, output: Path) -> dict:
     device = device_of("device", config.device)
-    model_config = loading.load_config(config.model, "MODEL", pruned=True)
+    model_config = loading.load_config(config.model, "MODEL")
     warn_of_length(model_config, max_seq_len=config.max_seq_len)
     results = record.continued(output, _identity(config, model_config, device), config.overwrite)
     results |= {"tasks": results.get("tasks", {}), "perplexity": results.get("perplexity", [])}

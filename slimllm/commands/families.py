@@ -24,7 +24,7 @@ def families_page() -> str:
         [
             f"`{family.model_type}`",
             family.models,
-            "channels" if family.qk_norm == "all" else "heads, channels",
+            "channels" if family.heads_fixed else "heads, channels",
             "yes" if family.decilm else "no",
             _llama_cpp(family),
         ]

@@ -79,7 +79,7 @@ def compare(config: LatencyConfig) -> dict:
         dtype = getattr(torch, config.dtype)
     models, sizes = {}, {}
     for name, (what, source) in names.items():
-        loading.load_config(source, what, pruned=True)
+        loading.load_config(source, what)
         models[name] = loading.load_model(source, dtype, what, device)
         sizes[name] = size_of(models[name])
     limit = min(model.config.max_position_embeddings for model in models.values())

@@ -21,7 +21,7 @@ class CompareConfig(TrialsConfig):
     target_sparsity: tuple[float, ...] = flag(
         "sparsity", "shares of the decoder's parameters to remove, 0 to 1", (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
     )
-    methods: tuple[str, ...] | None = flag("methods", f"what is compared: any of {' '.join(METHODS)}, or none [all]")
+    methods: tuple[str, ...] | None = flag("methods", "what is compared: methods by the names of hf_prune.py's --method, or none [all]")
     recipes: tuple[str, ...] = flag("methods", "recipes of ours beside them, or none", OURS, nargs="+")
     also: tuple[str, ...] = flag("methods", "NAME=FOLDER: checkpoints to show beside them, post-trained ones for example", (), nargs="+")
     tasks: tuple[str, ...] = flag("tasks", "zero-shot tasks, or none", tuple(TASKS), nargs="+")

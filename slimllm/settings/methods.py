@@ -93,9 +93,9 @@ class Recovery(Entry):
 class Method:
     """A pruning method as its authors' code does it: what it sets where the user says nothing, by the names in the tables below.
 
-    ``all_layers``: by default every layer is pruned. ``dense_stream``: as published, all it measures is of the dense model's states,
-    and not of what the pruned layers before give. ``title``: its name in tables and pictures; ``source``: where it is from, in Markdown,
-    for model cards; ``colour``: in pictures.
+    ``all_layers``: by default every layer is pruned. ``dense_states``: as published, each layer is pruned from the states that the
+    dense model gives it, not from those that the pruned layers before it give. ``title``: its name in tables and pictures; ``source``:
+    where it is from, in Markdown, for model cards; ``colour``: in pictures.
     """
 
     head_choice: str
@@ -103,7 +103,7 @@ class Method:
     layer_ratio: str
     recovery: str
     all_layers: bool = False
-    dense_stream: bool = False
+    dense_states: bool = False
     title: str | None = None
     source: str | None = None
     colour: str | None = None
@@ -176,7 +176,7 @@ METHODS = {
         "ranking",
         "bias",
         all_layers=True,
-        dense_stream=True,
+        dense_states=True,
         title="FLAP",
         source="[FLAP](https://arxiv.org/abs/2312.11983) (An et al. 2024)",
     ),

@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
-from dataclasses import FrozenInstanceError, asdict, dataclass
+from dataclasses import FrozenInstanceError, asdict, dataclass, fields
 
 from .. import cli
-from ..cli import check_choices, check_range, check_types, flag, given, without_effect
+from ..cli import check_choice, check_choices, check_range, check_types, flag, given, without_effect
 from ..errors import UserError
 from ..models.shape import RUNTIMES, ModelShape, limits_of
 from .common import DTYPES
@@ -62,7 +62,7 @@ class PruneConfig:
     )
     pruned_layers: int | None = flag(
         "sparsity",
-        "how many layers are pruned; with auto, which may take them all, it only scales --pruning_ratio "
+        "how many layers, the least important ones, lose something; with auto, which may take them all, it only scales --pruning_ratio "
         "[26 of 32, or 30 of 32 from ratio 0.4 on, scaled to the depth]",
     )
     alpha: float | None = flag(
@@ -107,7 +107,8 @@ class PruneConfig:
     )
     keep_lowest: float | None = flag(
         "method",
-        "share of a layer's channels, the lowest-scoring, that stays all the same as in the published code [0.01; with least_squares 0]",
+        "share of a layer's channels, those of the lowest scores, that stay nevertheless, as in the published code "
+        "[0.01; with least_squares 0]",
     )
     channel_score: str | None = flag(
         "method",
@@ -233,13 +234,15 @@ class PruneConfig:
 
     def _default(self, name: str) -> str:
         """What the recipe says, or else the method."""
-        return RECIPES[self.recipe].settings.get(name) or getattr(METHODS[self.method], name)
+        value = RECIPES[self.recipe].settings.get(name) or getattr(METHODS[self.method], name)
+        check_choice(f"method {self.method}: {name}", value, {f.name: f for f in fields(self)}[name].metadata["choices"])
+        return value
 
     @property
-    def dense_stream(self) -> bool:
-        """Whether layers are pruned from what the dense model gives them, as some method is published; not with another recovery."""
+    def dense_states(self) -> bool:
+        """Whether each layer is pruned from the states that the dense model gives it, as FLAP is published: only with its own recovery."""
         method = METHODS[self.method]
-        return method.dense_stream and self.recovery == method.recovery
+        return method.dense_states and self.recovery == method.recovery
 
     def adds_bias(self, shape: ModelShape) -> bool:
         """Whether the output projections that are pruned get a bias where the dense model has none."""
@@ -301,28 +304,29 @@ class PruneConfig:
         found = {}
         if self.num_examples is None:
             fewest, most = BEST_EXAMPLES
-            found["num_examples"] = min(max(round(shape.channels / CHANNELS_PER_EXAMPLE), fewest), most)
+            found["num_examples"] = min(max(round(shape.most_units / CHANNELS_PER_EXAMPLE), fewest), most)
         if self.plan is not None:
             return found
         limits = limits_of(self.runtime, shape)
         if limits.whole_heads and self.prune in ("both", "heads"):
-            why = "queries and keys are normed over all heads together" if shape.qk_norm == "all" else f"with --runtime {self.runtime}"
+            why = "queries and keys are normed over all heads together" if shape.heads_fixed else f"with --runtime {self.runtime}"
             raise UserError(f"--prune {self.prune}: no head of this model can go ({why}); --prune channels")
         if self.prune is None:
             found["prune"] = "channels" if limits.whole_heads else "both"
         amount = self.pruning_ratio if self.target_sparsity is None else self.target_sparsity
         layers, alpha = next((n, a) for limit, n, a in PAPER_SETTINGS if amount < limit)
+        depth = len(shape.layers)
         if self.pruned_layers is None:
-            found["pruned_layers"] = shape.layers if METHODS[self.method].all_layers else max(1, round(layers * shape.layers / 32))
-        elif self.pruned_layers > shape.layers:
-            raise UserError(f"--pruned_layers {self.pruned_layers}: the model has {shape.layers} layers")
+            found["pruned_layers"] = depth if METHODS[self.method].all_layers else max(1, round(layers * depth / 32))
+        elif self.pruned_layers > depth:
+            raise UserError(f"--pruned_layers {self.pruned_layers}: the model has {depth} layers")
         if self.alpha is None:
             found["alpha"] = alpha
         if limits.same_channels:
             if self.layer_ratio not in (None, "uniform"):
                 raise UserError(
                     f"--layer_ratio {self.layer_ratio} and --runtime {self.runtime}: all layers of this model lose the same there; "
-                    "leave one away"
+                    "leave one of the two out"
                 )
             found["layer_ratio"] = "uniform"
         elif self.layer_ratio is None:

@@ -26,12 +26,13 @@ def device_of(option_name: str, name: str) -> torch.device:
 
 
 def resolved(device: torch.device | str) -> torch.device:
-    """The device with its number: ``cuda`` is the current GPU, as a tensor that lies there says."""
+    """The device with its number: ``cuda`` is the current GPU, as a tensor that lies there has it."""
     device = torch.device(device)
     return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
 
 
 def name_of(dtype: torch.dtype) -> str:
+    """The name of a dtype as flags and files have it, such as ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -46,18 +47,18 @@ def gpu_has_bfloat16() -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def pruning_dtype(name: str, device: torch.device, own: torch.dtype | None) -> torch.dtype:
+def pruning_dtype(name: str, device: torch.device, stored: torch.dtype | None) -> torch.dtype:
     """What the weights are loaded and computed in for ``--dtype NAME``.
 
-    auto: float32 on a CPU; on a GPU the checkpoint's ``own``, or bfloat16 where it has none.
+    auto: float32 on a CPU; on a GPU the dtype that the checkpoint is ``stored`` in, or bfloat16 where it names none.
     """
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cpu":
         return torch.float32
-    if own is None:
+    if stored is None:
         return torch.bfloat16 if gpu_has_bfloat16() else torch.float16
-    return own
+    return stored
 
 
 def saving_dtype(name: str, stored: torch.dtype | None, computed: torch.dtype) -> torch.dtype:
@@ -79,16 +80,16 @@ def evaluation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def distillation_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
-    """What a model of dtype ``own`` is distilled in: the evaluation's, but on a GPU never float16, in which small gradients vanish."""
-    dtype = evaluation_dtype(own, device)
+def distillation_dtype(model_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What a model of ``model_dtype`` is distilled in: the evaluation's, but on a GPU never float16, in which small gradients vanish."""
+    dtype = evaluation_dtype(model_dtype, device)
     if dtype != torch.float16:
         return dtype
     return torch.bfloat16 if gpu_has_bfloat16() else torch.float32
 
 
-def training_dtype(device: torch.device, own: torch.dtype) -> torch.dtype:
+def training_dtype(device: torch.device, model_dtype: torch.dtype) -> torch.dtype:
     """bfloat16 where the device computes in it itself, else float16 on a GPU and the evaluation's on a CPU."""
     if device.type == "cuda":
         return torch.bfloat16 if gpu_has_bfloat16() else torch.float16
-    return evaluation_dtype(own, device)
+    return evaluation_dtype(model_dtype, device)

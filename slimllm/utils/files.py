@@ -38,15 +38,15 @@ def check_plain(path: str | os.PathLike, option: str = "") -> None:
 def state_of(path: Path) -> tuple | None:
     """What tells whether a file or folder was replaced or changed; None where there is none."""
     try:
-        found = os.lstat(path)
+        status = os.lstat(path)
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 @contextmanager
 def writing(target: Path, way_out: str = ""):
-    """Turns what the disk refuses while ``target`` is written (full, read-only, not permitted) into a UserError that names it."""
+    """Converts what the disk refuses while ``target`` is written (full, read-only, not permitted) to a UserError that names it."""
     try:
         yield
     except SafetensorError as error:  # its I/O errors are no OSError

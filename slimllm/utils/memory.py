@@ -26,7 +26,7 @@ def peak_memory() -> dict[str, int]:
 
 
 def _peak_resident() -> int:
-    try:  # what getrusage says counts the process that started this one, too
+    try:  # getrusage counts the process that started this one, too
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
     except (OSError, StopIteration):  # not Linux
@@ -71,12 +71,12 @@ def return_free_memory() -> None:
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):
-        pass  # another C library: it does as it sees fit
+        pass  # another C library, which has no such function
 
 
 @contextmanager
 def memory_errors(advice: str):
-    """Turns a GPU that is full into one line with ``advice``."""
+    """Raises a UserError of one line, with ``advice``, where the GPU is full."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -1,7 +1,7 @@
 """Where a run's results go: the name is taken at the start, and what stands there is replaced only if a run of this program wrote it.
 
-A finished folder has a seal, :data:`SEAL`, with the SHA-256 of its files: it proves later that they are those that were written, and
-says what in the folder a run may replace.
+A finished folder has a seal, :data:`SEAL`, with the SHA-256 of its files: it shows later that they are those that were written, and
+what in the folder a run may replace.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def seal(folder: Path, names: Iterable[str] | None = None, folders: tuple[str, .
     """Writes the seal of ``folder``, the SHA-256 of its files, and returns these by path inside.
 
     ``names``: of the files, as far as they are there; by default all but hidden ones and those that change later. ``folders``: names of
-    folders inside that are, or will be, sealed themselves. ``more``: what the seal says besides.
+    folders inside that are, or will be, sealed themselves. ``more``: further entries of the seal.
     """
     folder = Path(folder)
     if names is None:
@@ -62,41 +62,41 @@ def read_seal(folder: Path) -> dict | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["format"] == SEAL_FORMAT and isinstance(found["folders"], list) and isinstance(found["files"], dict):
-            return found
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] == SEAL_FORMAT and isinstance(content["folders"], list) and isinstance(content["files"], dict):
+            return content
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    raise UserError(f"{path}: not readable as the list of what was written; restore the folder, or make it anew")
+    raise UserError(f"{path}: not readable as the list of what was written; restore the folder, or write it again")
 
 
 def altered(folder: Path) -> list[str] | None:
     """The files of a sealed folder that are gone or no longer those that were written, by path; None where it has no seal."""
-    found = read_seal(folder)
-    if found is None:
+    sealed = read_seal(folder)
+    if sealed is None:
         return None
-    return [name for name, known in found["files"].items() if not _holds(Path(folder) / name, known)]
+    return [name for name, digest in sealed["files"].items() if not _holds(Path(folder) / name, digest)]
 
 
-def _holds(path: Path, known: str) -> bool:
-    """Whether this is a file that can be read, with the SHA-256 ``known``."""
+def _holds(path: Path, digest: str) -> bool:
+    """Whether this is a file that can be read, with the SHA-256 ``digest``."""
     try:
-        return path.is_file() and file_hash(path) == known
+        return path.is_file() and file_hash(path) == digest
     except OSError:
         return False
 
 
 def unsealed(folder: Path) -> list[str]:
-    """The files in a sealed folder that its seal knows nothing of, by path: neither its hashes, nor folders of their own, nor what
+    """The files in a sealed folder that its seal does not cover, by path: neither its hashes, nor folders of their own, nor what
     programs of this package put beside a checkpoint.
     """
-    found = read_seal(folder) or {"files": {}, "folders": []}
-    known = {*found["files"], *_UNSEALED}
+    sealed = read_seal(folder) or {"files": {}, "folders": []}
+    listed = {*sealed["files"], *_UNSEALED}
     inside = [(path, path.relative_to(folder)) for path in sorted(Path(folder).rglob("*")) if not path.is_dir()]
     return [
         name.as_posix()
         for path, name in inside
-        if name.as_posix() not in known and name.parts[0] not in found["folders"] and not is_export(path) and not is_results(path)
+        if name.as_posix() not in listed and name.parts[0] not in sealed["folders"] and not is_export(path) and not is_results(path)
     ]
 
 
@@ -107,24 +107,24 @@ def foreign(path: Path) -> Path | None:
     if not any(path.iterdir()):
         return None
     try:
-        found = read_seal(path)
+        sealed = read_seal(path)
     except UserError:
-        found = None
-    if found is None:
+        sealed = None
+    if sealed is None:
         return path
-    known = {*found["files"], *_UNSEALED}
+    listed = {*sealed["files"], *_UNSEALED}
     for entry in sorted(path.iterdir()):
         if _is_leftover(entry):
             continue
         if entry.is_symlink() or not entry.is_dir():
-            strange = None if _regular(entry) and (entry.name in known or is_export(entry) or is_results(entry)) else entry
-        elif entry.name in found["folders"]:
+            strange = None if _regular(entry) and (entry.name in listed or is_export(entry) or is_results(entry)) else entry
+        elif entry.name in sealed["folders"]:
             strange = foreign(entry)
-        elif found["folders"] and _is_training_state(entry):  # only a training of this program has folders of its own
+        elif sealed["folders"] and _is_training_state(entry):  # only a training of this program has folders of its own
             strange = None
-        elif any(name.startswith(f"{entry.name}/") for name in known):
+        elif any(name.startswith(f"{entry.name}/") for name in listed):
             inside = (file for file in sorted(entry.rglob("*")) if file.is_symlink() or not file.is_dir())
-            strange = next((file for file in inside if not _regular(file) or file.relative_to(path).as_posix() not in known), None)
+            strange = next((file for file in inside if not _regular(file) or file.relative_to(path).as_posix() not in listed), None)
         else:
             strange = entry
         if strange:
@@ -149,8 +149,8 @@ def is_results(path: Path) -> bool:
     if path.suffix != ".json" or not _regular(path):
         return False
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return "slimllm" in found["environment"] and "config" not in found
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return "slimllm" in content["environment"] and "config" not in content
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
@@ -185,7 +185,7 @@ def check_target(
 
     Replaced, with ``overwrite``, are only files and folders that a run of this program wrote, to the last thing inside, and none that
     is or holds one of ``inputs``: paths that this run reads (those that do not exist are hub names). ``otherwise``: the way out.
-    ``foreign``: what says so of what is written here, a folder or (:func:`unless`) a kind of file.
+    ``foreign``: finds what no run wrote in what is written here, a folder or (:func:`unless`) a kind of file.
     """
     target = Path(target)
     check_kind(target, otherwise)
@@ -265,8 +265,8 @@ def _name_lock(target: Path) -> tuple[int, Path] | None:
     path = target.with_name(f".{target.name}.lock")
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode) or found.st_size:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size:
             os.close(descriptor)
             raise UserError(f"{path}: no run of this program wrote it, and the name is needed for a while; move it away")
         try:
@@ -297,8 +297,8 @@ def atomic_dir(
 ):
     """A temporary folder beside ``target`` that takes its place, sealed, when the block ends well, and is removed otherwise.
 
-    What a killed run of the same name left behind is cleared first, or with ``resume`` gone on with. A folder that is
-    ``worth_keeping`` stays for that when the block fails, and the error gets a note that says so. ``transient``: what in it is needed
+    What a killed run of the same name left behind is cleared first, or with ``resume`` continued. A folder that is
+    ``worth_keeping`` stays for that when the block fails, and the error gets a note of where it is. ``transient``: what in it is needed
     for that only, and goes once the folder is in its place. Raises UserError where ``target`` exists and may not be replaced
     (:func:`check_target`), changed while the block ran, or cannot be written: a full disk, a read-only folder.
     """
@@ -365,7 +365,7 @@ def _undisturbed(then: str):
 
 @contextmanager
 def complete(what: str):
-    """What follows once everything is written: a run that is interrupted there says so."""
+    """Around what follows once everything is written: an interruption there gets the note ``what``."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -394,7 +394,7 @@ def _lock(folder: Path) -> int | None:
 
 
 def _put_back(target: Path) -> None:
-    """Puts a target back that a run had set aside when it was killed. Says so."""
+    """Puts a target back that a run had set aside when it was killed, and logs that."""
     for aside in target.parent.glob(f".{glob.escape(target.name)}.{_MKDTEMP}.old"):
         if not aside.is_dir() or any(entry.name != target.name for entry in aside.iterdir()):
             continue  # none of ours, which hold nothing else
@@ -405,7 +405,7 @@ def _put_back(target: Path) -> None:
 
 
 def _clear_leftovers(target: Path) -> None:
-    """Removes staging folders of runs that were killed. Says so."""
+    """Removes staging folders of runs that were killed, and logs each."""
     for folder in target.parent.glob(f".{glob.escape(target.name)}.{_MKDTEMP}.partial"):
         lock = _lock(folder)
         if lock is None:

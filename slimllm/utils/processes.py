@@ -27,6 +27,7 @@ _joined = False  # inside group(); the Trainer of post-training joins processes 
 
 
 def count() -> int:
+    """How many processes the run has; 1 until they have joined (:func:`group`)."""
     return dist.get_world_size() if _joined else 1
 
 
@@ -41,10 +42,12 @@ def on_this_machine() -> int:
 
 
 def rank() -> int:
+    """The number of this process, from 0 on."""
     return dist.get_rank() if _joined else int(os.environ.get("RANK", 0))
 
 
 def is_first() -> bool:
+    """Whether this process is the one that writes files and decides for all."""
     return rank() == 0
 
 
@@ -73,7 +76,7 @@ def group(device: torch.device):
 
 @contextmanager
 def other():
-    """What a process that is not the first does: its own mistake is said, as the first one's is; that another is gone is not."""
+    """Around the work of a process that is not the first: prints a UserError of its own, but not that another process is gone."""
     try:
         yield
     except ProcessEnded:
@@ -85,7 +88,7 @@ def other():
 
 @contextmanager
 def _others():
-    """Turns what the engine says when another process is gone into one line."""
+    """Raises ProcessEnded, in one line, for what torch.distributed raises when another process is gone."""
     try:
         yield
     except (RuntimeError, dist.DistError) as error:
@@ -119,10 +122,10 @@ def from_first(make: Callable[[], object], device: torch.device | str = "cpu"):
     """What ``make()`` gives in the first process, in all of them; what can be moved (a tensor, or one of a tuple) is on ``device``."""
     if count() == 1:
         return make()
-    found = [_moved(make(), "cpu") if is_first() else None]
+    box = [_moved(make(), "cpu") if is_first() else None]
     with _others():
-        dist.broadcast_object_list(found, device=torch.device("cpu"))
-    return _moved(found[0], device)
+        dist.broadcast_object_list(box, device=torch.device("cpu"))
+    return _moved(box[0], device)
 
 
 def _moved(value, device):
@@ -135,10 +138,10 @@ def from_all(value) -> list:
     """What each process holds, in the order of the processes."""
     if count() == 1:
         return [value]
-    found = [None] * count()
+    values = [None] * count()
     with _others():
-        dist.all_gather_object(found, value)
-    return found
+        dist.all_gather_object(values, value)
+    return values
 
 
 def wait() -> None:
