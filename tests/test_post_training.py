@@ -256,7 +256,7 @@ def test_a_checkpoint_with_numbers_that_are_not_finite_is_never_the_last_good_on
     good = checkpoint_at(tmp_path, 2)
     checkpoint_at(tmp_path, 4, value=float("nan"))
     with pytest.raises(UserError, match=f"step 5: the loss is not finite.*the last good checkpoint is {good}$"):
-        trainer.Watch(settings())._check(SimpleNamespace(fp16=False, output_dir=tmp_path, world_size=1), 5, float("nan"), 0.0)
+        trainer.Watch(settings()).check(SimpleNamespace(fp16=False, output_dir=tmp_path, world_size=1), 5, float("nan"), 0.0)
     model = make_model().requires_grad_(False)
     arguments, state = SimpleNamespace(fp16=False, output_dir=tmp_path, world_size=1), SimpleNamespace(global_step=6)
     trainer.Watch(settings()).on_train_end(arguments, state, None, model=model)
@@ -465,7 +465,7 @@ def test_steps_that_float16_skips_are_not_a_lost_loss(tmp_path):
     with pytest.raises(UserError, match="not finite"):
         watch.check(arguments, step, 2.0, float("inf"))
     with pytest.raises(UserError, match="not finite"):
-        trainer.Watch(settings())._check(SimpleNamespace(fp16=False, output_dir=tmp_path, world_size=1), 0, 2.0, float("inf"))
+        trainer.Watch(settings()).check(SimpleNamespace(fp16=False, output_dir=tmp_path, world_size=1), 0, 2.0, float("inf"))
 
 
 def test_without_a_launcher_one_gpu_is_used(monkeypatch):
