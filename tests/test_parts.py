@@ -21,7 +21,7 @@ from slimllm.plan import removed_parameters
 from slimllm.pruning.importance.taylor import saliencies
 from slimllm.reporting.record import PruningRecord
 from slimllm.streaming.runner import LayerRunner
-from tests.conftest import FAMILY_CASES, SIZES, count, logits, make_config, make_ids, make_model, prune
+from tests.conftest import FAMILY_CASES, SIZES, count, logits, make_config, make_ids, make_model, prune, prune_to
 
 
 def masked(dense, reports):
@@ -271,3 +271,27 @@ def test_a_model_of_which_the_least_is_left_gives_no_more(settings, amount, tmp_
     else:
         again = slimllm.prune(model, calibration=samples, **settings, **amount)
         assert again.parameters.removed == 0
+
+
+@pytest.mark.parametrize(
+    "name, change, said",
+    [
+        ("num_attention_heads_per_layer", lambda v: v[:-1] + ["4"], "num_attention_heads_per_layer"),
+        ("num_attention_heads_per_layer", lambda v: [3, *v[1:]], "layer 0 has 3 heads, no multiple of its 2 KV heads"),
+        ("num_key_value_heads_per_layer", lambda v: [0, *v[1:]], "num_key_value_heads_per_layer holds 0, not a whole number of at least 1"),
+        ("intermediate_size_per_layer", lambda v: [True, *v[1:]], "intermediate_size_per_layer"),
+        ("intermediate_size_per_layer", lambda v: v[:1], "intermediate_size_per_layer has 1 entries"),
+        ("intermediate_size_per_layer", lambda v: None, "intermediate_size_per_layer"),
+        ("o_proj_bias_per_layer", lambda v: [1, *v[1:]], "o_proj_bias_per_layer holds 1, not true or false"),
+        ("down_proj_bias_per_layer", lambda v: "yes", "down_proj_bias_per_layer"),
+    ],
+)
+def test_a_pruned_model_s_config_that_makes_no_sense_is_named(name, change, said, tmp_path, tiny_tokenizer):
+    folder = prune_to(tmp_path / "pruned", tiny_tokenizer)
+    config = json.loads((folder / "config.json").read_text())
+    config[name] = change(config[name])
+    if config[name] is None:
+        del config[name]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=said):
+        loading.load_config(str(folder))

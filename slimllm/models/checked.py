@@ -10,6 +10,7 @@ import torch
 from transformers.activations import ACT2FN
 
 from ..errors import UserError, nearest
+from .families import family_of, is_pruned
 
 log = logging.getLogger("slimllm")
 
@@ -51,12 +52,31 @@ def check_config(config, where: str) -> None:
     if not isinstance(activation, str) or activation not in ACT2FN:
         raise UserError(f"{where}: hidden_act is {activation!r}, which transformers does not know{nearest(str(activation), ACT2FN)}")
     _check_layer_types(config, where)
+    if is_pruned(config):
+        _check_per_layer(config, where)
     weights = getattr(config, "transformers_weights", None)
     if weights is not None and not (isinstance(weights, str) and weights == Path(weights).name and weights.endswith(_WEIGHTS)):
         raise UserError(f"{where}: transformers_weights is {weights!r}, not the name of a file of weights beside it (*.safetensors)")
     epsilon = getattr(config, "rms_norm_eps", 0.0)
     if not isinstance(epsilon, int | float) or not math.isfinite(epsilon) or epsilon < 0:
         raise UserError(f"{where}: rms_norm_eps is {epsilon!r}, not a number of at least 0")
+
+
+def _check_per_layer(config, where: str) -> None:
+    """The lists with an entry for each layer, by which a pruned model is built."""
+    for row in family_of(config).parts:
+        for name, kind, least in (*((f"{size}_per_layer", int, 1) for size in row.sizes), (f"{row.output}_bias_per_layer", bool, False)):
+            values = getattr(config, name, None)
+            if not isinstance(values, list | tuple) or len(values) != config.num_hidden_layers:
+                raise UserError(f"{where}: {name} is no list with an entry for each of {config.num_hidden_layers} layers")
+            if odd := [value for value in values if type(value) is not kind or value < least]:
+                raise UserError(
+                    f"{where}: {name} holds {odd[0]!r}, not {'true or false' if kind is bool else 'a whole number of at least 1'}"
+                )
+    pairs = zip(config.num_attention_heads_per_layer, config.num_key_value_heads_per_layer)
+    for index, (heads, kv_heads) in enumerate(pairs):
+        if heads % kv_heads:
+            raise UserError(f"{where}: layer {index} has {heads} heads, no multiple of its {kv_heads} KV heads")
 
 
 def warn_of_length(config, **lengths: int) -> None:
