@@ -31,7 +31,8 @@ class Journal:
         self.folder = self.states = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         elsewhere = self.folder / f"{_ELSEWHERE}{processes.rank()}"
-        if tmp_dir is not None and not elsewhere.is_file():
+        begun = elsewhere.is_file() or any(self.folder.glob("states-*.safetensors"))  # in the place where it began they stay
+        if tmp_dir is not None and not begun:
             clear_orphans(tmp_dir)
             self.states = Path(tempfile.mkdtemp(prefix=_STATES, dir=tmp_dir)).resolve()
             write_text(self.states / _OF, str(self.folder.resolve()))

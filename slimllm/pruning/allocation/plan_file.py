@@ -88,7 +88,7 @@ def _kept(entry, layer: LayerShape, where: str) -> dict[str, Kept]:
 
 
 def _indices(values, count: int, where: str) -> list[int]:
-    whole = isinstance(values, list) and all(isinstance(value, int) and 0 <= value < count for value in values)
+    whole = isinstance(values, list) and all(type(value) is int and 0 <= value < count for value in values)
     if not whole or len(set(values)) != len(values):
         raise UserError(f"{where} must be different whole numbers from 0 to {count - 1}")
     return sorted(values)
