@@ -32,12 +32,7 @@ TYPICAL_TEXTS = 450_000  # tokens of WikiText-2 and PTB together
 
 def footprint(run: Run, plans: list[LayerPlan], stored: torch.dtype | None, saved: torch.dtype) -> Footprint:
     """What a run with these plans takes; weights are ``stored`` (None: in a .gguf file), computed, then ``saved`` in these."""
-    return of_sizes(run, plans, sizes_of(run, stored, saved))
-
-
-def of_sizes(run: Run, plans: list[LayerPlan], sizes: Sizes) -> Footprint:
-    """What a run with these plans takes; ``sizes`` says how many bytes each number has."""
-    shape, config = run.shape, run.config
+    shape, config, sizes = run.shape, run.config, sizes_of(run, stored, saved)
     embedding = shape.vocab * shape.hidden * sizes.compute + PIECE * max(sizes.stored, sizes.compute)
     peak = max(
         layer.peak_bytes(run, plans, sizes),

@@ -12,7 +12,7 @@ from torch import nn
 
 from .data.calibration import Calibration
 from .models.parts import Units
-from .models.shape import Limits, ModelShape, limits_of, shape_of
+from .models.shape import ModelShape, shape_of
 from .models.source import ModelSource
 from .settings.pruning import PruneConfig
 from .streaming.activations import ActivationStore
@@ -68,11 +68,6 @@ class Run:
     def shape(self) -> ModelShape:
         """The shape of the model to prune."""
         return shape_of(self.model_config)
-
-    @cached_property
-    def limits(self) -> Limits:
-        """What the runtime asks of the pruned model."""
-        return limits_of(self.config.runtime, self.shape)
 
     @cached_property
     def device(self) -> torch.device:
