@@ -209,3 +209,26 @@ def test_a_run_stopped_while_it_distils_goes_on_from_its_last_saved_step(mode, t
     assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
     records = [json.loads((folder / "pruning.json").read_text())["distillation"] for folder in (one, other)]
     assert records[0] == records[1]
+
+
+@pytest.mark.parametrize("seconds_to_keep, times", [(0.5, 8), (5.0, 1)])
+def test_a_step_that_takes_long_to_keep_is_kept_seldom(seconds_to_keep, times, monkeypatch):
+    kept, now, weight = [], [0.0], torch.nn.Parameter(torch.ones(2))
+
+    def keep(training):
+        kept.append(training.step)
+        now[0] += seconds_to_keep
+
+    class Loss:
+        def backward(self, batch):
+            now[0] += 1.0
+            weight.grad = torch.ones(2)
+            return 1.0
+
+    monkeypatch.setattr(distillation._Training, "_keep", keep)
+    monkeypatch.setattr(distillation.time, "perf_counter", lambda: now[0])
+    training = object.__new__(distillation._Training)
+    training.parameters, training.steps, training.step, training.rate = [weight], 16, 0, 0.1
+    training._optimizer = torch.optim.SGD([weight], 0.1)
+    training.run(Loss(), [torch.zeros(1)] * 16, lambda *_: None)
+    assert len(kept) == times

@@ -11,6 +11,7 @@ import copy
 import json
 import logging
 import math
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -41,6 +42,7 @@ LOSS_ROWS = 256  # whose logits are held at a time
 SCALES_RATE, ALL_RATE = 3e-3, 0.0026
 WARMUP = 0.1  # share of the steps in which the learning rate rises; then it falls, as a cosine, to zero
 LINES = 8  # that the log gets while training
+QUICK, SELDOM = 1.0, 10  # a step that takes longer than so many seconds to keep is kept where so many times as long went by since the last
 
 
 @dataclass
@@ -152,7 +154,7 @@ class _Training:
 
     def run(self, loss: _Loss, batches: list[torch.Tensor], progress: Progress) -> None:
         """Takes the steps that are left, and keeps one now and then."""
-        every = max(1, self.steps // LINES)
+        every, kept, took = max(1, self.steps // LINES), time.perf_counter(), 0.0
         for batch in batches[self.step :]:
             for group in self._optimizer.param_groups:
                 group["lr"] = self.rate * _rate(self.step, self.steps)
@@ -165,7 +167,10 @@ class _Training:
             progress("distilling", self.step, self.steps)
             if self.step % every == 0:
                 log.info("distillation: step %d of %d, divergence %.4f nats per token", self.step, self.steps, value)
-                self._keep()
+                begun = time.perf_counter()
+                if took < QUICK or begun - kept > SELDOM * took:
+                    self._keep()
+                    kept, took = time.perf_counter(), time.perf_counter() - begun
             if not math.isfinite(value):
                 break
 
