@@ -46,7 +46,7 @@ def run(config) -> None:
         stored = loading.stored_dtype(config.base_model, run.model_config)
         run.dtype = pruning_dtype(config.dtype, run.device, own)
         work.save_dtype = saving_dtype(config.save_dtype, stored, run.dtype)
-        likely = work.plans or without_scores(run.shape, config)
+        likely = work.plans or without_scores(run)
         takes = footprint(run, likely, own, work.save_dtype)
         check_room(takes, run)
         if config.dry_run:

@@ -83,7 +83,7 @@ def prune(
     Args:
         model: a causal LM of a supported family, dense or pruned before, as from_pretrained gives it. Of one that torch.compile,
             DataParallel or DistributedDataParallel is wrapped around, the model inside is pruned.
-        tokenizer: the model's. Not needed where ``calibration`` is token ids and ``layer_ratio`` is not "auto".
+        tokenizer: the model's. Not needed where ``calibration`` is token ids.
         calibration: texts, token ids [samples, length] (a tensor, an array or lists of integers), a :class:`Calibration`, or what
             ``--calibration`` takes (a name, file or folder); by default Bookcorpus, or samples of the model itself where the hub is
             out of reach.
@@ -126,7 +126,7 @@ def save(result: PruneResult, folder: str | os.PathLike, overwrite: bool = False
     cannot be written, RuntimeError where the comparison fails.
     """
     config, samples = result.config, result.calibration
-    inputs = [config.base_model, config.calibration, samples.source, config.plan]
+    inputs = [config.base_model, config.calibration, samples.source, config.plan, config.price_list]
     with atomic_dir(Path(folder), overwrite, "choose another folder", inputs=inputs) as staging, in_eval_mode(result.model):
         dtype = saving_dtype(config.save_dtype, None, result.model.dtype)
         checkpoint.save(result.model, result.tokenizer, staging, samples.ids[:2, :64], config.base_model, dtype)

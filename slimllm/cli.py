@@ -7,6 +7,7 @@ import logging
 import math
 import numbers
 import os
+import re
 import signal
 import sys
 import types
@@ -94,6 +95,14 @@ def check_range(settings, name: str, low: float, high: float = math.inf, right_o
         least = f"above {low:g}" if left_open else f"at least {low:g}"
         bound = f"a finite number, {least}" if high == math.inf else f"from {low:g} to {'below ' if right_open else ''}{high:g}"
         raise UserError(f"--{name} {value}: must be {bound if not math.isfinite(value) or high != math.inf else least}")
+
+
+def number_of(name: str, text: str, units: dict[str, float]) -> float:
+    """The number that ``--name TEXT`` means, such as 5.4B; ``units``: what the letters behind it stand for. Raises UserError."""
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+) ?([A-Za-z]*)", text.strip())
+    if found is None or found[2] not in units:
+        raise UserError(f"--{name} {text}: must be a number followed by one of {', '.join(filter(None, units))}, such as 5.4{[*units][-1]}")
+    return float(found[1]) * units[found[2]]
 
 
 def given(settings) -> set[str]:

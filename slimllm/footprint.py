@@ -13,6 +13,7 @@ from .models.loading import WholeModel
 from .models.weights import PIECE
 from .plan import LayerPlan, removed_parameters
 from .pruning import layer
+from .pruning.allocation import prices
 from .run import Run
 from .streaming.activations import temporary_folder
 from .streaming.runner import LOGIT_ROWS
@@ -36,6 +37,7 @@ def footprint(run: Run, plans: list[LayerPlan], stored: torch.dtype | None, save
     embedding = shape.vocab * shape.hidden * sizes.compute + PIECE * max(sizes.stored, sizes.compute)
     peak = max(
         layer.peak_bytes(run, plans, sizes),
+        prices.peak_bytes(run, sizes),
         embedding + 3 * LOGIT_ROWS * shape.vocab * 4,
         perplexity.peak_bytes(shape, sizes),
         WholeModel.peak_bytes(shape.parameters, sizes),
@@ -44,12 +46,21 @@ def footprint(run: Run, plans: list[LayerPlan], stored: torch.dtype | None, save
     program = PROGRAM + (GGUF_PROGRAM if sizes.gguf else 0) + (CUDA_BUILD if torch.version.cuda else 0)
     kept = shape.parameters - removed_parameters(shape, plans, config)
     largest = max(one.parameters for one in shape.layers)
-    temporary = max(_beyond_memory(largest * sizes.compute, layer.activation_bytes(shape, sizes), sizes), _evaluated(run, largest, sizes))
-    journal = 0 if config.resume is False else 2 * sizes.tokens * shape.hidden * sizes.compute  # the states after a layer, and the next
+    temporary = max(
+        _beyond_memory(largest * sizes.compute, layer.activation_bytes(run, sizes), sizes),
+        _beyond_memory(largest * sizes.evaluation, prices.activation_bytes(run, sizes), sizes),
+        _evaluated(run, largest, sizes),
+    )
+    journal = 0  # the states after a layer, and after the next
+    if config.resume is not False:
+        journal = 2 * sizes.tokens * shape.hidden * sizes.compute * (2 if config.look_back else 1)
     temporary, beside = (temporary, journal) if config.tmp_dir is None else (temporary + journal, 0)
     beside = max(beside, distillation.kept_bytes(run, plans))
     if sizes.on_gpu:
-        return Footprint(program + GPU_CONTEXT + max(embedding, 3 * largest * sizes.stored), peak, temporary, kept * sizes.saved, beside)
+        copied = distillation.kept_bytes(run, plans) // 2  # a step on its way from the GPU to the disk
+        return Footprint(
+            program + GPU_CONTEXT + max(embedding, 3 * largest * sizes.stored, copied), peak, temporary, kept * sizes.saved, beside
+        )
     return Footprint(program + peak, 0, temporary, kept * sizes.saved, beside)
 
 
@@ -78,7 +89,7 @@ def sizes_of(run: Run, stored: torch.dtype | None, saved: torch.dtype) -> Sizes:
         saved=saved.itemsize,
         tokens=-(-config.num_examples // processes.expected()) * config.seq_len,
         evaluated_tokens=-(-evaluated // processes.expected()),
-        generates=config.test_after_train or config.calibration in (None, "self") or (config.needs_probe_ids and not from_file),
+        generates=config.test_after_train or config.calibration in (None, "self"),
         may_generate=config.distill != "none" or (config.self_share > 0 and not from_file),
         free=free_memory(run.eval_device),
         room=activation_room(run.device, 0),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .models.parts import Kept, Units
+from .models.parts import Kept, PartShape, Units
 from .models.shape import LayerShape, ModelShape, limits_of
 from .settings.pruning import PruneConfig
 
@@ -60,17 +61,31 @@ class LayerReport:
         return {kind: {sort: len(indices) for sort, indices in by_sort.items()} for kind, by_sort in self.kept.items()}
 
 
-def removed_parameters(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig) -> int:
-    """Decoder parameters that the plans remove, less the biases that the recovery and the runtime's form of the model add."""
+# What a part with these units takes of something: (part, units, whether its inputs and its output have biases) -> a number
+Measure = Callable[[PartShape, Units, bool, bool], float]
+
+
+def removed(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig, measure: Measure) -> float:
+    """What the plans remove of what ``measure`` counts, less the biases that the recovery and the runtime's form of the model add."""
     new_bias, everywhere = config.adds_bias(shape), biased_everywhere(shape, plans, config)
-    left = 0
+    gone = 0
     for layer, plan in zip(shape.layers, plans, strict=True):
-        left += layer.norm_parameters
         for part in layer.parts:
             units, both = plan.units[part.kind], part.kind in everywhere
             output_bias = part.output_bias or both or (new_bias and units != part.units)
-            left += part.parameters(units, part.input_bias or both, output_bias)
-    return shape.decoder_parameters - left
+            gone += measure(part, part.units, part.input_bias, part.output_bias)
+            gone -= measure(part, units, part.input_bias or both, output_bias)
+    return gone
+
+
+def removed_parameters(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig) -> int:
+    """Decoder parameters that the plans remove, less the biases that are added (:func:`removed`)."""
+    return removed(shape, plans, config, parameters)
+
+
+def parameters(part: PartShape, units: Units, input_bias: bool, output_bias: bool) -> int:
+    """The parameters of a part (a Measure)."""
+    return part.parameters(units, input_bias, output_bias)
 
 
 def biased_everywhere(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig) -> set[str]:

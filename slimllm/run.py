@@ -44,13 +44,14 @@ class Run:
     it is opened, whose weights come one layer at a time. ``samples``: the calibration samples, once there are some. ``on_layer``: called
     with the report of each layer as it is ready; ``progress``: with what is being done, and how much of it is. ``clock``: seconds of each
     phase. ``journal``: what a stopped run left, and this one may leave. ``sink``: where the layers go as they are done. ``dtype``: what the
-    layers are computed in.
+    layers are computed in. ``file_overhead``: bytes of a GGUF file of the model that hold no weights, for ``--fit``.
     """
 
     config: PruneConfig
     model_config: object
     source: ModelSource | None = None
     dtype: torch.dtype | None = None
+    file_overhead: int = 0
     tokenizer: object = None
     samples: Calibration | None = None
     on_layer: Callable[[object], None] = lambda report: None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from .data import calibration, texts
 from .data.calibration import Calibration, CalibrationSource
-from .deploy import checkpoint
+from .deploy import checkpoint, export_gguf
 from .deploy.runtimes import check_buildable, convert_for_runtime
 from .deploy.sink import CheckpointSink, pruned_skeleton
 from .deploy.weight_files import weight_bytes
@@ -31,6 +32,7 @@ from .models.loading import WholeModel
 from .models.source import ModelSource
 from .plan import LayerPlan, LayerReport
 from .pruning import pipeline
+from .pruning.allocation import price_list
 from .pruning.allocation.inputs import Allocation
 from .pruning.allocation.layer_ratios import without_scores
 from .pruning.allocation.plan_file import read_plan
@@ -43,7 +45,7 @@ from .training.distillation import Distillation
 from .training.teacher import Teacher
 from .utils import processes
 from .utils.device import evaluation_dtype, name_of, saving_dtype
-from .utils.files import atomic_file
+from .utils.files import atomic_file, write_text
 
 log = logging.getLogger("slimllm")
 
@@ -106,7 +108,10 @@ def go_through(stages: Sequence[Stage], work: Work) -> Work:
 def plans_of(run: Run) -> list[LayerPlan] | None:
     """The plans of ``--plan``, or None where the layers' importance decides. Raises UserError early for a sparsity that cannot be met."""
     if run.config.plan is None:
-        without_scores(run.shape, run.config)
+        if run.config.fit is not None:
+            run.tokenizer = run.tokenizer or loading.load_tokenizer(run.config.base_model)
+            run.file_overhead = export_gguf.metadata_bytes(run.tokenizer, run.config.base_model, run.model_config)
+        without_scores(run)
         return None
     plans = read_plan(run.config.plan, run.shape, run.config.runtime)
     check_buildable([plan.units for plan in plans])
@@ -127,7 +132,7 @@ def load(work: Work) -> None:
         run.source = loading.open_source(config.base_model, run.dtype, config=run.model_config)
     size, kind = run.source.model.num_parameters() / 1e6, run.model_config.model_type
     log.info("%s: %s, %d layers, %.1f M parameters, %s", config.base_model, kind, len(run.source), size, run.dtype)
-    identity = record.identity(config, run.source.weights.files, work.texts, (config.calibration, config.plan))
+    identity = record.identity(config, run.source.weights.files, work.texts, (config.calibration, config.plan, config.price_list))
     processes.from_first(lambda: run.journal.check(identity))
 
 
@@ -217,6 +222,9 @@ def allocate(work: Work) -> None:
     """What is to go from each layer (pass 1)."""
     with work.run.clock("pruning"):
         work.allocation = pipeline.allocate(work.run, work.plans)
+    measured = work.run.known("price_list")
+    if measured is not None and processes.is_first():
+        write_text(work.folder / price_list.NAME, json.dumps(measured))
 
 
 def prune(work: Work) -> None:
@@ -282,6 +290,7 @@ def write_record(work: Work) -> None:
     if not processes.is_first():
         return
     work.record = of_run = record_of(work)
+    of_run.predicted_loss = work.allocation.predicted_loss
     of_run.predicted_memory = {"cpu_bytes": work.predicted.host, "gpu_bytes": work.predicted.device}
     if work.writes:
         of_run.bytes = {"dense": sum(path.stat().st_size for path in run.source.weights.files), "pruned": weight_bytes(work.checkpoint)}

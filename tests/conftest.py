@@ -27,7 +27,7 @@ from slimllm.pruning import pipeline
 from slimllm.pruning.allocation.inputs import AllocationInputs
 from slimllm.run import Run
 from slimllm.settings.methods import LAYER_RATIOS
-from slimllm.settings.pruning import PruneConfig
+from slimllm.settings.pruning import AMOUNTS, PruneConfig
 
 ROOT = Path(__file__).parent.parent
 transformers_logging.set_verbosity_error()
@@ -140,15 +140,15 @@ def make_shape(case="llama_gqa", **sizes):
     return shapes.shape_of(family_config(case, **sizes))
 
 
-def run_of(model, ids, config, probe_ids=None, **rest):
+def run_of(model, ids, config, **rest):
     """A Run on a model in memory, or a source, and these calibration tokens."""
     source = ModelSource.of(model)
-    return Run(config, source.config, source, samples=Calibration(ids, "test", probe_ids=probe_ids), **rest)
+    return Run(config, source.config, source, samples=Calibration(ids, "test"), **rest)
 
 
-def prune(model, ids, config, probe_ids=None, plans=None, **rest):
+def prune(model, ids, config, plans=None, **rest):
     """Both passes, in place; returns the reports of the layers."""
-    run = run_of(model, ids, config, probe_ids, **rest)
+    run = run_of(model, ids, config, **rest)
     return pipeline.prune(run, pipeline.allocate(run, plans))
 
 
@@ -177,7 +177,7 @@ def whole_plan(layer):
 
 def make_config(layers=2, shape=None, **settings):
     config = PruneConfig(
-        base_model="test", **{"pruning_ratio": None if "target_sparsity" in settings else 0.5, "pruned_layers": layers, **settings}
+        base_model="test", **{"pruning_ratio": None if settings.keys() & set(AMOUNTS) else 0.5, "pruned_layers": layers, **settings}
     )
     return config.resolved(shape or make_shape(num_hidden_layers=layers))
 

@@ -5,7 +5,6 @@ import pytest
 from slimllm.errors import UserError
 from slimllm.models.shape import shape_of
 from slimllm.plan import removed_parameters
-from slimllm.pruning.allocation.auto import MAX_RATIO, SPREAD, candidates, spread
 from tests.conftest import FAMILY_CASES, channel_parameters, count, make_config, make_model, part_shape, plan
 
 COSINE = [0.1, 0.9, 0.95, 0.5, 0.92, 0.93]
@@ -42,7 +41,7 @@ def test_ratio_is_rounded_layer_by_layer_as_published():
 def test_target_sparsity_is_met_to_within_one_channel(case, head_unit, recovery, target, layer_ratio):
     counted, _ = shape(case, intermediate_size=100)
     config = make_config(layers=6, target_sparsity=target, head_unit=head_unit, recovery=recovery, layer_ratio=layer_ratio)
-    plans = candidates(counted, COSINE, COSINE, config)[1.0] if layer_ratio == "auto" else plan(counted, COSINE, config)
+    plans = plan(counted, COSINE, config)
     removed = removed_parameters(counted, plans, config)
     assert abs(removed - target * counted.decoder_parameters) <= channel_parameters(counted)
     for p in plans:
@@ -134,42 +133,3 @@ def test_steps_of_heads(case, unit, steps, units, groups):
 def test_depth_defaults_are_the_paper_s_scaled(layers, ratio, pruned, alpha):
     config = make_config(layers=layers, pruned_layers=None, pruning_ratio=ratio)
     assert (config.pruned_layers, config.alpha) == (pruned, alpha)
-
-
-def test_spread_solves_its_problem():
-    """Against the condition of an optimum: where a ratio is not at a bound, s / median + SPREAD * r is the same for all layers."""
-    s = [0.9, 0.1, 0.12, 0.2, 0.15, 0.11, 0.3]
-    for total in (0.3, 1.4, 3.5):
-        ratios = spread(s, total)
-        assert sum(ratios) == pytest.approx(total) and all(0 <= r <= MAX_RATIO for r in ratios)
-        prices = [x / 0.15 + SPREAD * r for x, r in zip(s, ratios) if 0 < r < MAX_RATIO]
-        assert max(prices) == pytest.approx(min(prices)) and len(prices) >= 3
-        assert all(x / 0.15 >= min(prices) - 1e-9 for x, r in zip(s, ratios) if r == 0)
-
-
-@pytest.mark.parametrize("settings", [dict(target_sparsity=0.3), dict(pruning_ratio=0.3), dict(target_sparsity=0.3, runtime="vllm")])
-def test_auto_s_candidates_take_the_same_from_all_or_half_as_much_from_the_heads(settings):
-    sizes = dict(hidden_size=128, num_attention_heads=16, num_key_value_heads=16, intermediate_size=200)
-    counted, _ = shape("llama_mha", **sizes)
-    config = make_config(layers=6, layer_ratio="auto", recovery="linear", **{"pruning_ratio": None, **settings})
-    found = candidates(counted, [0.2, 0.1, 0.3, 0.2, 0.1, 0.2], COSINE, config)
-    assert list(found) == [1.0, 0.5]
-    removed = [removed_parameters(counted, plans, config) for plans in found.values()]
-    assert max(removed) - min(removed) <= channel_parameters(counted)
-    for share, plans in found.items():
-        heads = 1 - sum(count(p, "heads") for p in plans) / (16 * 6)
-        channels = 1 - sum(count(p, "channels") for p in plans) / (200 * 6)
-        assert heads == pytest.approx(share * channels, abs=1 / 16)  # a head
-
-
-def test_auto_has_no_second_plan_where_there_is_nothing_to_choose():
-    counted, _ = shape("llama_gqa", intermediate_size=100)
-    assert list(candidates(counted, COSINE, COSINE, make_config(layers=6, layer_ratio="auto", target_sparsity=0.0))) == [1.0]
-    everything = make_config(layers=6, layer_ratio="auto", target_sparsity=0.99)
-    with pytest.raises(UserError, match="--target_sparsity 0.99"):
-        candidates(counted, COSINE, COSINE, everything)
-
-
-def test_spread_of_equal_or_no_costs_is_even():
-    assert spread([0.2] * 4, 2.0) == pytest.approx([0.5] * 4) == spread([0.0] * 4, 2.0)
-    assert spread([0.1, 0.2], 5.0) == pytest.approx([MAX_RATIO] * 2)  # more than there is

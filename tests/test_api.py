@@ -38,7 +38,7 @@ def test_it_prunes_as_the_command_does(tiny_folder, text_file, tmp_path, monkeyp
     )
     slimllm.save(result, "functions")
     assert capsys.readouterr() == ("", "")
-    assert seen == [0, 1] and ("layer sensitivity", 2, 2) in stages
+    assert seen == [0, 1] and ("prices", 2, 2) in stages
     for name in ("model.safetensors", "calibration.safetensors", "config.json", "modeling.py"):
         assert (tmp_path / "functions" / name).read_bytes() == (tmp_path / "prune_log" / "llama_prune" / name).read_bytes(), name
     record = json.loads((tmp_path / "functions" / "pruning.json").read_text())
@@ -75,7 +75,6 @@ def test_half_of_the_best_recipe_s_samples_are_the_model_s_own(tiny_tokenizer):
         (dict(calibration=make_ids() + 100), "outside the model's vocabulary of 97"),
         (dict(calibration=make_ids()[0]), r"\[samples, length\], not \[16\]"),
         (dict(calibration=["some text"]), "tokenizer: needed"),
-        (dict(calibration=make_ids(), recipe="best"), "layer_ratio auto measures on the model's own text: give a tokenizer"),
         (dict(calibration=make_ids(), device="mps"), "Apple's GPU"),
     ],
 )

@@ -62,13 +62,6 @@ def test_self_samples_are_deterministic_and_leave_the_random_state_alone(tiny_to
     assert not set(tiny_tokenizer.all_special_ids) & set(a.ids.flatten().tolist())
 
 
-def test_probe_samples_are_no_calibration_samples(tiny_tokenizer):
-    model, spec = make_model(vocab_size=len(tiny_tokenizer)), calibration.SampleSpec(8, 16)
-    held = calibration.probe_samples(model, tiny_tokenizer, spec)
-    samples = calibration.load("self", model, tiny_tokenizer, spec).ids.tolist()
-    assert held.shape == (4, 16) and not any(row in samples for row in held.tolist())
-
-
 def test_unnamed_source_falls_back_to_self_and_says_so(tiny_tokenizer, caplog):
     with caplog.at_level("INFO", logger="slimllm"):
         assert load(tiny_tokenizer).source == "self"
@@ -266,7 +259,7 @@ def test_a_text_in_place_of_a_name_is_not_repeated(text):
 def test_what_a_model_is_distilled_on_is_as_long_as_the_samples_of_a_file(tiny_folder, text_file, tmp_path, monkeypatch):
     """Whose length no flag says."""
     monkeypatch.chdir(tmp_path)
-    Calibration(make_ids(6, 12), "test", probe_ids=make_ids(4, 12)).save(tmp_path)
+    Calibration(make_ids(6, 12), "test").save(tmp_path)
     flags = ["--base_model", str(tiny_folder), "--calibration", "calibration.safetensors", "--eval_data", "none", "--recipe", "distilled"]
     assert hf_prune.main([*flags, "--distill_examples", "8", "--target_sparsity", "0.3"]) == 0
     found = load_file(tmp_path / "prune_log/llama_prune/calibration.safetensors")

@@ -307,18 +307,14 @@ def test_samples_of_the_model_itself_are_made_where_and_as_it_is_evaluated(cli, 
 
     monkeypatch.setattr(calibration, "sample_from_model", watched)
     assert cli("--eval_data", "none", "--calibration", "self", "--recipe", "best", "--eval_device", "cpu")[0] == 0
-    assert said == [(torch.device("cpu"), torch.bfloat16)] * 2
+    assert said == [(torch.device("cpu"), torch.bfloat16)]
 
 
-def test_where_the_whole_model_does_not_fit_the_probes_are_held_back_from_the_text(cli, monkeypatch):
+def test_where_the_whole_model_does_not_fit_it_writes_no_text_of_its_own(cli, monkeypatch):
     monkeypatch.setattr(loading, "free_memory", lambda device: 1000)
     assert cli("--recipe", "best", "--target_sparsity", "0.3")[0] == 0
     record = json.loads((cli.folder / "prune_log/llama_prune/pruning.json").read_text())
-    assert record["calibration"]["probe_source"] == "held back from the calibration text" and record["calibration"]["samples"] == 8
-    found = load_file(cli.folder / "prune_log/llama_prune/calibration.safetensors")
-    assert found["probe_ids"].shape == (4, 16) and not any(
-        bool((found["calibration_ids"] == row).all(1).any()) for row in found["probe_ids"]
-    )
+    assert record["calibration"]["own"] == 0 and record["calibration"]["samples"] == 8
     status, _, err = cli("--calibration", "self", "--overwrite")
     assert status == 2 and "the whole model needs" in err and "name a text with --calibration" in err
     assert len(err.strip().splitlines()) == 1

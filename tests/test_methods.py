@@ -5,12 +5,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from slimllm.errors import UserError
-from slimllm.pruning.allocation.layer_ratios import without_scores
 from slimllm.pruning.importance.taylor import saliencies
 from slimllm.settings.methods import METHODS
 from slimllm.settings.pruning import PruneConfig
 from slimllm.streaming.runner import LayerRunner
-from tests.conftest import FAMILY_CASES, indices, logits, make_ids, make_model, make_shape, prune
+from tests.conftest import FAMILY_CASES, indices, logits, make_ids, make_model, make_shape, plan, prune
 
 CASES = ("llama_mha", "llama_gqa", "qwen2")
 
@@ -100,7 +99,7 @@ def test_llm_pruner_leaves_the_first_and_last_layers_whole():
     shape = make_shape("llama_mha", num_hidden_layers=32)
     for ratio, first, last in ((0.25, 4, 2), (0.55, 1, 1)):
         config = PruneConfig(base_model="test", method="llm_pruner", pruning_ratio=ratio).resolved(shape)
-        ratios = [plan.ratio for plan in without_scores(shape, config)]
+        ratios = [one.ratio for one in plan(shape, [0.0] * 32, config)]
         assert ratios == [0] * first + [ratio] * (32 - first - last) + [0] * last
 
 
@@ -190,7 +189,7 @@ def _channels_of(dense, pruned, index, ids):
 
 def test_one_ranking_is_not_for_a_runtime_that_wants_layers_alike():
     with pytest.raises(UserError, match="--layer_ratio ranking and --runtime vllm"):
-        without_scores(make_shape(), settings("flap", runtime="vllm", target_sparsity=0.3))
+        plan(make_shape(), [0.0] * 2, settings("flap", runtime="vllm", target_sparsity=0.3))
 
 
 def test_random_is_another_choice_with_another_seed():

@@ -5,13 +5,10 @@ import torch
 
 from slimllm.errors import UserError
 from slimllm.experiments import plain
-from slimllm.models.shape import shape_of
-from slimllm.pruning.allocation import auto
-from slimllm.pruning.allocation.inputs import AllocationInputs
 from slimllm.settings.methods import RECOVERIES
 from slimllm.settings.pruning import HEAD_UNITS
 from slimllm.streaming.activations import ActivationMemory
-from tests.conftest import FAMILY_CASES, count, indices, logits, make_config, make_ids, make_model, make_shape, prune, run_of, whole_plan
+from tests.conftest import FAMILY_CASES, count, indices, logits, make_config, make_ids, make_model, make_shape, prune
 
 
 @pytest.mark.parametrize("recovery", RECOVERIES)
@@ -125,71 +122,3 @@ def test_layers_run_as_in_the_whole_model(case):
         wanted, found = (outputs_of(m, ids, m.model.layers[0].self_attn.o_proj).flatten(0, 1) for m in (dense, model))
         error = (wanted - found).square().mean(0).sum() / wanted.var(0, correction=0).sum()
         assert reports[0].errors["attention"][1] == pytest.approx(error.item(), rel=1e-3)
-
-
-def inputs(model, ids, probe_ids, config):
-    run = run_of(model, ids, config, probe_ids)
-    return AllocationInputs(run.shape, config, run, [0.0] * len(run.shape.layers))
-
-
-def divergence_of_pruned(dense, plans, seen, held, config):
-    """KL divergence of the dense model's next-token distribution from that of the model really pruned by ``plans``."""
-    model = copy.deepcopy(dense)
-    prune(model, seen, config, plans=plans)
-    p = logits(dense, held).log_softmax(-1)
-    return (p.exp() * (p - logits(model, held).log_softmax(-1))).sum(-1).mean().item()
-
-
-@pytest.mark.parametrize("case, recovery", [("llama_mha", "none"), *((case, "least_squares") for case in FAMILY_CASES)])
-def test_sensitivity_is_the_divergence_that_pruning_one_layer_alone_makes(case, recovery, monkeypatch):
-    monkeypatch.setattr(auto, "evaluation_dtype", lambda dtype, device: dtype)
-    dense, ids = make_model(case, num_hidden_layers=3), make_ids(samples=12)
-    shape = shape_of(dense.config)
-    config = make_config(layers=3, shape=shape, layer_ratio="auto", recovery=recovery)
-    before = {name: value.clone() for name, value in dense.state_dict().items()}
-    seen, held = ids[:9], ids[9:]
-    found = auto.layer_sensitivities(inputs(dense, seen, held, config))
-    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
-    probe = auto.probe(shape, auto.PROBE_RATIO, config)
-    whole = whole_plan(shape.layers[0])
-    config = make_config(layers=3, shape=shape, recovery=recovery)
-    for index in range(3):
-        plans = [probe[i] if i == index else whole for i in range(3)]
-        assert found[index] == pytest.approx(divergence_of_pruned(dense, plans, seen, held, config), rel=1e-3)
-
-
-def test_auto_ratios_follow_the_sensitivities(monkeypatch):
-    model, ids = make_model(num_hidden_layers=4), make_ids(samples=12)
-    config = make_config(layers=4, layer_ratio="auto", recovery="least_squares")
-    monkeypatch.setattr(auto, "plan_divergences", lambda inputs, plans: list(range(len(plans))))  # the first: heads lose what channels lose
-    reports = prune(model, ids[:9], config, probe_ids=ids[9:])
-    order = sorted(reports, key=lambda r: r.sensitivity)
-    assert [r.ratio for r in order] == sorted((r.ratio for r in order), reverse=True) and order[0].ratio > order[-1].ratio
-    assert sum(r.ratio for r in reports) == pytest.approx(0.5 * 4)
-
-
-@pytest.mark.parametrize("case", FAMILY_CASES)
-def test_a_plan_s_divergence_is_that_of_the_pruned_model(case, monkeypatch):
-    monkeypatch.setattr(auto, "evaluation_dtype", lambda dtype, device: dtype)
-    dense, ids = make_model(case, num_hidden_layers=3), make_ids(samples=12)
-    shape = shape_of(dense.config)
-    config = make_config(layers=3, shape=shape, recovery="least_squares")
-    before = {name: value.clone() for name, value in dense.state_dict().items()}
-    seen, held = ids[:9], ids[9:]
-    candidates = [auto.probe(shape, ratio, config) for ratio in (0.0, 0.25, 0.5)]
-    found = auto.plan_divergences(inputs(dense, seen, held, config), candidates)
-    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
-    for plans, divergence in zip(candidates, found):
-        wanted = divergence_of_pruned(dense, plans, seen, held, config)
-        assert divergence == pytest.approx(wanted, rel=1e-3, abs=1e-5)
-
-
-@pytest.mark.parametrize("costs", [(0.1, 0.2), (0.2, 0.1)])
-def test_auto_takes_the_plan_that_costs_least(costs, monkeypatch):
-    model, ids = make_model(num_hidden_layers=4, intermediate_size=128), make_ids(samples=12)
-    config = make_config(layers=4, layer_ratio="auto", recovery="least_squares", target_sparsity=0.4)
-    tried = []
-    monkeypatch.setattr(auto, "plan_divergences", lambda inputs, plans: tried.extend(plans) or list(costs))
-    reports = prune(model, ids[:9], config, probe_ids=ids[9:])
-    taken = tried[costs.index(min(costs))]
-    assert [r.units for r in reports] == [p.units for p in taken]

@@ -32,7 +32,7 @@ def added(monkeypatch):
         given["score"] = statistics
         return -statistics.input_variance
 
-    def recovery(weight, bias, keep, moments, covariance, ridge):
+    def recovery(weight, bias, keep, moments, covariance, ridge, shift=None):
         given["covariance"] = covariance
         return Recovered(weight[:, keep] * 0.5, None)
 

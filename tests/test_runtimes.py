@@ -144,9 +144,10 @@ def test_heads_that_every_layer_loses_are_half_the_share_of_channels(runtime):
         assert abs(1 - count(plans[0], "heads") / 16 - channels / 2) <= 1 / 16
 
 
-def test_auto_where_all_layers_must_be_alike_is_a_mistake():
-    with pytest.raises(UserError, match="--layer_ratio auto and --runtime transformers: all layers"):
-        make_config(shape=make_shape(), layer_ratio="auto", runtime="transformers")
+def test_auto_gives_all_layers_the_same_widths_where_they_must_be_alike():
+    shape = make_shape(num_hidden_layers=4)
+    plans = plan(shape, [0.9] * 4, make_config(4, shape, layer_ratio="auto", runtime="transformers", target_sparsity=0.3))
+    assert plans[0].units != shape.units[0] and all(p.units == plans[0].units for p in plans)
 
 
 def test_nothing_removed_is_the_dense_model():

@@ -42,7 +42,6 @@ MAX_CHARACTERS = 8_000_000  # enough for over ten thousand samples of 128 tokens
 SELF_SAMPLE_BATCH = 32  # samples that are made at once, at least
 SELF_SAMPLE_CACHE = 512 << 20  # bytes of keys and values that more of them may take
 LONGEST_PATH = 4096  # characters
-PROBE_SAMPLES = 4
 OVERLAP_TOKENS = 16  # a run this long in common is no accident
 
 
@@ -50,25 +49,15 @@ OVERLAP_TOKENS = 16  # a run this long in common is no accident
 class Calibration:
     """Token ids [samples, length] int64, where they came from, and their hash (SHA-256 of the int64 bytes).
 
-    ``probe_ids`` [samples, length]: text that ``--layer_ratio auto`` measures on, as from :func:`probe_samples`; ``probe_source``
-    names whose. ``distill_ids`` [samples, length]: what ``--distill`` trains on. ``own``: how many of the ``ids`` the model itself wrote,
-    whatever the source.
+    ``distill_ids`` [samples, length]: what ``--distill`` trains on. ``own``: how many of the ``ids`` the model itself wrote, whatever the
+    source.
     """
 
     ids: torch.Tensor
     source: str
     seed: int | None = None
-    probe_ids: torch.Tensor | None = None
-    probe_source: str = "self"
     distill_ids: torch.Tensor | None = None
     own: int = 0
-
-    def holding_back(self) -> Calibration:
-        """The same without its last PROBE_SAMPLES samples, which become the ``probe_ids``. Raises UserError where none would be left."""
-        if len(self.ids) <= PROBE_SAMPLES:
-            raise UserError(f"--calibration {self.source}: {len(self.ids)} samples, of which {PROBE_SAMPLES} are held back; give more")
-        kept, probe_ids = self.ids[:-PROBE_SAMPLES], self.ids[-PROBE_SAMPLES:]
-        return Calibration(kept, self.source, self.seed, probe_ids, "held back from the calibration text")
 
     @property
     def sha256(self) -> str:
@@ -77,7 +66,7 @@ class Calibration:
 
     def save(self, folder: Path) -> None:
         """Writes all token ids to calibration.safetensors in ``folder``, which ``--calibration`` can name in another run."""
-        tensors = {"calibration_ids": self.ids, "probe_ids": self.probe_ids, "distill_ids": self.distill_ids}
+        tensors = {"calibration_ids": self.ids, "distill_ids": self.distill_ids}
         tensors = {name: ids.contiguous() for name, ids in tensors.items() if ids is not None}
         with atomic_file(folder / "calibration.safetensors") as partial:
             save_file(tensors, partial, {"source": self.source})
@@ -86,13 +75,10 @@ class Calibration:
     def read(cls, folder: Path, described: dict) -> Calibration:
         """What :meth:`save` wrote into ``folder``; ``described`` as by :meth:`to_dict`."""
         tensors = load_file(folder / "calibration.safetensors")
-        probe = {"probe_source": described["probe_source"]} if "probe_source" in described else {}
         return cls(
             tensors["calibration_ids"],
             described["source"],
             described["seed"],
-            tensors.get("probe_ids"),
-            **probe,
             distill_ids=tensors.get("distill_ids"),
             own=described["own"],
         )
@@ -102,7 +88,7 @@ class Calibration:
         entry = {"source": self.source, "samples": len(self.ids), "length": self.ids.shape[1], "seed": self.seed, "own": self.own}
         entry["sha256"] = self.sha256
         distilled = {} if self.distill_ids is None else {"distill_samples": len(self.distill_ids)}
-        return entry | distilled | ({} if self.probe_ids is None else {"probe_source": self.probe_source})
+        return entry | distilled
 
 
 def load(source: str | None, model, tokenizer, spec: SampleSpec) -> Calibration:
@@ -156,7 +142,7 @@ def check_source(name: str | None) -> None:
 def _from_file(path: str, vocab_size: int) -> Calibration:
     try:
         with safe_open(path, "pt") as file:
-            names = ("calibration_ids", "probe_ids", "distill_ids")
+            names = ("calibration_ids", "distill_ids")
             tensors = {name: file.get_tensor(name) for name in file.keys() if name in names}
     except (SafetensorError, OSError) as error:
         raise UserError(f"--calibration {path}: not a calibration file ({error})") from None
@@ -166,7 +152,7 @@ def _from_file(path: str, vocab_size: int) -> Calibration:
         if ids.ndim != 2 or ids.dtype != torch.int64 or 0 in ids.shape:
             raise UserError(f"--calibration {path}: {name} is {ids.dtype} {list(ids.shape)}, not int64 [samples, length]")
         check_vocabulary(ids, vocab_size, f"--calibration {path}")
-    return Calibration(tensors["calibration_ids"], path, probe_ids=tensors.get("probe_ids"), distill_ids=tensors.get("distill_ids"))
+    return Calibration(tensors["calibration_ids"], path, distill_ids=tensors.get("distill_ids"))
 
 
 def _from_hub(name: str, tokenizer, spec: SampleSpec, config) -> Calibration:
@@ -239,14 +225,6 @@ def overlap(ids: torch.Tensor, text: torch.Tensor) -> int:
         return sum(stream[..., k : stream.shape[-1] - OVERLAP_TOKENS + 1 + k] * key for k, key in enumerate(keys))
 
     return int(torch.isin(runs(ids), runs(text)).any(1).sum())
-
-
-def probe_samples(model, tokenizer, spec: SampleSpec) -> torch.Tensor:
-    """PROBE_SAMPLES samples [samples, seq_len] of the model itself that no calibration uses, for ``--layer_ratio auto``.
-
-    The model's own text, whatever the calibration source: what a layer costs on one kind of text says little about another.
-    """
-    return sample_from_model(model, tokenizer, SampleSpec(PROBE_SAMPLES, spec.seq_len, spec.seed + 1))
 
 
 def with_own(text: torch.Tensor, share: float, model, tokenizer, spec: SampleSpec) -> tuple[torch.Tensor, int]:
@@ -324,10 +302,10 @@ def samples_for(
     model: WholeModel,
     tokenizer,
 ) -> Calibration:
-    """The samples of a run with these settings: those to prune from, to measure costs on, and to distil on, as far as it needs them.
+    """The samples of a run with these settings: those to prune from, and where it distils, those to distil on.
 
-    ``source``: as from :func:`source_of`. What the model itself has to write, it writes whole, in the dtype of evaluation; where it
-    does not fit, the samples that are measured on are held back from the text of ``source``.
+    ``source``: as from :func:`source_of`. What the model itself has to write, it writes whole, in the dtype of evaluation, and where it
+    does not fit, the text of ``source`` takes the place of that.
     Raises UserError for a source that cannot be had or is too short, and where a tokenizer is needed and not there.
     """
     samples = _to_prune_from(config, source, model, tokenizer)
@@ -352,27 +330,18 @@ def _to_prune_from(
     model: WholeModel,
     tokenizer,
 ) -> Calibration:
-    """The samples to prune from, and those to measure on."""
-    held_back = config.needs_probe_ids and not model.fits
+    """The samples to prune from."""
     if isinstance(source, torch.Tensor):
-        samples = Calibration(source, "token ids")
-    elif tokenizer is None:
-        raise UserError("tokenizer: needed to make calibration samples; give one, or token ids [samples, length]")
-    else:
-        spec = config.samples
-        written = round(config.self_share * spec.num_examples) if model.fits and source != "self" else 0
-        drawn = spec.num_examples - written + (PROBE_SAMPLES if held_back else 0)
-        samples = _drawn(source, model, tokenizer, dataclasses.replace(spec, num_examples=max(drawn, 1), or_fewer=written > 0))
-        if written and not samples.source.endswith(".safetensors"):
-            text = samples.ids[:drawn] if samples.source != "self" else samples.ids[:0]
-            samples.ids, samples.own = with_own(text, config.self_share, model, tokenizer, spec)
-    if not config.needs_probe_ids or samples.probe_ids is not None:
-        return samples
-    if held_back:
-        return samples.holding_back()
+        return Calibration(source, "token ids")
     if tokenizer is None:
-        raise UserError("layer_ratio auto measures on the model's own text: give a tokenizer")
-    samples.probe_ids = probe_samples(model, tokenizer, config.samples)
+        raise UserError("tokenizer: needed to make calibration samples; give one, or token ids [samples, length]")
+    spec = config.samples
+    written = round(config.self_share * spec.num_examples) if model.fits and source != "self" else 0
+    drawn = spec.num_examples - written
+    samples = _drawn(source, model, tokenizer, dataclasses.replace(spec, num_examples=max(drawn, 1), or_fewer=written > 0))
+    if written and not samples.source.endswith(".safetensors"):
+        text = samples.ids[:drawn] if samples.source != "self" else samples.ids[:0]
+        samples.ids, samples.own = with_own(text, config.self_share, model, tokenizer, spec)
     return samples
 
 
@@ -387,7 +356,7 @@ def _drawn(source: str | Sequence[str] | None, model: WholeModel, tokenizer, spe
 def source_of(given: CalibrationSource, vocab_size: int) -> str | list[str] | torch.Tensor | Calibration | None:
     """What samples are made from, in one of five forms. Raises UserError for anything else, and for token ids that are none."""
     if isinstance(given, Calibration):
-        for ids in (given.ids, given.probe_ids, given.distill_ids):
+        for ids in (given.ids, given.distill_ids):
             if ids is not None:
                 _token_ids(ids, vocab_size)
         return given

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import tempfile
 from pathlib import Path
 
 import gguf
@@ -15,10 +16,10 @@ from tqdm.auto import tqdm
 from ..errors import UserError
 from ..models.loading import open_source
 from ..models.source import stored_tensors
-from ..settings.export_gguf import OUTTYPES
+from ..settings.common import OUTTYPES
 from ..utils.files import atomic_file
 from ..utils.outputs import GGUF_MARK
-from . import gguf_tokenizer
+from . import checkpoint, gguf_tokenizer
 from .gguf_architecture import Arrangement, add_settings, architecture_of, rope_factors
 
 log = logging.getLogger("slimllm")
@@ -41,6 +42,23 @@ def export(folder: str | os.PathLike, target: Path, outtype: str = "f16", arch: 
         _write_tensors(writer, source, arch, gguf.GGMLQuantizationType[outtype.upper()])
         writer.close()
     return target
+
+
+def metadata_bytes(tokenizer, base_model: str, config) -> int:
+    """What the vocabulary of a model with this config takes in a GGUF file. Raises UserError where llama.cpp has no type for it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        config.save_pretrained(folder)
+        checkpoint.write_tokenizer(tokenizer, folder, base_model, config)
+        writer = gguf.GGUFWriter(folder / "metadata.gguf", "llama")
+        try:
+            gguf_tokenizer.add(writer, folder, config.vocab_size)
+        except UserError as error:
+            raise UserError(str(error).replace(str(folder), base_model)) from None
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        return (folder / "metadata.gguf").stat().st_size
 
 
 def check(folder: str | os.PathLike) -> None:

@@ -31,7 +31,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ..data.calibration import PROBE_SAMPLES, Calibration
+from ..data.calibration import Calibration
 from ..deploy.weight_files import WeightFiles
 from ..models import loading
 from ..models.adapter import LayerAdapter, with_multi_head_attention
@@ -138,8 +138,8 @@ def write_random_model(folder: Path, sizes: dict, model_type: str = "llama", dev
         files.write(name, tensor.to(dtype))
     files.close()
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, config.vocab_size, (SAMPLES + PROBE_SAMPLES, LENGTH), generator=generator)
-    Calibration(ids[:SAMPLES], "random", probe_ids=ids[SAMPLES:]).save(folder)
+    ids = torch.randint(3, config.vocab_size, (SAMPLES, LENGTH), generator=generator)
+    Calibration(ids, "random").save(folder)
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:

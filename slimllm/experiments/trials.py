@@ -142,7 +142,7 @@ class Bench:
 
 def _kind_of_samples(settings: PruneConfig) -> tuple:
     """What decides which calibration samples a pruning of one model takes, given source and seed."""
-    return settings.num_examples, settings.self_share, settings.needs_probe_ids, settings.distill_examples
+    return settings.num_examples, settings.self_share, settings.distill_examples
 
 
 def measure(

@@ -159,6 +159,11 @@ class AttentionShape:
         norms = {None: 0, "head": 2 * self.head_dim, "all": wide + narrow}[self.qk_norm]
         return self.hidden * (rows + wide) + biases + norms
 
+    def matrices(self, units: Units) -> list[tuple[int, int]]:
+        """(rows, columns) of its projections with these units."""
+        wide, narrow = units["heads"] * self.head_dim, units["kv_heads"] * self.head_dim
+        return [(wide, self.hidden), (narrow, self.hidden), (narrow, self.hidden), (self.hidden, wide)]
+
     def cache_numbers(self, units: Units | None = None) -> int:
         """Numbers that the KV cache holds per token."""
         return 2 * (units or self.units)["kv_heads"] * self.head_dim
@@ -221,6 +226,11 @@ class MlpShape:
         channels = (units or self.units)["channels"]
         biases = 2 * channels * (self.input_bias if input_bias is None else input_bias)
         return 3 * self.hidden * channels + biases + self.hidden * (self.output_bias if output_bias is None else output_bias)
+
+    def matrices(self, units: Units) -> list[tuple[int, int]]:
+        """(rows, columns) of its projections with these units."""
+        channels = units["channels"]
+        return [(channels, self.hidden), (channels, self.hidden), (self.hidden, channels)]
 
     def cache_numbers(self, units: Units | None = None) -> int:
         """Zero: the KV cache holds nothing of it."""

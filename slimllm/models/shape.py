@@ -65,11 +65,6 @@ class ModelShape:
         """What each part of each layer has."""
         return [layer.units for layer in self.layers]
 
-    @property
-    def most_units(self) -> int:
-        """The most units of one sort that a part of some layer has: its channels, in the models there are."""
-        return max(count for layer in self.units for counts in layer.values() for count in counts.values())
-
     def cache_numbers(self, units: list[dict[str, Units]] | None = None) -> int:
         """Numbers that the KV cache holds per token, of all layers, with these units or the model's own."""
         return sum(part.cache_numbers(left[part.kind]) for layer, left in zip(self.layers, units or self.units) for part in layer.parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -14,6 +15,7 @@ from ..settings.methods import CHANNEL_SCORES, HEAD_CHOICES
 from ..settings.pruning import PruneConfig
 from .importance.channels import ChannelStatistics, select_channels
 from .importance.heads import HeadStatistics
+from .importance.taylor import Saliency
 from .part_run import PartRun
 
 
@@ -21,16 +23,26 @@ from .part_run import PartRun
 class Choice:
     """What is known where the units of one part are chosen.
 
-    ``run``: the part with its statistics. ``shape``: what it has. ``steps``: how many of the steps in which its units go it is to keep
-    (:meth:`parts.AttentionShape.steps`). ``saliency``: first-order importance of its units, by sort, where gradients were taken.
+    ``run``: the part with its statistics. ``shape``: what it has. ``saliency``: first-order importance of its units, by sort, where
+    gradients were taken.
     """
 
     run: PartRun
     shape: PartShape
-    steps: int
     config: PruneConfig
     index: int
     saliency: dict[str, torch.Tensor] | None = None
+
+    @cached_property
+    def scores(self):
+        """What its kind chooses by, the same however many units stay: HeadStatistics, or the importance of each channel."""
+        return _KINDS[self.shape.kind].scores(self)
+
+
+def choice_of(run: PartRun, shape: PartShape, config: PruneConfig, index: int, saliency: Saliency | None) -> Choice:
+    """The choice from a part of layer ``index``; ``saliency``: first-order importance in that layer, where it was measured."""
+    device = run.weight.device
+    return Choice(run, shape, config, index, saliency and {sort: values.to(device) for sort, values in saliency[shape.kind].items()})
 
 
 def needs_of(kind: str, config: PruneConfig, chosen: bool) -> frozenset[str]:
@@ -39,9 +51,13 @@ def needs_of(kind: str, config: PruneConfig, chosen: bool) -> frozenset[str]:
     return of_kind.always | (of_kind.table[getattr(config, of_kind.flag)].needs if chosen else frozenset())
 
 
-def choose(kind: str, choice: Choice) -> Kept:
-    """The units to keep, ascending. Raises UserError where a function of the tables gives something else."""
-    kept, expected = _KINDS[kind].choose(choice), choice.shape.steps(choice.config.head_unit).units(choice.steps)
+def choose(choice: Choice, steps: int) -> Kept:
+    """The units to keep, ascending, where the part is to keep so many ``steps`` (:meth:`parts.AttentionShape.steps`).
+
+    Raises UserError where a function of the tables gives something else.
+    """
+    kind = choice.shape.kind
+    kept, expected = _KINDS[kind].choose(choice, steps), choice.shape.steps(choice.config.head_unit).units(steps)
     for sort, indices in kept.items():
         whole = isinstance(indices, list) and all(isinstance(i, int) and 0 <= i < choice.shape.units[sort] for i in indices)
         if not whole or indices != sorted(set(indices)) or len(indices) != expected[sort]:
@@ -59,10 +75,10 @@ def _flag_of(kind: str, config: PruneConfig) -> str:
     return f"--{flag} {getattr(config, flag)}"
 
 
-def heads(c: Choice) -> Kept:
-    """Query heads and KV heads by their importance, on whatever unit the heads go in."""
+def head_scores(c: Choice) -> HeadStatistics:
+    """What query heads or KV heads are chosen by, on whatever unit the heads go in."""
     steps, choice = c.shape.steps(c.config.head_unit), HEAD_CHOICES[c.config.head_choice]
-    statistics = HeadStatistics(
+    return HeadStatistics(
         c.run.input_covariance.matrix(),
         c.run.weight,
         steps.candidates,
@@ -71,7 +87,12 @@ def heads(c: Choice) -> Kept:
         saliency=c.saliency and _of_candidates(c.saliency, steps.candidates),
         seed=c.config.seed + c.index,
     )
-    keep = choice(statistics, steps.count - c.steps)
+
+
+def heads(c: Choice, kept_steps: int) -> Kept:
+    """Query heads and KV heads by their importance."""
+    steps = c.shape.steps(c.config.head_unit)
+    keep = HEAD_CHOICES[c.config.head_choice](c.scores, steps.count - kept_steps)
     if steps.by_query:
         return {"heads": keep, "kv_heads": list(range(c.shape.kv_heads))}
     return {"heads": blocks_of_columns(torch.tensor(keep), c.shape.heads // c.shape.kv_heads).tolist(), "kv_heads": keep}
@@ -83,8 +104,8 @@ def _of_candidates(saliency: dict[str, torch.Tensor], candidates: int) -> torch.
     return sums + saliency["kv_heads"] if candidates == len(saliency["kv_heads"]) else sums
 
 
-def channels(c: Choice) -> Kept:
-    """Feed-forward channels by their importance."""
+def channel_scores(c: Choice) -> torch.Tensor:
+    """The importance of each feed-forward channel [I]. Raises UserError where a function of the table gives something else."""
     statistics = ChannelStatistics(
         c.run.output_covariance and c.run.output_covariance.matrix(),
         c.run.weight,
@@ -101,7 +122,12 @@ def channels(c: Choice) -> Kept:
             f"{_flag_of('mlp', c.config)}, layer {c.index}: it gives scores of shape {list(scores.shape)}, or some that are not finite; "
             f"it is to give one number for each of {c.shape.channels} channels"
         )
-    return {"channels": select_channels(scores, c.shape.channels - c.steps, c.config.keep_lowest).tolist()}
+    return scores
+
+
+def channels(c: Choice, kept_steps: int) -> Kept:
+    """Feed-forward channels by their importance."""
+    return {"channels": select_channels(c.scores, c.shape.channels - kept_steps, c.config.keep_lowest).tolist()}
 
 
 @dataclass(frozen=True)
@@ -111,10 +137,11 @@ class _Kind:
     table: dict
     flag: str
     always: frozenset[str]
-    choose: Callable[[Choice], Kept]
+    scores: Callable[[Choice], object]
+    choose: Callable[[Choice, int], Kept]
 
 
 _KINDS = {
-    "attention": _Kind(HEAD_CHOICES, "head_choice", frozenset({"input_covariance"}), heads),
-    "mlp": _Kind(CHANNEL_SCORES, "channel_score", frozenset({"input_norm"}), channels),
+    "attention": _Kind(HEAD_CHOICES, "head_choice", frozenset({"input_covariance"}), head_scores, heads),
+    "mlp": _Kind(CHANNEL_SCORES, "channel_score", frozenset({"input_norm"}), channel_scores, channels),
 }

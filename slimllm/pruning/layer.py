@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import nn
 
 from ..models.parts import Kept, PartShape
-from ..models.shape import ModelShape
 from ..models.slicing import slice_part
 from ..plan import LayerPlan, LayerReport
 from ..run import Run
@@ -15,9 +14,9 @@ from ..streaming.activations import ActivationStore
 from ..streaming.runner import TOKENS_PER_BATCH, LayerRunner
 from ..streaming.sizes import Sizes, widest
 from ..utils import processes
-from .choice import Choice, choose, needs_of
+from .choice import choice_of, choose, needs_of
 from .importance.taylor import Saliency
-from .part_run import PartRun
+from .part_run import Aim, PartRun
 
 
 class LayerPruner:
@@ -31,8 +30,12 @@ class LayerPruner:
         self.saliency = saliency or [None] * len(run.shape.layers)
         self.new_bias = self.config.adds_bias(run.shape)
 
-    def prune(self, layer: nn.Module, index: int, plan: LayerPlan, hidden: ActivationStore) -> LayerReport:
+    def prune(
+        self, layer: nn.Module, index: int, plan: LayerPlan, hidden: ActivationStore, dense: ActivationStore | None = None
+    ) -> LayerReport:
         """Prunes ``layer`` in place and advances ``hidden``, the states before it, to what it now gives.
+
+        ``dense``: the states before it in the dense model, which are advanced too; then its fits make up for some of what is lost by then.
 
         A method that measures the dense model's states (``config.dense_states``) gets what the layer gave before it was pruned.
         """
@@ -40,22 +43,26 @@ class LayerPruner:
         report, shapes = LayerReport.of_whole(index, shape, plan), {part.kind: part for part in shape.parts}
         for step in self.runner.adapter.steps(layer):
             runs = [PartRun(self.runner, hidden, part, index) for part in step]
+            whole = [] if dense is None else [PartRun(self.runner, dense, part, index) for part in step]
             try:
-                for part_run in runs:
-                    self._prune_part(part_run, shapes[part_run.part.kind], plan, report)
-                for part_run in runs:
+                for part_run in whole:
+                    part_run.take()
+                aims = [Aim(part_run, self.config.look_back, len(step)) for part_run in whole] or [None] * len(step)
+                for part_run, aim in zip(runs, aims):
+                    self._prune_part(part_run, shapes[part_run.part.kind], plan, report, aim)
+                for part_run in (*runs, *whole):
                     part_run.join()
             finally:
-                for part_run in runs:
+                for part_run in (*runs, *whole):
                     part_run.close()
         return report
 
-    def _prune_part(self, part_run: PartRun, shape: PartShape, plan: LayerPlan, report: LayerReport) -> None:
+    def _prune_part(self, part_run: PartRun, shape: PartShape, plan: LayerPlan, report: LayerReport, aim: Aim | None) -> None:
         part, kind, config = part_run.part, shape.kind, self.config
         if plan.units[kind] == shape.units:
             part_run.take()
             return
-        part_run.take(needs_of(kind, config, plan.kept is None) | (RECOVERIES[config.recovery].needs & {"input_covariance"}))
+        part_run.take(needs_of(kind, config, plan.kept is None) | (RECOVERIES[config.recovery].needs & {"input_covariance"}), aim)
         kept = processes.from_first(lambda: self._choose(part_run, shape, plan, report.index))
         ridge = config.ridge_for(self.runner.tokens)
         columns = part.columns(kept, part_run.weight.device)
@@ -67,15 +74,17 @@ class LayerPruner:
         """The units that stay, ascending: those of the plan, or by their importance."""
         if plan.kept is not None:
             return plan.kept[shape.kind]
-        steps, saliency = shape.steps(self.config.head_unit), self.saliency[index]
-        layer_saliency = saliency and {sort: values.to(part_run.weight.device) for sort, values in saliency[shape.kind].items()}
-        return choose(shape.kind, Choice(part_run, shape, steps.of(plan.units[shape.kind]), self.config, index, layer_saliency))
+        steps = shape.steps(self.config.head_unit).of(plan.units[shape.kind])
+        return choose(choice_of(part_run, shape, self.config, index, self.saliency[index]), steps)
 
 
-def activation_bytes(shape: ModelShape, sizes: Sizes) -> int:
-    """Bytes of one part's activations: the states, the inputs and outputs of its output projection, and its pruned outputs in float32."""
-    most = max(widest(layer) for layer in shape.layers)
-    return sizes.tokens * (shape.hidden * (2 * sizes.compute + 4) + most * sizes.compute)
+def activation_bytes(run: Run, sizes: Sizes) -> int:
+    """Bytes of one part's activations: the states, the inputs and outputs of its output projection, and its pruned outputs in float32;
+    with ``look_back`` the states and the outputs of the dense model too.
+    """
+    most = max(widest(layer) for layer in run.shape.layers)
+    streams = 2 if run.config.look_back else 1
+    return sizes.tokens * (run.shape.hidden * (2 * streams * sizes.compute + 4) + most * sizes.compute)
 
 
 def peak_bytes(run: Run, plans: list[LayerPlan], sizes: Sizes) -> int:
@@ -84,7 +93,7 @@ def peak_bytes(run: Run, plans: list[LayerPlan], sizes: Sizes) -> int:
     for layer, plan in zip(run.shape.layers, plans, strict=True):
         layer_bytes = layer.parameters * sizes.compute
         steps = [_step_bytes(part, plan, run.config, sizes) for part in layer.parts]
-        activations = sizes.kept_in_memory(layer_bytes, activation_bytes(run.shape, sizes))
+        activations = sizes.kept_in_memory(layer_bytes, activation_bytes(run, sizes))
         peak = max(peak, layer_bytes + layer.parameters * sizes.stored + activations + max(steps))
     return peak
 
@@ -96,6 +105,8 @@ def _step_bytes(part: PartShape, plan: LayerPlan, config: PruneConfig, sizes: Si
     fits = wants_covariance and plan.units[part.kind] != part.units
     batch, cast = min(TOKENS_PER_BATCH, sizes.tokens), sizes.compute != 4  # a copy in float32
     covariance = 4 * inner**2 if fits else 0
+    if fits and config.look_back:
+        covariance += 4 * inner * hidden  # of the inputs with what was lost
     running = batch * inner * (2 * sizes.compute + 4 * (2 + cast))
     choosing = 4 * hidden * inner * (3 * cast + 2) + 4 * 4 * hidden**2
     fitting = 4 * inner * (inner + 4 * hidden if fits else hidden)  # the layer that matters most keeps nearly all of them

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
@@ -9,9 +11,33 @@ from ..models.adapter import Part
 from ..settings.methods import RECOVERIES
 from ..streaming.activations import ActivationStore
 from ..streaming.runner import LayerRunner
-from ..streaming.statistics import Covariance, PairMoments, SquareSum
+from ..streaming.statistics import Covariance, CrossCovariance, PairMoments, SquareSum
 from ..utils import processes
 from .recovery import Recovered
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What the fit of a pruned part's output is to make up for: a share of what its output and the parts before it have lost by then.
+
+    ``dense``: the part, whole, on the states of the dense model. ``share``: of what is missing, 0 to 1. ``parts``: how many parts run side
+    by side and make up for it together.
+    """
+
+    dense: PartRun
+    share: float
+    parts: int
+
+    def beyond(self, i: int, states: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """[tokens, D] float32: what is to be added to Y, of batch ``i``, whose residual stream is ``states`` and whose Y is ``y``.
+
+        The share of (what the part gives in the dense model - Y + what the dense residual stream is ahead by).
+        """
+        part, lost = self.dense.part, self.dense.hidden[i].float() - states.float()
+        missing = self.dense.outputs[i].float() - y.float()
+        if part.post_norm is None:  # behind a norm there is no telling what would make up for it
+            missing = missing + lost.flatten(0, -2) / (part.multiplier * self.parts)
+        return self.share * missing
 
 
 class PartRun:
@@ -30,9 +56,10 @@ class PartRun:
         """W, the output projection's weight [D, n], in float32."""
         return self.part.output.weight.float()
 
-    def take(self, needs: set[str] = frozenset()) -> None:
+    def take(self, needs: set[str] = frozenset(), aim: Aim | None = None) -> None:
         """Runs the part. ``needs``: any of ``input_covariance`` and ``input_variance`` (of X), ``output_covariance`` (of Y),
         ``input_norm`` (of X and of what the part reads, over tokens, not centred). Without any, nothing can be removed from it afterwards.
+        ``aim``: what a fit of Y is to make up for besides.
         """
         projection = self.part.output
         dims, size = projection.weight.shape
@@ -40,11 +67,12 @@ class PartRun:
         self.input_covariance = Covariance(size, device) if "input_covariance" in needs else None
         self.output_covariance = Covariance(dims, device) if "output_covariance" in needs else None
         self.input_variance = PairMoments(size, device) if "input_variance" in needs else None
+        self.shift = CrossCovariance(size, dims, device) if aim else None
         norms = "input_norm" in needs
         self.input_norm, self.read_norm = SquareSum(size, device), SquareSum(dims, device)
         caught = {}
         hook = projection.register_forward_hook(lambda _, args, output: caught.update(x=args[0], y=output))
-        for states in self.hidden:
+        for i, states in enumerate(self.hidden):
             read = self.part.read(states)
             self.part.run(read, self._arguments)
             x, y = caught["x"].flatten(0, -2), caught["y"].flatten(0, -2)
@@ -54,6 +82,8 @@ class PartRun:
                 self.output_covariance.update(y.float())
             if self.input_variance:
                 self.input_variance.update(x.float(), x.float())
+            if aim:
+                self.shift.update(x.float(), aim.beyond(i, states, y))
             if norms:
                 self.input_norm.update(x.float())
                 self.read_norm.update(read.flatten(0, -2).float())
@@ -62,23 +92,23 @@ class PartRun:
             self.outputs.append(y)
         hook.remove()
         norm_sums = (self.input_norm, self.read_norm) if norms else ()
-        for statistic in (self.input_covariance, self.output_covariance, self.input_variance, *norm_sums):
+        for statistic in (self.input_covariance, self.output_covariance, self.input_variance, self.shift, *norm_sums):
             if statistic:
                 statistic.merge()
 
-    def recover(self, keep: torch.Tensor, recovery: str, ridge: float, new_bias: bool, replace: bool):
-        """Recovers the output from the input columns ``keep``, ascending indices; returns (Recovered, (error before, error after)).
+    def fit(self, keep: torch.Tensor, recovery: str, ridge: float, new_bias: bool) -> tuple[Recovered, PairMoments]:
+        """(what the output projection becomes with the input columns ``keep``, ascending indices; the moments of Ŷ and Y).
 
-        The errors are :meth:`PairMoments.relative_error` of Ŷ and of the recovered output. ``replace``: the recovered output takes the
-        place of Y. Without ``new_bias`` a projection that has no bias gets none: the fit goes through zero.
+        Without ``new_bias`` a projection that has no bias gets none: the fit goes through zero.
         """
         weight, bias = self.weight, self.part.output.bias
         bias = None if bias is None else bias.float()
-        before, after = (PairMoments(len(weight), weight.device) for _ in range(2))
+        before = PairMoments(len(weight), weight.device)
         gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
         gone[keep] = False
         columns = gone.nonzero().flatten() if len(keep) > len(gone) / 2 else keep  # the smaller product of the two
         column_weights = weight[:, columns]
+        self._pruned.close()
         for x, y in zip(self.inputs, self.outputs):
             if columns is keep:
                 pruned = nn.functional.linear(x[:, keep].float(), column_weights, bias)
@@ -87,12 +117,23 @@ class PartRun:
             before.update(pruned, y.float())
             self._pruned.append(pruned)
         before.merge()
-        moments, covariance = before, self.input_covariance
+        moments, covariance, shift = before, self.input_covariance, self.shift
         if bias is None and not new_bias:
-            moments, covariance = moments.about_zero(), covariance and covariance.about_zero()
-        recovered = processes.from_first(lambda: RECOVERIES[recovery](weight, bias, keep, moments, covariance, ridge), weight.device)
+            moments, covariance, shift = moments.about_zero(), covariance and covariance.about_zero(), shift and shift.about_zero()
+        statistics = (moments, covariance, ridge, *([shift] if "look_back" in RECOVERIES[recovery].needs else []))
+        recovered = processes.from_first(lambda: RECOVERIES[recovery](weight, bias, keep, *statistics), weight.device)
         if bias is None and not new_bias:
             recovered.bias = None  # it is zero
+        return recovered, before
+
+    def recover(self, keep: torch.Tensor, recovery: str, ridge: float, new_bias: bool, replace: bool):
+        """:meth:`fit` on the input columns ``keep``; returns (Recovered, (error before, error after)).
+
+        The errors are :meth:`PairMoments.relative_error` of Ŷ and of the recovered output. ``replace``: the recovered output takes the
+        place of Y.
+        """
+        recovered, before = self.fit(keep, recovery, ridge, new_bias)
+        after = PairMoments(len(recovered.weight), recovered.weight.device)
         for i, y in enumerate(self.outputs):
             new = self._recovered_output(i, keep, recovered)
             after.update(new, y.float())

@@ -30,15 +30,16 @@ def allocate(run: Run, plans: list[LayerPlan] | None = None) -> Allocation:
     saliency = _saliencies(run) if plans is None else None
     stored = run.known("allocation")
     if stored:
-        return Allocation([LayerPlan(**plan) for plan in stored["plans"]], stored["sensitivity"], stored["cosine"], saliency)
+        plans = [LayerPlan(**plan) for plan in stored.pop("plans")]
+        return Allocation(plans, **stored, saliency=saliency)
     if plans is not None:
         allocation = Allocation(plans)
     else:
-        inputs = AllocationInputs(run.shape, run.config, run, saliency=saliency)
+        inputs = AllocationInputs(run.shape, run.config, run, saliency=saliency, file_overhead=run.file_overhead)
         allocation = LAYER_RATIOS[run.config.layer_ratio](inputs)
         allocation.cosine, allocation.saliency = inputs.layer_scores, saliency  # measured only where the plans go by them
-    as_dicts = [asdict(plan) for plan in allocation.plans]
-    run.keep("allocation", {"plans": as_dicts, "sensitivity": allocation.sensitivity, "cosine": allocation.cosine})
+    measured = {name: getattr(allocation, name) for name in ("sensitivity", "cosine", "predicted_loss")}
+    run.keep("allocation", {"plans": [asdict(plan) for plan in allocation.plans], **measured})
     return allocation
 
 
@@ -57,30 +58,38 @@ def prune(run: Run, allocation: Allocation) -> list[LayerReport]:
     reports[: len(done)] = done
     for report in done:
         run.on_layer(report)
-    runner = run.runner(run.samples.ids)
-    hidden = _states_after(len(done), runner, run) if len(done) < after_last else None
+    runner, hidden, dense = run.runner(run.samples.ids), None, None
+    if len(done) < after_last:
+        hidden = _states_after(len(done), runner, run, "hidden")
+        if run.config.look_back and done and pruned[0] < len(done):
+            dense = _states_after(len(done), runner, run, "dense")
     if sink:
         sink.begin([plan.units for plan in plans], len(done), journal)
     pruner, started = LayerPruner(run, runner, allocation.saliency), time.perf_counter()
     for index, layer in runner.visit(start=len(done), stop=stop):
         if index in pruned:
-            reports[index] = pruner.prune(layer, index, plans[index], hidden)
+            if run.config.look_back and dense is None:
+                dense = hidden.copy()
+            reports[index] = pruner.prune(layer, index, plans[index], hidden, dense)
         elif index < after_last:
-            runner.advance(hidden, layer, index)
+            for states in (hidden,) if dense is None else (hidden, dense):
+                runner.advance(states, layer, index)
         allocation.complete(reports[index])
         reports[index].seconds = time.perf_counter() - started
         if sink:
             sink.layer(index, layer)
         if journal:
-            streams = {"hidden": hidden} if index + 1 < after_last else {}
+            streams = {"hidden": hidden, "dense": dense} if index + 1 < after_last else {}
+            streams = {name: states for name, states in streams.items() if states is not None}
             journal.finish_layer(index, asdict(reports[index]), streams | (sink.streams() if sink else {}))
         run.on_layer(reports[index])
         started = time.perf_counter()
     for report in reports[max(len(done), stop) :]:
         allocation.complete(report)
         run.on_layer(report)
-    if hidden is not None:
-        hidden.close()
+    for states in (hidden, dense):
+        if states is not None:
+            states.close()
     return reports
 
 
@@ -93,9 +102,9 @@ def _saliencies(run: Run) -> list[taylor.Saliency] | None:
     return [taylor.from_lists(layer) for layer in lists]
 
 
-def _states_after(done: int, runner: LayerRunner, run: Run) -> ActivationStore:
-    """The states of the calibration tokens before layer ``done``: embedded, or as a stopped run left them."""
+def _states_after(done: int, runner: LayerRunner, run: Run, name: str) -> ActivationStore:
+    """The states of the calibration tokens before layer ``done``: embedded, or as a stopped run left them under this ``name``."""
     if not done:
         return runner.embed()
     runner.prepare()
-    return run.journal.restore(done - 1, "hidden", runner.store(), runner.device)
+    return run.journal.restore(done - 1, name, runner.store(), runner.device)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import UserError
-from ..streaming.statistics import Covariance, PairMoments
+from ..streaming.statistics import Covariance, CrossCovariance, PairMoments
 
 
 @dataclass
@@ -60,7 +60,9 @@ def linear(weight, bias, keep, moments: PairMoments, covariance, ridge) -> Recov
     return _affine(weight[:, keep], bias, scale, moments.mean_y - scale * moments.mean_x)
 
 
-def least_squares(weight, bias, keep, moments: PairMoments, covariance: Covariance, ridge: float) -> Recovered:
+def least_squares(
+    weight, bias, keep, moments: PairMoments, covariance: Covariance, ridge: float, shift: CrossCovariance | None = None
+) -> Recovered:
     """All kept weights anew, by ridge regression of Y on X_S that pulls towards W_S (not from the paper).
 
     With C the covariance of the input, R the removed columns, ρ the ``ridge`` and E the unit matrix,
@@ -74,6 +76,10 @@ def least_squares(weight, bias, keep, moments: PairMoments, covariance: Covarian
     removed[keep] = False
     removed = removed.nonzero().flatten()
     cross = c[keep[:, None], removed] @ weight[:, removed].T
+    mean = moments.mean_y
+    if shift is not None:
+        cross += shift.matrix()[keep]
+        mean = mean + shift.mean
     kept_cov = c[keep[:, None], keep].T  # symmetric; in the order of memory in which it is decomposed in place
     kept_cov.diagonal().add_(ridge * typical_variance(kept_cov.diagonal()))
     failed = torch.empty((), dtype=torch.int32, device=c.device)
@@ -87,7 +93,7 @@ def least_squares(weight, bias, keep, moments: PairMoments, covariance: Covarian
     change = torch.linalg.solve_triangular(kept_cov, cross.to(kept_cov.dtype), upper=False)  # unlike cholesky_solve it copies no factor
     change = torch.linalg.solve_triangular(kept_cov.mT, change, upper=True)
     new = weight[:, keep] + change.T.to(weight.dtype)
-    return Recovered(new, moments.mean_y - new @ covariance.mean[keep])
+    return Recovered(new, mean - new @ covariance.mean[keep])
 
 
 def typical_variance(variances: torch.Tensor) -> torch.Tensor:

@@ -157,6 +157,7 @@ class PruningRecord(_Record):
 
     ``config``: the PruneConfig. ``evaluation``: one entry per text, as EvalText.figure makes it, with perplexities ``dense``,
     ``pruned`` and ``tuned``. ``layers``: one LayerReport each. ``distillation``: a Distillation, where there was one.
+    ``predicted_loss``: what the plan costs by the price list, nats per token, where it goes by one.
     ``predicted_memory``: what was expected of ``peak_memory`` before the run began.
     ``bytes``: of the files of weights, ``dense`` and ``pruned``, where a checkpoint was written.
     """
@@ -172,6 +173,7 @@ class PruningRecord(_Record):
     layers: list[dict]
     distillation: dict | None = None
     post_training: dict | None = None
+    predicted_loss: float | None = None
     predicted_memory: dict[str, int] | None = None
     bytes: dict[str, int] | None = None
     command: str = field(default_factory=command)

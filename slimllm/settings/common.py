@@ -5,6 +5,8 @@ from __future__ import annotations
 from ..cli import flag
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+QUANTIZED = ("q8_0",)  # types of a GGUF file, in blocks
+OUTTYPES = ("f32", "f16", "bf16", *QUANTIZED)
 VLLM_PYTHON = ".vllm/bin/python"  # as script/vllm.sh makes it
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from ..cli import check_choice, check_choices, flag
 from ..errors import UserError
-
-OUTTYPES = ("f32", "f16", "bf16", "q8_0")
+from .common import OUTTYPES
 
 
 @dataclass

@@ -67,18 +67,23 @@ class ChannelScore(Entry):
 class LayerRatio(Entry):
     """How the sparsity is spread over the layers: AllocationInputs -> Allocation, a plan for each layer.
 
-    Can need ``probe_ids``: samples that nothing is fitted to; and of the settings ``alpha`` and ``pruned_layers``, which are said to have
-    no effect on one that does not need them.
+    Can need ``prices``: the price list (``--prices``, ``--price_list``); and of the settings ``alpha`` and ``pruned_layers``. Settings that
+    it does not need are said to have no effect.
     """
 
-    CAN_NEED = ("probe_ids", "alpha", "pruned_layers")
+    CAN_NEED = ("prices", "alpha", "pruned_layers")
+
+
+class Pricing(Entry):
+    """How the price list is measured: (AllocationInputs, Fits, token ids to measure on) -> a list of Price."""
 
 
 @dataclass(frozen=True)
 class Recovery(Entry):
     """What the kept output weights become: (weight, bias, keep, moments, input covariance, ridge) -> Recovered.
 
-    Can need ``input_covariance`` and the setting ``ridge``. ``adds_bias``: the projection has a bias afterwards, also where it had none.
+    Can need ``input_covariance``, the setting ``ridge``, and ``look_back``: it then gets one more, what is to be made up for, or None.
+    ``adds_bias``: the projection has a bias afterwards, also where it had none.
     ``title`` and ``colour``: in pictures.
     """
 
@@ -86,7 +91,7 @@ class Recovery(Entry):
     title: str | None = None
     colour: str | None = None
 
-    CAN_NEED = ("input_covariance", "ridge")
+    CAN_NEED = ("input_covariance", "ridge", "look_back")
 
 
 @dataclass(frozen=True)
@@ -143,14 +148,21 @@ LAYER_RATIOS = {
     "uniform": LayerRatio("pruning.allocation.layer_ratios:uniform", {"pruned_layers"}),
     "middle": LayerRatio("pruning.allocation.layer_ratios:middle", {"pruned_layers"}),
     "ranking": LayerRatio("pruning.allocation.ranking:ranking"),
-    "auto": LayerRatio("pruning.allocation.auto:auto", {"probe_ids", "alpha", "pruned_layers"}),
+    "auto": LayerRatio("pruning.allocation.auto:auto", {"prices", "pruned_layers"}),
+}
+
+PRICES = {
+    "gradient": Pricing("pruning.allocation.prices:gradient"),
+    "streams": Pricing("pruning.allocation.prices:streams"),
 }
 
 RECOVERIES = {
     "none": Recovery("pruning.recovery:none", adds_bias=False, colour="#999999"),
     "bias": Recovery("pruning.recovery:bias", colour="#7b5ea7"),
     "linear": Recovery("pruning.recovery:linear", title="linear (the paper)", colour="#3b6fb6"),
-    "least_squares": Recovery("pruning.recovery:least_squares", {"input_covariance", "ridge"}, title="least squares", colour="#e08a2e"),
+    "least_squares": Recovery(
+        "pruning.recovery:least_squares", {"input_covariance", "ridge", "look_back"}, title="least squares", colour="#e08a2e"
+    ),
 }
 
 METHODS = {
@@ -193,7 +205,7 @@ METHODS = {
     "random": Method("random", "random", "uniform", "none", all_layers=True, source="random choice, a baseline", colour="#999999"),
 }
 
-_BEST = {"recovery": "least_squares", "layer_ratio": "auto", "self_share": 0.5}
+_BEST = {"recovery": "least_squares", "layer_ratio": "auto", "self_share": 0.5, "look_back": 0.3}
 RECIPES = {  # "paper": the published method, of which nothing is changed; the others are what measured best
     "paper": Recipe(),
     "best": Recipe(_BEST, "ours: best", "#e08a2e"),

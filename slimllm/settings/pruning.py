@@ -14,19 +14,24 @@ from .. import cli
 from ..cli import check_choice, check_choices, check_range, check_types, flag, given, without_effect
 from ..errors import UserError
 from ..models.shape import RUNTIMES, ModelShape, limits_of
-from .common import DTYPES
-from .methods import CHANNEL_SCORES, HEAD_CHOICES, LAYER_RATIOS, METHODS, RECIPES, RECOVERIES
+from .common import DTYPES, OUTTYPES, QUANTIZED
+from .methods import CHANNEL_SCORES, HEAD_CHOICES, LAYER_RATIOS, METHODS, PRICES, RECIPES, RECOVERIES
 from .samples import SampleSpec
 
 log = logging.getLogger("slimllm")
 
 PUBLISHED_EXAMPLES = 32  # calibration samples of the paper
-BEST_EXAMPLES, CHANNELS_PER_EXAMPLE = (192, 512), 8  # those of the best recipe: fewest and most, and what sets them in between
+BEST_EXAMPLES = 192  # those of the best recipe; more bought nothing on a model of 4,864 channels
 RIDGE_TOKENS = 4096  # calibration tokens up to which the ridge is the median input variance; with more of them it falls
+BYTES = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}  # units of --fit
+COUNTS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}  # units of --target_params
+BY_PRICES = ("fit", "target_speedup")  # of AMOUNTS, those that only layer_ratio auto can meet
 HEAD_UNITS = ("group", "query")
+REGULAR = ("uniform", "auto")  # ways to spread the sparsity that can give all layers the same widths
 PARTS = ("both", "heads", "channels")
 DISTILLATIONS = ("none", "scales", "all")
-_PLANNED = ("pruning_ratio", "target_sparsity", "pruned_layers", "alpha", "layer_ratio", "prune")  # what --plan says in their place
+AMOUNTS = ("pruning_ratio", "target_sparsity", "smaller", "target_params", "fit", "target_speedup")  # each says how much is to go
+_PLANNED = (*AMOUNTS, "pruned_layers", "alpha", "layer_ratio", "prune", "price_list")  # what --plan says in their place
 GGUF_BLOCK = 32  # rows of quantized tensors come in blocks of this
 LONGEST_NAME = 200  # bytes of a file name; what is written beside a folder while it is made needs a few more, and 255 are allowed
 
@@ -60,21 +65,43 @@ class PruneConfig:
         "sparsity",
         "share of the decoder layers' parameters to remove, 0 to 1, met to within one channel; instead of --pruning_ratio",
     )
+    smaller: float | None = flag(
+        "sparsity", "share of the whole model's parameters to remove, embeddings counted, 0 to 1; instead of --pruning_ratio"
+    )
+    target_params: str | None = flag(
+        "sparsity", "parameters that the whole model is to keep, such as 5.4B or 100M; instead of --pruning_ratio"
+    )
+    fit: str | None = flag(
+        "sparsity", "auto: bytes that a GGUF file of the model and its KV cache are to take, such as 6GB; instead of --pruning_ratio"
+    )
+    context: int = flag("sparsity", "with --fit: tokens in the KV cache", 4096)
+    gguf_type: str = flag("sparsity", "with --fit: type of the weights in the file, as for export-gguf", "q8_0", choices=OUTTYPES)
+    target_speedup: float | None = flag(
+        "sparsity", "auto: how many times as fast a token is to be generated, by layer times measured on this machine, such as 1.5"
+    )
     pruned_layers: int | None = flag(
         "sparsity",
         "how many layers, the least important ones, lose something; with auto, which may take them all, it only scales --pruning_ratio "
         "[26 of 32, or 30 of 32 from ratio 0.4 on, scaled to the depth]",
     )
     alpha: float | None = flag(
-        "sparsity", "with importance and auto: how strongly importance spreads the ratios (Eq. 11) [10, or 7 from ratio 0.4 on]"
+        "sparsity", "with importance: how strongly importance spreads the ratios (Eq. 11) [10, or 7 from ratio 0.4 on]"
     )
     layer_ratio: str | None = flag(
         "sparsity",
         "importance: by Eq. 11; uniform: the same from the least important layers; middle: the same from all but the first and last; "
-        "ranking: one ranking of all heads and channels; auto: by importance and by what pruning each layer alone costs, and as much from "
-        "the heads as from the channels or half of it, whichever costs less [the method's: importance; best: auto]",
+        "ranking: one ranking of all heads and channels; auto: the least predicted loss over all parts of all layers, by a price list "
+        "[the method's: importance; best: auto]",
         choices=LAYER_RATIOS,
     )
+    prices: str = flag(
+        "sparsity",
+        "auto: how the price list is measured. gradient: one backward pass; streams: without gradients, by running each pruned part "
+        "through the layers after it, which takes a time that grows with the square of the depth",
+        "gradient",
+        choices=PRICES,
+    )
+    price_list: str | None = flag("sparsity", "auto: take the prices from this file, the price_list.json of a run or of slimllm explore")
     prune: str | None = flag(
         "sparsity", "what goes: attention heads, feed-forward channels, or both [both; channels where no head can go]", choices=PARTS
     )
@@ -104,6 +131,10 @@ class PruneConfig:
     )
     ridge: float | None = flag(
         "method", "least_squares: ridge as a multiple of the median input variance [4096 / calibration tokens, at most 1]"
+    )
+    look_back: float | None = flag(
+        "method",
+        "least_squares: the share of what the layers before it have lost that each fit makes up for, 0 to 1 [0; best: 0.3]",
     )
     keep_lowest: float | None = flag(
         "method",
@@ -138,9 +169,7 @@ class PruneConfig:
         "bookcorpus, c4, wikitext2 (hub), self (sampled from the model), a .txt or .jsonl file, a folder of them, "
         "or a calibration.safetensors [bookcorpus; self where the hub is out of reach]",
     )
-    num_examples: int | None = flag(
-        "calibration", "samples [32; best: an eighth of the feed-forward channels, at least 192 and at most 512]"
-    )
+    num_examples: int | None = flag("calibration", "samples [32; best: 192]")
     self_share: float | None = flag(
         "calibration", "share of the samples that the model itself writes, 0 to 1, the rest being --calibration's [0; best: 0.5]"
     )
@@ -187,19 +216,29 @@ class PruneConfig:
             self.distill = recipe.get("distill", "none")
         if self.self_share is None:
             self.self_share = recipe.get("self_share", 0.0)
-        if self.num_examples is None and self.recipe == "paper":
-            self.num_examples = PUBLISHED_EXAMPLES
+        if self.look_back is None:
+            self.look_back = recipe.get("look_back", 0.0) if self._can_look_back else 0.0
+        if self.num_examples is None:
+            self.num_examples = PUBLISHED_EXAMPLES if self.recipe == "paper" else BEST_EXAMPLES
         if self.keep_lowest is None:
             published = self.method == "slimllm" and self.recovery != "least_squares"
             self.keep_lowest = PUBLISHED_KEEP_LOWEST if published else 0.0
         if self.round_to is None:
-            self.round_to = GGUF_BLOCK if self.runtime == "gguf" else 1
-        if self.target_sparsity is None and self.pruning_ratio is None and self.plan is None:
+            blocks = self.runtime == "gguf" or (self.fit is not None and self.gguf_type in QUANTIZED)
+            self.round_to = GGUF_BLOCK if blocks else 1
+        if self.plan is None and all(getattr(self, name) is None for name in AMOUNTS):
             self.pruning_ratio = 0.25
         check_range(self, "pruning_ratio", 0, 1, right_open=True)
         check_range(self, "target_sparsity", 0, 1, right_open=True)
+        check_range(self, "smaller", 0, 1, right_open=True)
+        check_range(self, "target_speedup", 1)
+        for name, units in (("fit", BYTES), ("target_params", COUNTS)):
+            if getattr(self, name) is not None:
+                cli.number_of(name, getattr(self, name), units)
+        check_range(self, "context", 1)
         check_range(self, "self_share", 0, 1)
         check_range(self, "keep_lowest", 0, 1, right_open=True)
+        check_range(self, "look_back", 0, 1)
         check_range(self, "top_p", 0, 1)
         check_range(self, "alpha", 0)
         check_range(self, "temperature", 0)
@@ -221,8 +260,9 @@ class PruneConfig:
 
     def _check_what_decides(self) -> None:
         """Raises UserError where two settings decide the same thing."""
-        if self.pruning_ratio is not None and self.target_sparsity is not None:
-            raise UserError("--pruning_ratio and --target_sparsity both say how much to remove: give one of them")
+        amounts = [name for name in AMOUNTS if getattr(self, name) is not None]
+        if len(amounts) > 1:
+            raise UserError(f"--{amounts[0]} and --{amounts[1]} both say how much to remove: give one of them")
         if self.method != "slimllm" and self.recipe != "paper":
             raise UserError(
                 f"--method {self.method} and --recipe {self.recipe}: the recipe is SlimLLM's; give one of them, or single flags of "
@@ -231,6 +271,8 @@ class PruneConfig:
         for name in _PLANNED:
             if self.plan is not None and getattr(self, name) is not None:
                 raise UserError(f"--plan and --{name} both say what to remove: give one of them")
+        if self.price_list is not None and self.layer_ratio is None and "layer_ratio" not in RECIPES[self.recipe].settings:
+            self.layer_ratio = "auto"
 
     def _default(self, name: str) -> str:
         """What the recipe says, or else the method."""
@@ -243,6 +285,17 @@ class PruneConfig:
         """Whether each layer is pruned from the states that the dense model gives it, as FLAP is published: only with its own recovery."""
         method = METHODS[self.method]
         return method.dense_states and self.recovery == method.recovery
+
+    @property
+    def amount(self) -> tuple[str, object]:
+        """The flag that says how much is to go, and its value."""
+        name = next(name for name in reversed(AMOUNTS) if getattr(self, name) is not None)
+        return name, getattr(self, name)
+
+    @property
+    def _can_look_back(self) -> bool:
+        """Whether there is a fit that can make up for what was lost before it."""
+        return "look_back" in RECOVERIES[self.recovery].needs and not self.dense_states
 
     def adds_bias(self, shape: ModelShape) -> bool:
         """Whether the output projections that are pruned get a bias where the dense model has none."""
@@ -263,9 +316,9 @@ class PruneConfig:
         return SampleSpec(self.distill_examples, self.seq_len, self.seed + 2, or_fewer=True)
 
     @property
-    def needs_probe_ids(self) -> bool:
-        """Whether costs are measured on text that no calibration uses; of :meth:`resolved` settings."""
-        return self.plan is None and "probe_ids" in LAYER_RATIOS[self.layer_ratio].needs
+    def measures_prices(self) -> bool:
+        """Whether a price list is measured; of :meth:`resolved` settings."""
+        return self.plan is None and self.price_list is None and "prices" in LAYER_RATIOS[self.layer_ratio].needs
 
     @property
     def needs_gradients(self) -> bool:
@@ -302,9 +355,6 @@ class PruneConfig:
 
     def _resolved_values(self, shape: ModelShape) -> dict:
         found = {}
-        if self.num_examples is None:
-            fewest, most = BEST_EXAMPLES
-            found["num_examples"] = min(max(round(shape.most_units / CHANNELS_PER_EXAMPLE), fewest), most)
         if self.plan is not None:
             return found
         limits = limits_of(self.runtime, shape)
@@ -313,7 +363,7 @@ class PruneConfig:
             raise UserError(f"--prune {self.prune}: no head of this model can go ({why}); --prune channels")
         if self.prune is None:
             found["prune"] = "channels" if limits.whole_heads else "both"
-        amount = self.pruning_ratio if self.target_sparsity is None else self.target_sparsity
+        amount = self.pruning_ratio if self.pruning_ratio is not None else self.sparsity_of(shape) or 0.0
         layers, alpha = next((n, a) for limit, n, a in PAPER_SETTINGS if amount < limit)
         depth = len(shape.layers)
         if self.pruned_layers is None:
@@ -322,16 +372,34 @@ class PruneConfig:
             raise UserError(f"--pruned_layers {self.pruned_layers}: the model has {depth} layers")
         if self.alpha is None:
             found["alpha"] = alpha
-        if limits.same_channels:
-            if self.layer_ratio not in (None, "uniform"):
-                raise UserError(
-                    f"--layer_ratio {self.layer_ratio} and --runtime {self.runtime}: all layers of this model lose the same there; "
-                    "leave one of the two out"
-                )
-            found["layer_ratio"] = "uniform"
-        elif self.layer_ratio is None:
-            found["layer_ratio"] = self._default("layer_ratio")
+        if self.layer_ratio is None:
+            usual = self._default("layer_ratio")
+            found["layer_ratio"] = "uniform" if limits.same_channels and usual not in REGULAR else usual
+        elif limits.same_channels and self.layer_ratio not in REGULAR:
+            raise UserError(
+                f"--layer_ratio {self.layer_ratio} and --runtime {self.runtime}: all layers of this model lose the same there; "
+                "leave one of the two out"
+            )
+        name, value = self.amount
+        if name in BY_PRICES and "prices" not in LAYER_RATIOS[found.get("layer_ratio", self.layer_ratio)].needs:
+            raise UserError(f"--{name} {value}: it goes by a price list; add --recipe best or --layer_ratio auto")
         return found
+
+    def sparsity_of(self, shape: ModelShape) -> float | None:
+        """The share of the decoder's parameters that is to go of a model of this shape; None where ``pruning_ratio`` says it.
+
+        Raises UserError where the layers do not hold as much.
+        """
+        name, value = self.amount
+        if name in ("pruning_ratio", "target_sparsity", *BY_PRICES):
+            return self.target_sparsity
+        gone = self.smaller * shape.parameters if name == "smaller" else shape.parameters - cli.number_of(name, value, COUNTS)
+        if not 0 <= gone < shape.decoder_parameters:
+            raise UserError(
+                f"--{name} {value}: the model has {shape.parameters / 1e6:.1f} M parameters, {shape.other_parameters / 1e6:.1f} M in its "
+                "embeddings, which stay; ask for something between the two"
+            )
+        return gone / shape.decoder_parameters
 
     def remarks(self) -> list[str]:
         """A line for each setting that was given and changes nothing, or that another one decided; of :meth:`resolved` settings."""
@@ -345,6 +413,10 @@ class PruneConfig:
             (planned or self.prune == "channels", ("head_choice", "head_unit"), "no head is chosen"),
             (planned or self.prune == "heads", ("channel_score", "keep_lowest"), "no channel is chosen"),
             (planned, ("round_to",), "--plan says what stays"),
+            (self.fit is None, ("context", "gguf_type"), "--fit is not given"),
+            ("prices" not in spread, ("prices", "price_list"), f"layer_ratio {self.layer_ratio} goes by no prices"),
+            (self.price_list is not None, ("prices",), f"{self.price_list} holds them"),
+            (not self._can_look_back, ("look_back",), f"recovery {self.recovery} of method {self.method} fits no output anew"),
             (self.distill == "none", ("distill_examples", "distill_epochs", "distill_learning_rate"), "nothing is distilled"),
             (file, ("num_examples", "seq_len", "self_share"), f"{self.calibration} holds the samples"),
             (self.calibration == "self", ("self_share",), "the model writes all samples"),
@@ -360,7 +432,7 @@ class PruneConfig:
     def inputs(self) -> list[str | None]:
         """The files and folders that a run reads, where these are no names on the hub."""
         texts = [item.rpartition("=")[2] for item in self.eval_data or ()]
-        return [self.base_model, self.calibration, self.plan, self.tmp_dir, *texts]
+        return [self.base_model, self.calibration, self.plan, self.price_list, self.tmp_dir, *texts]
 
     def to_dict(self) -> dict:
         return asdict(self)

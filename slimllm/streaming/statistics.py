@@ -68,6 +68,47 @@ class Covariance:
         return raw
 
 
+class CrossCovariance:
+    """Covariance [m, n] of two streams of rows, [tokens, m] and [tokens, n], and the mean [n] of the second."""
+
+    def __init__(self, rows: int, columns: int, device=None):
+        self.count = 0
+        self._mean_x, self.mean = torch.zeros(rows, device=device), torch.zeros(columns, device=device)
+        self._comoment = torch.zeros(rows, columns, device=device)
+
+    def update(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Takes in rows of both streams, float32."""
+        count, mean_x, mean_y = len(x), x.mean(0), y.mean(0)
+        total, dx, dy = self.count + count, mean_x - self._mean_x, mean_y - self.mean
+        self._comoment.addmm_((x - mean_x).T, y - mean_y).addr_(dx, dy, alpha=self.count * count / total)
+        self._mean_x += dx * (count / total)
+        self.mean += dy * (count / total)
+        self.count = total
+
+    def merge(self) -> None:
+        """Takes in the rows that the other processes of the run have been given."""
+        if processes.count() == 1:
+            return
+        mine = self._mean_x.clone(), self.mean.clone()
+        means = [mean * self.count for mean in mine]
+        [total] = processes.total(self.count)
+        processes.add(*means)
+        self._mean_x, self.mean = (mean / total for mean in means)
+        self._comoment.addr_(mine[0] - self._mean_x, mine[1] - self.mean, alpha=self.count)
+        processes.add(self._comoment)
+        self.count = int(total)
+
+    def matrix(self) -> torch.Tensor:
+        """The covariance [m, n] (divided by the count)."""
+        return self._comoment / self.count
+
+    def about_zero(self) -> CrossCovariance:
+        """The same with raw second moments in place of covariances, and a mean of zero."""
+        raw = CrossCovariance(*self._comoment.shape, self.mean.device)
+        raw.count, raw._comoment = self.count, torch.addr(self._comoment, self._mean_x, self.mean, alpha=self.count)
+        return raw
+
+
 class SquareSum:
     """Sum of squares [n] over all rows given to :meth:`update`, not centred: the squared column norms."""
 

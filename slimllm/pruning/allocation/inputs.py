@@ -9,6 +9,7 @@ from ...plan import LayerPlan, LayerReport
 from ...run import Run
 from ...settings.pruning import PruneConfig
 from ..importance.taylor import Saliency
+from .price_list import PriceList
 
 
 @dataclass
@@ -17,7 +18,7 @@ class AllocationInputs:
 
     ``run``: the run, whose model is left as it is, or None where only the shape is known; then all layers are assumed to matter the same.
     ``layer_scores`` [L]: the dense model's layer cosines, where they were measured already. ``saliency`` [L]: of each layer, where it was
-    measured.
+    measured. ``file_overhead``: bytes of a GGUF file of the model that hold no weights, for ``--fit``.
     """
 
     shape: ModelShape
@@ -25,6 +26,7 @@ class AllocationInputs:
     run: Run | None = None
     layer_scores: list[float] | None = None
     saliency: list[Saliency] | None = None
+    file_overhead: int = 0
 
     def scores(self) -> list[float]:
         """The layer cosines [L], measured now where they were not (pass 1)."""
@@ -35,14 +37,16 @@ class AllocationInputs:
 
 @dataclass
 class Allocation:
-    """One plan per layer, and what was measured on the way, where it was: ``sensitivity`` [L], what pruning each layer alone costs;
-    ``cosine`` [L], c_l of Eq. 11; ``saliency`` [L], first-order importance.
+    """One plan per layer, and what was measured on the way, where it was: ``sensitivity`` [L], what half of each layer costs;
+    ``cosine`` [L], c_l of Eq. 11; ``saliency`` [L], first-order importance; ``price_list``, and what the plans cost by it (nats per token).
     """
 
     plans: list[LayerPlan]
     sensitivity: list[float] | None = None
     cosine: list[float] | None = None
     saliency: list[Saliency] | None = None
+    price_list: PriceList | None = None
+    predicted_loss: float | None = None
 
     def complete(self, report: LayerReport) -> None:
         """Adds to a layer's report what was measured of the layer."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from ...models.shape import ModelShape
 from ...plan import LayerPlan
+from ...run import Run
 from ...settings.methods import LAYER_RATIOS
-from ...settings.pruning import PruneConfig
 from ..importance.layers import importance_weights, uniform_weights
 from .inputs import Allocation, AllocationInputs
 from .sizing import plans_from_ratios
@@ -32,6 +31,8 @@ def weighted(inputs: AllocationInputs, weights: list[float]) -> Allocation:
     return Allocation(plans_from_ratios(inputs.shape, lambda amount: [amount * weight for weight in weights], inputs.config))
 
 
-def without_scores(shape: ModelShape, config: PruneConfig) -> list[LayerPlan]:
+def without_scores(run: Run) -> list[LayerPlan]:
     """The plans of a model whose layers all matter the same, from its shape alone. Raises UserError for a sparsity that cannot be met."""
-    return LAYER_RATIOS[config.layer_ratio](AllocationInputs(shape, config, layer_scores=[0.0] * len(shape.layers))).plans
+    scores = [0.0] * len(run.shape.layers)
+    inputs = AllocationInputs(run.shape, run.config, layer_scores=scores, file_overhead=run.file_overhead)
+    return LAYER_RATIOS[run.config.layer_ratio](inputs).plans

@@ -52,7 +52,7 @@ def plans_of(scores: list[torch.Tensor], slots: list[Slot], sizing: Sizing) -> l
             plan.clipped = False
         return plans
 
-    if config.target_sparsity is None:
+    if config.pruning_ratio is not None:
         if not config.pruning_ratio or not len(owners):
             return planned(0)
         steps = torch.tensor([_cost_in_channels(slot) for slot in slots])
@@ -61,8 +61,7 @@ def plans_of(scores: list[torch.Tensor], slots: list[Slot], sizing: Sizing) -> l
         return planned(int((costs - config.pruning_ratio * whole).abs().argmin()) + 1)
     low, high = 0, len(owners)
     if sizing.removed(planned(high)) < sizing.target:
-        most = sizing.removed(planned(high)) / sizing.shape.decoder_parameters
-        raise UserError(f"--target_sparsity {config.target_sparsity}: all layers together can give up at most {most:.3f}; lower it")
+        raise sizing.out_of_reach(planned(high))
     while low < high:
         middle = (low + high) // 2
         low, high = (middle + 1, high) if sizing.removed(planned(middle)) < sizing.target else (low, middle)

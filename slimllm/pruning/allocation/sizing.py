@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,13 +42,13 @@ def plans_from_ratios(shape: ModelShape, ratios: Ratios, config: PruneConfig, at
     if config.prune != "both":
         attention = 1.0
     elif attention is None:
-        attention = COMMON_ATTENTION_SHARE if limits.same_heads and config.target_sparsity is not None else 1.0
-    if config.target_sparsity is None:
+        attention = COMMON_ATTENTION_SHARE if limits.same_heads and config.pruning_ratio is None else 1.0
+    if config.pruning_ratio is not None:
         plans = sizing.rounded(ratios(config.pruning_ratio))
         if attention == 1.0:
             return plans
         share = removed_parameters(shape, plans, config) / shape.decoder_parameters
-        sizing = Sizing(shape, dataclasses.replace(config, pruning_ratio=None, target_sparsity=share))
+        sizing = Sizing(shape, config.having(pruning_ratio=None, target_sparsity=share))
     return sizing.for_target(ratios, attention)
 
 
@@ -107,11 +106,20 @@ class Sizing:
     @cached_property
     def target(self) -> float:
         """Parameters to remove."""
-        return self.config.target_sparsity * self.shape.decoder_parameters
+        return self.config.sparsity_of(self.shape) * self.shape.decoder_parameters
 
     def removed(self, plans: list[LayerPlan]) -> int:
         """Decoder parameters that the plans remove, less the biases that they add."""
         return removed_parameters(self.shape, plans, self.config)
+
+    def out_of_reach(self, most: list[LayerPlan]) -> UserError:
+        """The error for a target that is more than what the plans ``most`` remove."""
+        share = self.removed(most) / self.shape.decoder_parameters
+        name, value = self.config.amount
+        return UserError(
+            f"--{name} {value}: {self._layers_in_words()} can give up at most {share:.3f} of the decoder's "
+            f"parameters; {self._way_to_more()}"
+        )
 
     def rounded(self, ratios: list[float], attention: float = 1.0, common: int | None = None) -> list[LayerPlan]:
         """One plan per layer, each ratio rounded to whole steps.
@@ -179,11 +187,7 @@ class Sizing:
         low, high = 0.0, 1.0
         while self.removed(planned(high)) < self.target:
             if high > 1e6:
-                most = self.removed(planned(high)) / self.shape.decoder_parameters
-                raise UserError(
-                    f"--target_sparsity {self.config.target_sparsity}: {self._layers_in_words()} can give up at most "
-                    f"{most:.3f} of the decoder's parameters; {self._way_to_more()}"
-                )
+                raise self.out_of_reach(planned(high))
             low, high = high, 2 * high
         for _ in range(60):
             middle = (low + high) / 2
@@ -233,8 +237,9 @@ class Sizing:
                 slot.keep(plans, moved)
             pruned = [slot for slot in pruned if (slot.kept(plans) < _most(slot, step) if surplus > 0 else slot.kept(plans) > step)]
         if surplus:
+            name, value = self.config.amount
             raise UserError(
-                f"--target_sparsity {self.target / self.shape.decoder_parameters:.4g}: the heads come in steps too coarse for this, "
+                f"--{name} {value}: the heads come in steps too coarse for this, "
                 f"{surplus * step} channels too {'few' if surplus > 0 else 'many'} would stay; "
                 "choose another share, --pruned_layers or --head_unit"
             )

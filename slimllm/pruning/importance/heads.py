@@ -9,6 +9,7 @@ follows without the tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -29,15 +30,20 @@ class HeadStatistics:
     saliency: torch.Tensor | None = None
     seed: int = 0
 
+    @cached_property
+    def gram(self) -> torch.Tensor:
+        """Of the outputs of the units: :func:`output_gram`."""
+        return output_gram(self.covariance, self.weight, self.units)
+
 
 def greedy(s: HeadStatistics, removed: int) -> list[int]:
     """The paper's Algorithm 1: the units that matter least go, then swaps that raise the similarity."""
-    return greedy_search(output_gram(s.covariance, s.weight, s.units), removed, s.groups)
+    return greedy_search(s.gram, removed, s.groups)
 
 
 def leave_one_out_only(s: HeadStatistics, removed: int) -> list[int]:
     """The first step of Algorithm 1 alone: the units without which the similarity stays highest go."""
-    return greedy_search(output_gram(s.covariance, s.weight, s.units), removed, s.groups, swap=False)
+    return greedy_search(s.gram, removed, s.groups, swap=False)
 
 
 def _highest(column_scores: torch.Tensor, s: HeadStatistics, removed: int) -> list[int]:

@@ -1,0 +1,130 @@
+"""What a plan has to free: parameters, bytes of a file and its KV cache, or time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import gguf
+
+from ... import cli
+from ...errors import UserError
+from ...models.parts import PRUNED_KINDS, PartShape, Units
+from ...models.shape import ModelShape
+from ...plan import LayerPlan, Measure, parameters, removed
+from ...settings.pruning import BYTES, PruneConfig
+from . import timing
+from .inputs import AllocationInputs
+from .sizing import Slot
+from .timing import Times
+
+
+@dataclass(frozen=True)
+class Budget:
+    """``target`` is to go of what the parts of a model take by ``measure``.
+
+    ``asked``: the flag and its value, as messages name it. ``in_words``: an amount, as messages say it.
+    """
+
+    shape: ModelShape
+    config: PruneConfig
+    target: float
+    measure: Measure
+    asked: str
+    in_words: Callable[[float], str]
+
+    @property
+    def share(self) -> float:
+        """The share of all that the parts take that is to go."""
+        measure = self.measure
+        return max(self.target, 0.0) / sum(
+            measure(part, part.units, part.input_bias, part.output_bias) for layer in self.shape.layers for part in layer.parts
+        )
+
+    def removed(self, plans: list[LayerPlan]) -> float:
+        """What the plans remove, less what the biases that are added take."""
+        return removed(self.shape, plans, self.config, self.measure)
+
+    def frees(self, slot: Slot, steps: int) -> float:
+        """What one part gives up where it keeps so many steps."""
+        part = slot.part
+        bias = part.output_bias or (steps < slot.steps.count and self.config.adds_bias(self.shape))
+        whole = self.measure(part, part.units, part.input_bias, part.output_bias)
+        return whole - self.measure(part, slot.steps.units(steps), part.input_bias, bias)
+
+    def out_of_reach(self, most: list[LayerPlan]) -> UserError:
+        """The error for a target beyond what the plans ``most``, which remove as much as can go, remove."""
+        return UserError(
+            f"{self.asked}: all {len(self.shape.layers)} layers can give up at most {self.in_words(self.removed(most))}; "
+            "lower it: a part of each layer must stay"
+        )
+
+
+def budget_of(inputs: AllocationInputs) -> Budget:
+    """What the settings ask for, whichever flag says it."""
+    shape, config = inputs.shape, inputs.config
+    if config.fit is not None:
+        return of_bytes(shape, config, inputs.file_overhead)
+    if config.target_speedup is not None:
+        return of_time(shape, config, timing.measured(inputs.run) if inputs.run else timing.by_parameters(shape))
+    return of_parameters(shape, config)
+
+
+def of_parameters(shape: ModelShape, config: PruneConfig) -> Budget:
+    """``--target_sparsity``; of a ``--pruning_ratio``, that share of what may go of as many layers as are pruned."""
+    share = config.sparsity_of(shape)
+    if share is None:
+        parts = [part for layer in shape.layers for part in layer.parts if part.kind in PRUNED_KINDS[config.prune]]
+        gone = sum(part.parameters() - part.parameters(part.steps(config.head_unit).units(1)) for part in parts)
+        share = config.pruning_ratio * config.pruned_layers / len(shape.layers) * gone / shape.decoder_parameters
+    name, value = config.amount
+
+    def in_words(amount: float) -> str:
+        return f"{amount / shape.decoder_parameters:.3f} of the decoder's parameters"
+
+    return Budget(shape, config, share * shape.decoder_parameters, parameters, f"--{name} {value}", in_words)
+
+
+def of_bytes(shape: ModelShape, config: PruneConfig, overhead: int) -> Budget:
+    """``--fit``: a GGUF file of ``--gguf_type``, and the KV cache of ``--context`` tokens in 16 bits. ``overhead``: bytes of the file that
+    hold no weights, the vocabulary above all.
+    """
+
+    def measure(part: PartShape, units: Units, input_bias: bool, output_bias: bool) -> float:
+        matrices = part.matrices(units)
+        vectors = part.parameters(units, input_bias, output_bias) - sum(rows * columns for rows, columns in matrices)
+        return sum(gguf_bytes(*matrix, config.gguf_type) for matrix in matrices) + 4 * vectors + cache * part.cache_numbers(units)
+
+    cache = 2 * config.context
+    layers = sum(measure(p, p.units, p.input_bias, p.output_bias) for layer in shape.layers for p in layer.parts)
+    norms = 4 * (shape.hidden + sum(layer.norm_parameters for layer in shape.layers))
+    whole = layers + norms + overhead + (1 if shape.tied else 2) * gguf_bytes(shape.vocab, shape.hidden, config.gguf_type)
+    asked = cli.number_of("fit", config.fit, BYTES)
+
+    def in_words(amount: float) -> str:
+        return f"{amount / 1e6:.1f} of the {whole / 1e6:.1f} MB that the model takes"
+
+    return Budget(shape, config, whole - asked, measure, f"--fit {config.fit}", in_words)
+
+
+def gguf_bytes(rows: int, columns: int, kind: str) -> int:
+    """Bytes of a matrix in a GGUF file of this type: f16 where its rows do not fill the blocks of the type."""
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.upper()]]
+    return rows * columns * 2 if columns % block else rows * (columns // block) * size
+
+
+def of_time(shape: ModelShape, config: PruneConfig, times: Times) -> Budget:
+    """``--target_speedup``: the time of one generated token, from what single parts were measured to take."""
+
+    def measure(part: PartShape, units: Units, input_bias: bool, output_bias: bool) -> float:
+        fixed, by_unit = times.parts[part.kind]
+        sort = part.sorts[0]
+        return fixed + by_unit * units[sort] if units[sort] else 0.0
+
+    whole = times.rest + sum(measure(part, part.units, False, False) for layer in shape.layers for part in layer.parts)
+
+    def in_words(amount: float) -> str:
+        return f"{1000 * amount:.2f} of the {1000 * whole:.2f} ms that a token takes"
+
+    target = whole * (1 - 1 / config.target_speedup)
+    return Budget(shape, config, target, measure, f"--target_speedup {config.target_speedup}", in_words)

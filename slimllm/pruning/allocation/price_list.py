@@ -1,0 +1,151 @@
+"""The price list: what each part of each layer costs, in nats per token, at some numbers of units kept, and how the rest follows."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from ...errors import UserError
+from ...models.parts import PRUNED_KINDS, Units
+from ...models.shape import ModelShape
+from ...settings.pruning import PruneConfig
+from ...utils.files import atomic_file, check_plain
+
+NAME = "price_list.json"
+FORMAT = 1
+LEVELS = (0.125, 0.25, 0.5, 0.75)  # shares of a part whose removal is priced; what lies between follows from a curve through them
+_DECIDED_BY = ("method", "recovery", "head_choice", "channel_score", "head_unit", "new_bias", "keep_lowest", "prices")
+
+
+@dataclass(frozen=True)
+class Price:
+    """What one part costs, in nats per token, where it keeps these ``units``, loses this ``share`` of them, and all others are whole."""
+
+    layer: int
+    part: str
+    units: Units
+    share: float
+    nats: float
+
+
+@dataclass
+class PriceList:
+    """Prices of one model, on one text, for one way to choose units and to recover outputs.
+
+    ``prices``: of every part of every layer, at some levels. ``settings``: those that they follow from. ``calibration``: the SHA-256 of
+    the samples; ``tokens``: how many the model was asked about. ``seconds``: that it took.
+    """
+
+    model: str
+    units: list[dict[str, Units]]
+    settings: dict
+    calibration: str
+    tokens: int
+    prices: list[Price]
+    seconds: float = 0.0
+    format: int = field(default=FORMAT)
+
+    @classmethod
+    def of(cls, shape: ModelShape, config: PruneConfig, calibration: str, tokens: int, prices: list[Price], seconds: float) -> PriceList:
+        settings = {name: getattr(config, name) for name in _DECIDED_BY}
+        return cls(Path(config.base_model).name, shape.units, settings, calibration, tokens, prices, seconds)
+
+    @classmethod
+    def alike(cls, shape: ModelShape, config: PruneConfig) -> PriceList:
+        """That of a model whose parts all cost the same per parameter, from its shape alone."""
+        prices = []
+        for index, layer in enumerate(shape.layers):
+            for part in layer.parts:
+                steps = part.steps(config.head_unit)
+                share = part.parameters() / shape.decoder_parameters
+                for count in levels_of(steps):
+                    gone = 1 - count / steps.count
+                    prices.append(Price(index, part.kind, steps.units(count), gone, share * gone**1.5))
+        return cls.of(shape, config, "", 0, prices, 0.0)
+
+    @property
+    def mean(self) -> float:
+        """What the whole of a part costs by its curve, nats per token, in the mean over the parts."""
+        found = {}
+        for price in self.prices:
+            found.setdefault((price.layer, price.part), []).append(price)
+        return sum(curve(prices)[0] for prices in found.values()) / max(len(found), 1)
+
+    def of_halves(self, layers: int) -> list[float]:
+        """What half of all parts of each layer costs, nats per token."""
+        costs = [0.0] * layers
+        for layer, part in {(price.layer, price.part) for price in self.prices}:
+            scale, exponent = curve(self.of_part(layer, part))
+            costs[layer] += scale * 0.5**exponent
+        return costs
+
+    def of_part(self, layer: int, part: str) -> list[Price]:
+        return [price for price in self.prices if (price.layer, price.part) == (layer, part)]
+
+    def write(self, folder: Path) -> None:
+        """Writes price_list.json into ``folder``."""
+        with atomic_file(folder / NAME) as partial:
+            Path(partial).write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: str | os.PathLike, shape: ModelShape, config: PruneConfig) -> PriceList:
+        """What :meth:`write` wrote, for a model of this shape. Raises UserError, naming the file, for anything else, and where other
+        settings than the ones in ``config`` made it.
+        """
+        flag = f"--price_list {path}"
+        check_plain(path, "--price_list ")
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            prices = [Price(**{**entry, "nats": float(entry["nats"]), "share": float(entry["share"])}) for entry in content.pop("prices")]
+            found = cls(**content, prices=prices)
+        except OSError as error:
+            raise UserError(f"{flag}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise UserError(f"{flag}: not a price list, such as the {NAME} of a run or of slimllm explore") from None
+        if not isinstance(found.settings, dict):
+            raise UserError(f"{flag}: its settings are no JSON object; make a new list (slimllm explore)")
+        if found.format != FORMAT or found.units != shape.units:
+            raise UserError(f"{flag}: it is of {found.model}, a model of other widths; make one of this model (slimllm explore)")
+        for name in _DECIDED_BY:
+            if name != "prices" and found.settings.get(name) != getattr(config, name):
+                made, now = found.settings.get(name), getattr(config, name)
+                raise UserError(f"{flag}: it was made with --{name} {made}, and this run has {now}; give the same, or make a new list")
+        found._check(flag, shape, PRUNED_KINDS[config.prune])
+        return found
+
+    def _check(self, flag: str, shape: ModelShape, kinds: tuple[str, ...]) -> None:
+        """Raises UserError where a part of these kinds has no price, or one that is no number."""
+        for index, layer in enumerate(shape.layers):
+            for part in layer.parts:
+                if part.kind not in kinds:
+                    continue
+                prices = self.of_part(index, part.kind)
+                priced = len(prices) == len(levels_of(part.steps(self.settings["head_unit"])))
+                if not priced or not all(0 < price.share <= 1 and 0 <= price.nats < math.inf for price in prices):
+                    raise UserError(f"{flag}: layer {index}: its {part.title} has no usable price; make a new list (slimllm explore)")
+
+
+def levels_of(steps) -> list[int]:
+    """The numbers of steps kept that are priced, ascending."""
+    kept = {steps.count - max(1, round(share * steps.count)) for share in LEVELS}
+    return sorted(kept - {0})
+
+
+def curve(prices: list[Price]) -> tuple[float, float]:
+    """(a, e) of the curve a q^e through the prices of one part, q the share of it that goes; e from 1 to 3 (Eq. i of docs/method.md).
+
+    Fitted to their logarithms, so that what is measured of small shares counts as much as what is measured of large ones.
+    """
+    if not prices:  # of a part that has nothing to give
+        return 0.0, 1.0
+    shares = torch.tensor([price.share for price in prices], dtype=torch.float64)
+    nats = torch.tensor([price.nats for price in prices], dtype=torch.float64).clamp_min(1e-9)
+    x, y = shares.log(), nats.log()
+    spread = (x - x.mean()).square().sum()
+    exponent = 1.0 if spread == 0 else float((((x - x.mean()) * (y - y.mean())).sum() / spread).clamp(1, 3))
+    return float((y - exponent * x).mean().exp()), exponent

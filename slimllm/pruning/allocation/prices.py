@@ -1,0 +1,241 @@
+"""The price list measured: what pruning one part of one layer costs, the rest being whole. ``--prices`` names the way.
+
+Each part is pruned and refitted at some levels on the states that the dense model gives it; what this changes of its output is d.
+``gradient`` and ``streams`` differ in how they tell from d what it costs. Layers are visited one at a time, so that the time grows with the
+depth (of ``streams``: with its square), and states that do not fit in memory go to the disk.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from ...models.adapter import LayerAdapter
+from ...models.parts import PRUNED_KINDS, Kept, Units
+from ...models.slicing import slice_part
+from ...run import Run
+from ...settings.methods import PRICES, RECOVERIES
+from ...streaming.activations import ActivationStore
+from ...streaming.runner import LOGIT_ROWS, LayerRunner
+from ...streaming.sizes import Sizes, widest
+from ...utils import processes
+from ...utils.device import evaluation_dtype
+from ..choice import choice_of, choose, needs_of
+from ..part_run import PartRun
+from ..recovery import Recovered
+from .inputs import AllocationInputs
+from .price_list import Price, PriceList, levels_of
+
+FIT_TOKENS = 4096  # calibration tokens that parts are pruned from, at most; fewer make channels look dearer than heads
+PROBE_TOKENS = {"gradient": 4096, "streams": 512}  # others of them, that prices are measured on, at most
+
+
+@dataclass(frozen=True)
+class Option:
+    """One part pruned: what it keeps, and its output projection afterwards."""
+
+    part: str
+    units: Units
+    share: float
+    kept: Kept
+    columns: torch.Tensor
+    recovered: Recovered
+
+    def change(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """d [tokens, D] in float32: what it gives for the inputs ``x`` [tokens, n] of its output projection, less what that gave, ``y``."""
+        weight, bias = self.recovered.weight.to(x.dtype), self.recovered.bias
+        return nn.functional.linear(x[:, self.columns], weight, bias if bias is None else bias.to(x.dtype)).float() - y.float()
+
+
+def measured(inputs: AllocationInputs) -> PriceList:
+    """The price list of the run's model on its calibration samples. What a stopped run measured of a layer is not fitted again."""
+    begun, ids = time.perf_counter(), inputs.run.samples.ids
+    samples = max(1, PROBE_TOKENS[inputs.config.prices] // ids.shape[1])
+    probe_ids = ids[-samples:]
+    with torch.no_grad():
+        prices = PRICES[inputs.config.prices](inputs, Fits(inputs), probe_ids)
+    seconds = time.perf_counter() - begun
+    return PriceList.of(inputs.shape, inputs.config, inputs.run.samples.sha256, probe_ids.numel(), prices, seconds)
+
+
+class Fits:
+    """The dense model's layers, each of their parts pruned at every level from the first FIT_TOKENS of the calibration tokens."""
+
+    def __init__(self, inputs: AllocationInputs):
+        run = inputs.run
+        self.inputs, self.config = inputs, inputs.config
+        ids = run.samples.ids
+        self.dtype = evaluation_dtype(run.source.dtype, run.device)
+        self.runner = run.runner(ids[: max(1, FIT_TOKENS // ids.shape[1])], self.dtype)
+
+    def options(self, layer: nn.Module, index: int, hidden: ActivationStore) -> list[Option]:
+        """All options of one layer, which stays as it is; ``hidden``, the states before it, become those after it."""
+        shapes = {part.kind: part for part in self.inputs.shape.layers[index].parts}
+        found = []
+        for step in self.runner.adapter.steps(layer):
+            runs = [PartRun(self.runner, hidden, part, index) for part in step]
+            for part_run in runs:
+                if part_run.part.kind in PRUNED_KINDS[self.config.prune]:
+                    found += self._of_part(part_run, shapes[part_run.part.kind], index)
+                else:
+                    part_run.take()
+            for part_run in runs:
+                part_run.join()
+        return found
+
+    def _of_part(self, part_run: PartRun, shape, index: int) -> list[Option]:
+        config, steps = self.config, shape.steps(self.config.head_unit)
+        part_run.take(needs_of(shape.kind, config, True) | (RECOVERIES[config.recovery].needs & {"input_covariance"}))
+        saliency = self.inputs.saliency and self.inputs.saliency[index]
+        choice = choice_of(part_run, shape, config, index, saliency)
+        ridge, new_bias = config.ridge_for(self.runner.tokens), config.adds_bias(self.inputs.shape)
+        found = []
+        for count in levels_of(steps):
+            kept = processes.from_first(functools.partial(choose, choice, count))
+            columns = part_run.part.columns(kept, part_run.weight.device)
+            recovered, _ = part_run.fit(columns, config.recovery, ridge, new_bias)
+            found.append(Option(shape.kind, steps.units(count), 1 - count / steps.count, kept, columns, recovered))
+        return found
+
+
+def gradient(inputs: AllocationInputs, fits: Fits, probe_ids: torch.Tensor) -> list[Price]:
+    """Half the mean over tokens of (g . d)^2, g the gradient at a part's output of the log-likelihood of labels that the dense model draws
+    itself: to second order the divergence that d causes (Eq. h of docs/method.md). One pass forwards, and one backwards.
+    """
+    run, runner = inputs.run, inputs.run.runner(probe_ids, fits.dtype)
+    fit_inputs, probe_inputs = [], []
+    fit_states, upstream = fits.runner.embed(), runner.embed()
+    for index, layer in runner.visit("prices, forward"):
+        fit_inputs.append(fit_states.copy())
+        probe_inputs.append(upstream.copy())
+        fits.runner.advance(fit_states, layer, index)
+        runner.advance(upstream, layer, index)
+    fit_states.close()
+    drawn = processes.share(torch.rand(probe_ids.shape, generator=torch.Generator().manual_seed(inputs.config.seed)))
+    norm, head = runner.output_modules()
+    for i, uniform in enumerate(drawn.split(runner.batch)):
+        upstream[i] = _likelihood_gradient(runner, norm, head, upstream[i], uniform)
+    last_first, total = [], len(inputs.shape.layers)
+    for index in reversed(range(total)):
+        known = run.known(f"prices-{index:05d}")
+        for _, layer in runner.visit(start=index, stop=index + 1):
+            options = [] if known else fits.options(layer, index, fit_inputs[index])
+            costs = _backward(runner, layer, index, probe_inputs[index], upstream, options)
+        prices = [Price(**entry) for entry in known or []]
+        prices += [Price(index, option.part, option.units, option.share, cost) for option, cost in zip(options, costs)]
+        run.keep(f"prices-{index:05d}", [asdict(price) for price in prices])
+        last_first.append(prices)
+        fit_inputs[index].close()
+        probe_inputs[index].close()
+        runner.progress("prices", total - index, total)
+    upstream.close()
+    return [price for prices in reversed(last_first) for price in prices]
+
+
+def _likelihood_gradient(runner: LayerRunner, norm, head, states: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The gradient, by the last states [samples, length, D], of the sum over tokens of the log-likelihood of one label each, which
+    ``uniform`` numbers [samples, length] draw from the model's own distribution.
+    """
+    gradient, places = torch.empty_like(states), uniform.flatten().to(states.device)
+    chunks = zip(*(tensor.split(LOGIT_ROWS) for tensor in (states.flatten(0, 1), gradient.flatten(0, 1), places)))
+    for rows, into, place in chunks:
+        rows = rows.detach().requires_grad_()
+        with torch.enable_grad():
+            log_p = runner.adapter.logits(head, norm(rows)).log_softmax(-1)
+        below = log_p.detach().exp().cumsum(-1)
+        labels = torch.searchsorted(below, place[:, None] * below[:, -1:], right=True).clamp_max(below.shape[1] - 1)
+        with torch.enable_grad():
+            likelihood = log_p.gather(1, labels).sum()
+        into[:] = torch.autograd.grad(likelihood, rows)[0]
+    return gradient
+
+
+def _backward(runner: LayerRunner, layer: nn.Module, index: int, inputs, upstream: ActivationStore, options: list[Option]) -> list[float]:
+    """Replaces ``upstream``, the gradients of the layer's outputs, by those of its ``inputs``; gives what each option costs."""
+    parts = {part.kind: part for part in runner.adapter.parts(layer)}
+    required = [parameter.requires_grad for parameter in layer.parameters()]
+    layer.requires_grad_(False)
+    caught, hooks = {}, []
+    for kind, part in parts.items():
+        hooks.append(part.output.register_forward_hook(lambda _, args, output, kind=kind: caught.update({kind: (args[0], output)})))
+    sums = torch.zeros(len(options), dtype=torch.float64)
+    for i, states in enumerate(inputs):
+        states = states.detach().requires_grad_()
+        with torch.enable_grad():
+            output = layer(states, **runner.arguments[index])
+            output = output[0] if isinstance(output, tuple) else output
+        outputs = [y for _, y in caught.values()]
+        upstream[i], *gradients = torch.autograd.grad(output, [states, *outputs], upstream[i])
+        by_part = {kind: (x.detach().flatten(0, -2), y.detach().flatten(0, -2), g) for (kind, (x, y)), g in zip(caught.items(), gradients)}
+        for k, option in enumerate(options):
+            x, y, g = by_part[option.part]
+            sums[k] += (g.flatten(0, -2).float() * option.change(x, y)).sum(-1).double().square().sum().cpu()
+    for hook in hooks:
+        hook.remove()
+    for parameter, value in zip(layer.parameters(), required):
+        parameter.requires_grad_(value)
+    *totals, tokens = processes.total(*sums.tolist(), runner.ids.numel())
+    return [value / tokens / 2 for value in totals]
+
+
+def streams(inputs: AllocationInputs, fits: Fits, probe_ids: torch.Tensor) -> list[Price]:
+    """The divergence itself: KL of the dense model's next-token distribution from that of the model with this part alone pruned, for each
+    option a stream of the probe tokens through all layers after it. All streams go through a layer together.
+    """
+    runner = inputs.run.runner(probe_ids, fits.dtype)
+    states, dense = fits.runner.embed(), runner.embed()
+    variants, found = [], []
+    for index, layer in runner.visit("prices"):
+        before = dense.copy()
+        for stream in (dense, *variants):
+            runner.advance(stream, layer, index)
+        for option in fits.options(layer, index, states):
+            variants.append(before.copy())
+            runner.advance(variants[-1], _pruned(runner.adapter, layer, option), index)
+            found.append((index, option.part, option.units, option.share))
+        before.close()
+    costs = runner.divergences(dense, variants)
+    for store in (states, dense, *variants):
+        store.close()
+    return [Price(*about, max(cost, 0.0)) for about, cost in zip(found, costs)]
+
+
+def _pruned(adapter: LayerAdapter, layer: nn.Module, option: Option) -> nn.Module:
+    """A copy of the layer in which this part alone is pruned."""
+    pruned = copy.deepcopy(layer)
+    part = next(part for part in adapter.parts(pruned) if part.kind == option.part)
+    slice_part(part, option.kept, option.recovered.weight, option.recovered.bias)
+    return pruned
+
+
+def activation_bytes(run: Run, sizes: Sizes) -> int:
+    """Bytes of the states that are kept while prices are measured: those before every layer, or those of every option."""
+    if not run.config.measures_prices:
+        return 0
+    probes = min(PROBE_TOKENS[run.config.prices], sizes.tokens)
+    kept = len(run.shape.layers) * (probes + min(FIT_TOKENS, sizes.tokens))
+    if run.config.prices == "streams":
+        kept = sum(len(levels_of(part.steps(run.config.head_unit))) for layer in run.shape.layers for part in layer.parts) * probes
+    return kept * run.shape.hidden * sizes.evaluation
+
+
+def peak_bytes(run: Run, sizes: Sizes) -> int:
+    """Bytes while one layer's prices are measured, at most: itself, the next one as stored, its options, and a part that is fitted."""
+    if not run.config.measures_prices:
+        return 0
+    peak, tokens = 0, min(FIT_TOKENS, sizes.tokens)
+    for layer in run.shape.layers:
+        options = 0
+        for part in layer.parts:
+            steps = part.steps(run.config.head_unit)
+            options += sum(4 * part.hidden * part.output_inputs(steps.units(count)) for count in levels_of(steps))
+        inner = widest(layer)
+        fitting = 4 * inner * (2 * inner + 4 * layer.parts[0].hidden) + tokens * inner * (sizes.evaluation + 4)
+        peak = max(peak, layer.parameters * (sizes.evaluation + sizes.stored) + options + fitting)
+    kept = activation_bytes(run, sizes)
+    return peak + sizes.kept_in_memory(max(layer.parameters for layer in run.shape.layers) * sizes.evaluation, kept)

@@ -1,0 +1,167 @@
+"""From the price list to a plan: the least predicted loss that frees what is asked for, exact to one channel.
+
+Each part takes the number of units at which its own loss less the price of what it frees is least; the price is the one at which all of
+them together free enough. What a runtime demands (widths alike, multiples of 32) only leaves fewer numbers to choose from.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+
+import torch
+
+from ...errors import UserError
+from ...models.shape import ModelShape
+from ...plan import LayerPlan
+from .budget import Budget
+from .price_list import PriceList, curve
+from .sizing import Sizing, Slot
+
+EVENNESS = 3.5  # how strongly parts are kept from losing much of themselves, in mean prices times the share that goes of all
+MOST = 0.9  # the share that a part loses at most, unless nothing else frees enough
+STEEP = 1e3  # nats per share beyond that
+
+Assignment = list[tuple["Offer", int]]  # offers, and the position of what each is to keep
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What one part may keep, or several parts that are to keep the same: numbers of ``steps`` [n], the ``loss`` in nats of each, which
+    is what is minimised, and what each ``frees`` of what is asked for.
+    """
+
+    slots: list[Slot]
+    steps: torch.Tensor
+    loss: torch.Tensor
+    frees: torch.Tensor
+
+    def best(self, price: float) -> int:
+        """The position of the number of steps at which loss - price x freed is least."""
+        return int((self.loss - price * self.frees).argmin())
+
+
+def predicted(prices: PriceList, sizing: Sizing, plans: list[LayerPlan]) -> float:
+    """What plans cost by the price list: the sum over their parts, nats per token."""
+    total = 0.0
+    for slot in (*sizing.coarse, *sizing.fine):
+        scale, exponent = curve(prices.of_part(slot.layer, slot.part.kind))
+        total += scale * (1 - slot.kept(plans) / slot.steps.count) ** exponent
+    return total
+
+
+def solve(prices: PriceList, sizing: Sizing, budget: Budget) -> list[LayerPlan]:
+    """One plan per layer. Raises UserError where the parts cannot free that much."""
+    coarse = _offers(prices, sizing, budget, sizing.coarse, sizing.limits.same_heads)
+    fine = _offers(prices, sizing, budget, sizing.fine, sizing.limits.same_channels)
+    if not fine:
+        return _nearest(coarse, [], budget)
+    found, failed = [], None
+    for kept in _coarse_ways(coarse, fine, budget):
+        fixed = list(zip(coarse, kept, strict=True))
+        try:
+            plans = _nearest(fine, fixed, budget)
+        except UserError as error:
+            failed = error
+            continue
+        missed = abs(budget.removed(plans) - budget.target) > 2 * _tolerance(fine)  # whole heads freed too much
+        found.append((missed, _loss(coarse + fine, plans), plans))
+    if not found:
+        raise failed
+    return min(found, key=lambda entry: entry[:2])[2]
+
+
+def _offers(prices: PriceList, sizing: Sizing, budget: Budget, slots: list[Slot], tied: bool) -> list[Offer]:
+    """An offer for each part, or where all layers are to be alike, one for all of them."""
+    curves = [curve(prices.of_part(slot.layer, slot.part.kind)) for slot in slots]
+    evenness = EVENNESS * prices.mean * budget.share
+    offers = []
+    for slot, (scale, exponent) in zip(slots, curves):
+        steps = torch.tensor(sorted({*slot.steps.allowed(sizing.config.round_to), slot.steps.count}))
+        gone = 1 - steps.double() / slot.steps.count
+        loss = scale * gone**exponent + evenness * gone.square() + STEEP * (gone - MOST).clamp_min(0)
+        frees = torch.tensor([budget.frees(slot, count) for count in steps.tolist()], dtype=torch.float64)
+        offers.append(Offer([slot], steps, loss, frees))
+    if not tied or not offers:
+        return offers
+    first = offers[0]
+    return [Offer(slots, first.steps, sum(offer.loss for offer in offers), sum(offer.frees for offer in offers))]
+
+
+def _plans(assignment: Assignment, shape: ModelShape) -> list[LayerPlan]:
+    """The plans in which each offer keeps what it is assigned, and everything else is whole."""
+    plans = [LayerPlan(0.0, layer.units) for layer in shape.layers]
+    for offer, position in assignment:
+        for slot in offer.slots:
+            slot.keep(plans, int(offer.steps[position]))
+    for plan, layer in zip(plans, shape.layers):
+        whole = sum(part.parameters() for part in layer.parts)
+        plan.ratio = 1 - sum(part.parameters(plan.units[part.kind]) for part in layer.parts) / whole
+    return plans
+
+
+def _loss(offers: list[Offer], plans: list[LayerPlan]) -> float:
+    kept = [offer.slots[0].kept(plans) for offer in offers]
+    return sum(float(offer.loss[offer.steps == count]) for offer, count in zip(offers, kept))
+
+
+def _nearest(offers: list[Offer], fixed: Assignment, budget: Budget) -> list[LayerPlan]:
+    """The plans nearest to the target, with some offers ``fixed``: those at the price at which it is met, or between the two at which it is
+    just missed and just met.
+    """
+
+    def planned(positions: list[int]) -> list[LayerPlan]:
+        return _plans([*fixed, *zip(offers, positions)], budget.shape)
+
+    if len(offers) == 1:  # the more it keeps, the less is removed
+        positions = range(len(offers[0].steps))
+        first = bisect.bisect_right(positions, -budget.target, key=lambda position: -budget.removed(planned([position])))
+        candidates = [[position] for position in (first - 1, first) if position in positions]
+    else:
+        fewer, more = _around_target(offers, fixed, budget)
+        moved = [k for k, (a, b) in enumerate(zip(fewer, more)) if a != b]
+        candidates = [[more[k] if k in moved[:count] else fewer[k] for k in range(len(offers))] for count in range(len(moved) + 1)]
+    options = [planned(positions) for positions in candidates]
+    if budget.removed(most := max(options, key=budget.removed)) < budget.target - _tolerance(offers):
+        raise budget.out_of_reach(most)
+    return min(options, key=lambda plans: abs(budget.removed(plans) - budget.target))
+
+
+def _around_target(offers: list[Offer], fixed: Assignment, budget: Budget) -> tuple[list[int], list[int]]:
+    """(positions of the offers that just miss the target, those that just meet it), on both sides of a price. Raises UserError where none
+    meets it.
+    """
+
+    def at(price: float) -> list[int]:
+        return [offer.best(price) for offer in offers]
+
+    def removed(positions: list[int]) -> float:
+        return budget.removed(_plans([*fixed, *zip(offers, positions)], budget.shape))
+
+    low, high = at(0.0), [int(offer.frees.argmax()) for offer in offers]
+    if removed(low) >= budget.target:
+        return low, low
+    if removed(high) < budget.target - _tolerance(offers):
+        raise budget.out_of_reach(_plans([*fixed, *zip(offers, high)], budget.shape))
+    cheap, dear = 0.0, 1.0 / budget.target
+    while removed(at(dear)) < budget.target and dear < 1e12:
+        cheap, dear = dear, 4 * dear
+    for _ in range(60):
+        middle = (cheap + dear) / 2
+        cheap, dear = (middle, dear) if removed(at(middle)) < budget.target else (cheap, middle)
+    return at(cheap), at(dear)
+
+
+def _coarse_ways(coarse: list[Offer], fine: list[Offer], budget: Budget) -> list[list[int]]:
+    """What the coarse offers may keep: any number where all layers are to have it, else what they keep on both sides of the price at which
+    the target is met.
+    """
+    if len(coarse) <= 1:
+        return [[position] for position in range(len(coarse[0].steps))] if coarse else [[]]
+    ends = _around_target(coarse + fine, [], budget)
+    return [list(way) for way in dict.fromkeys(tuple(positions[: len(coarse)]) for positions in ends)]
+
+
+def _tolerance(offers: list[Offer]) -> float:
+    """By how much a target may be missed: half the smallest step of an offer."""
+    return min((float(offer.frees.sort().values.diff().min()) for offer in offers if len(offer.steps) > 1), default=0.0) / 2

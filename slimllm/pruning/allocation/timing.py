@@ -1,0 +1,88 @@
+"""How long one generated token takes in each part of a layer on this machine, for ``--target_speedup``."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+
+from ...models.shape import ModelShape
+from ...models.slicing import slice_part
+from ...run import Run
+from ...streaming.runner import LayerRunner
+from ...utils.device import evaluation_dtype, name_of
+
+log = logging.getLogger("slimllm")
+
+REPEATS = 30
+
+
+@dataclass(frozen=True)
+class Times:
+    """``parts``: (seconds of a part without units, seconds per unit of its first sort), by kind; ``rest``: of what no pruning changes."""
+
+    parts: dict[str, tuple[float, float]]
+    rest: float
+
+
+def by_parameters(shape: ModelShape) -> Times:
+    """Where nothing can be measured: as long as there are parameters, a nanosecond each."""
+    found = {part.kind: (0.0, 1e-9 * part.parameters() / part.units[part.sorts[0]]) for part in shape.layers[0].parts}
+    return Times(found, 1e-9 * shape.vocab * shape.hidden)
+
+
+@torch.no_grad()
+def measured(run: Run) -> Times:
+    """Of the first layer, each part whole and with half of its units, and of the output head: one token, medians of REPEATS."""
+    dtype = evaluation_dtype(run.source.dtype, run.device)
+    runner = run.runner(run.samples.ids[:1, :1], dtype)
+    [states] = runner.embed()
+    parts = {}
+    for _, layer in runner.visit(stop=1):
+        shapes = {part.kind: part for part in run.shape.layers[0].parts}
+        for kind, shape in shapes.items():
+            steps = shape.steps("group")
+            counts = [shape.units, steps.units(-(-steps.count // 2))]
+            whole, half = (_seconds(runner, layer, kind, units, states) for units in counts)
+            first, second = (units[shape.sorts[0]] for units in counts)
+            by_unit = max(whole - half, 0.0) / max(first - second, 1)
+            parts[kind] = max(whole - by_unit * first, 0.0), by_unit
+            log.info(
+                "one token through %s on %s in %s: %.3f ms, with half of it %.3f ms",
+                shape.title,
+                run.device,
+                name_of(dtype),
+                1e3 * whole,
+                1e3 * half,
+            )
+    norm, head = runner.output_modules()
+    rest = _median(lambda: runner.adapter.logits(head, norm(states)), run.device)
+    log.info("one token through the output head: %.3f ms", 1e3 * rest)
+    return Times(parts, rest)
+
+
+def _seconds(runner: LayerRunner, layer, kind: str, units: dict[str, int], states: torch.Tensor) -> float:
+    """Of one part that keeps the first so many units."""
+    pruned = copy.deepcopy(layer)
+    part = next(part for part in runner.adapter.parts(pruned) if part.kind == kind)
+    if part.units != units:
+        kept = {sort: list(range(count)) for sort, count in units.items()}
+        slice_part(part, kept, part.output.weight[:, part.columns(kept)], part.output.bias)
+    return _median(lambda: part.run(part.read(states), runner.arguments[0]), runner.device)
+
+
+def _median(work, device: torch.device) -> float:
+    found = []
+    for _ in range(REPEATS):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begun = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - begun)
+    return statistics.median(found)
