@@ -98,6 +98,14 @@ COMMANDS = {
         _CONTINUES,
         "use --device cpu or --dtype bfloat16",
     ),
+    "explore": Command(
+        "settings.explore:ExploreConfig",
+        "experiments.explore",
+        "MODEL [flags]",
+        "What pruning a model by any share would cost, predicted from one price list, before anything is pruned.",
+        "nothing was written but a price list that was finished",
+        "use --device cpu or --dtype bfloat16",
+    ),
     "compare": Command(
         "settings.compare:CompareConfig",
         "experiments.compare",

@@ -135,6 +135,25 @@ def comparison(rows: list[dict], folder: Path) -> Path:
     return _saved(figure, folder / "compare.png")
 
 
+def loss_against_size(points: list[dict], name: str, gentle: float, folder: Path) -> Path:
+    """Draws the predicted loss against the share removed, with what was measured. ``points``: ``share``, ``loss`` and maybe ``measured``;
+    ``gentle``: the loss in nats up to which the ground is shaded.
+    """
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    axis.axhspan(0, gentle, color="#2f8f6b", alpha=0.15, label=f"at most {gentle:g} nats")
+    line = sorted({100 * point["share"]: point["loss"] for point in points}.items())
+    axis.plot(*zip(*line), "o-", color="#3b6fb6", markersize=4, label="predicted from the price list")
+    texts = list(dict.fromkeys(text for point in points for text in point.get("measured", ())))
+    for text, colour, mark in zip(texts, PART_COLOURS[1:], "sD^v"):
+        found = [(100 * point["share"], point["measured"][text]) for point in points if text in point.get("measured", ())]
+        axis.plot(*zip(*found), mark, color=colour, markersize=7, label=f"measured, {TEXT_HEADINGS.get(text, text)}")
+    axis.set(xlabel="decoder parameters removed, %", ylabel="loss, nats per token", title=f"{name}: what pruning costs", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return _saved(figure, folder / "explore.png")
+
+
 def recovery_curves(rows: list[dict], folder: Path) -> Path:
     """Draws perplexity against the share of the decoder removed, one line per recovery, one panel per text. Takes ablation rows."""
     plt = _pyplot()
