@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -32,10 +31,10 @@ from .models.loading import WholeModel
 from .models.source import ModelSource
 from .plan import LayerPlan, LayerReport
 from .pruning import pipeline
-from .pruning.allocation import price_list
 from .pruning.allocation.inputs import Allocation
 from .pruning.allocation.layer_ratios import without_scores
 from .pruning.allocation.plan_file import read_plan
+from .pruning.allocation.price_list import PriceList
 from .reporting import card, figures, record
 from .reporting.record import ModelInfo, Parameters, PruningRecord
 from .run import Run
@@ -45,7 +44,7 @@ from .training.distillation import Distillation
 from .training.teacher import Teacher
 from .utils import processes
 from .utils.device import evaluation_dtype, name_of, saving_dtype
-from .utils.files import atomic_file, write_text
+from .utils.files import atomic_file
 
 log = logging.getLogger("slimllm")
 
@@ -224,7 +223,7 @@ def allocate(work: Work) -> None:
         work.allocation = pipeline.allocate(work.run, work.plans)
     measured = work.run.known("price_list")
     if measured is not None and processes.is_first():
-        write_text(work.folder / price_list.NAME, json.dumps(measured))
+        PriceList.from_dict(measured).write(work.folder)
 
 
 def prune(work: Work) -> None:

@@ -248,14 +248,20 @@ def _never_sampled(tokenizer, generation_config, vocab_size: int) -> list[int]:
     return sorted(index for index in special if index < vocab_size)
 
 
+def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """One id for each row of ``probabilities`` [rows, V], [rows, 1], drawn by one ``uniform`` number each, [rows, 1]."""
+    below = probabilities.cumsum(-1)
+    return torch.searchsorted(below, uniform * below[:, -1:], right=True).clamp_max(below.shape[1] - 1)
+
+
 def _drawn_alone(never: torch.Tensor, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """Logits [samples, V] in which one token, drawn from the softmax of ``logits`` without the ids ``never``, is all there is.
 
     By one random number per row: one per token, as ``generate`` takes them, costs more than the model.
     """
-    below = logits.float().index_fill(1, never, -math.inf).softmax(-1).cumsum(-1)
-    drawn = torch.searchsorted(below, torch.rand(len(below), 1, device=below.device) * below[:, -1:], right=True)
-    return torch.zeros_like(logits).scatter(1, drawn.clamp_max(below.shape[1] - 1), 1.0)
+    probabilities = logits.float().index_fill(1, never, -math.inf).softmax(-1)
+    drawn = draw(probabilities, torch.rand(len(logits), 1, device=logits.device))
+    return torch.zeros_like(logits).scatter(1, drawn, 1.0)
 
 
 @torch.no_grad()

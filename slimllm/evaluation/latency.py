@@ -14,6 +14,7 @@ import torch
 from ..models.adapter import LayerAdapter
 from ..models.parts import KINDS
 from ..models.shape import shape_of
+from ..utils.device import synchronise
 from ..utils.memory import peak_since_reset, reset_peak, return_free_memory
 
 log = logging.getLogger("slimllm")
@@ -38,31 +39,26 @@ def macs(size: dict, length: int) -> int:
     return length * size["linear_macs"] + size["attention_macs"] * length * (length + 1) // 2
 
 
-def _synchronise(device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 @torch.no_grad()
 def prefill(model, ids) -> tuple[float, object, torch.Tensor]:
     """(seconds, cache, next token ids [batch, 1]) of one forward pass over the prompt ``ids`` [batch, length]."""
-    _synchronise(model.device)
+    synchronise(model.device)
     started = time.perf_counter()
     output = model(ids, use_cache=True, logits_to_keep=1)
     token = output.logits[:, -1:].argmax(-1)
-    _synchronise(model.device)
+    synchronise(model.device)
     return time.perf_counter() - started, output.past_key_values, token
 
 
 @torch.no_grad()
 def decode(model, cache, token, count: int) -> float:
     """Seconds per step of decoding ``count`` tokens greedily."""
-    _synchronise(model.device)
+    synchronise(model.device)
     started = time.perf_counter()
     for _ in range(count):
         output = model(token, past_key_values=cache, use_cache=True)
         token = output.logits[:, -1:].argmax(-1)
-    _synchronise(model.device)
+    synchronise(model.device)
     return (time.perf_counter() - started) / count
 
 
@@ -75,11 +71,11 @@ def timed_parts(model):
         started = []
 
         def before(*_):
-            _synchronise(model.device)
+            synchronise(model.device)
             started.append(time.perf_counter())
 
         def after(*_):
-            _synchronise(model.device)
+            synchronise(model.device)
             seconds[part] += time.perf_counter() - started.pop()
 
         hooks.extend([module.register_forward_pre_hook(before), module.register_forward_hook(after)])

@@ -227,6 +227,10 @@ class LayerAdapter:
         """The parts of a layer, in the order of computation."""
         return [part for step in self.steps(layer) for part in step]
 
+    def part(self, layer: nn.Module, kind: str) -> Part:
+        """The part of this kind of a layer that has one."""
+        return next(part for part in self.parts(layer) if part.kind == kind)
+
     def all_parts(self, model) -> list[Part]:
         """The parts of all layers."""
         return [part for layer in self.layers(model) for part in self.parts(layer)]

@@ -11,7 +11,7 @@ import torch
 from ..errors import UserError
 from ..models.adapter import blocks_of_columns
 from ..models.parts import Kept, PartShape
-from ..settings.methods import CHANNEL_SCORES, HEAD_CHOICES
+from ..settings.methods import CHANNEL_SCORES, HEAD_CHOICES, RECOVERIES
 from ..settings.pruning import PruneConfig
 from .importance.channels import ChannelStatistics, select_channels
 from .importance.heads import HeadStatistics
@@ -46,9 +46,12 @@ def choice_of(run: PartRun, shape: PartShape, config: PruneConfig, index: int, s
 
 
 def needs_of(kind: str, config: PruneConfig, chosen: bool) -> frozenset[str]:
-    """The statistics that a part of this kind is pruned by. ``chosen``: which of its units stay is decided by importance, not by a plan."""
+    """The statistics that a part of this kind is pruned and recovered by. ``chosen``: which of its units stay is decided by importance, not
+    by a plan.
+    """
     of_kind = _KINDS[kind]
-    return of_kind.always | (of_kind.table[getattr(config, of_kind.flag)].needs if chosen else frozenset())
+    recovery = RECOVERIES[config.recovery].needs & {"input_covariance"}
+    return of_kind.always | recovery | (of_kind.table[getattr(config, of_kind.flag)].needs if chosen else frozenset())
 
 
 def choose(choice: Choice, steps: int) -> Kept:

@@ -8,7 +8,6 @@ from ..models.parts import Kept, PartShape
 from ..models.slicing import slice_part
 from ..plan import LayerPlan, LayerReport
 from ..run import Run
-from ..settings.methods import RECOVERIES
 from ..settings.pruning import PruneConfig
 from ..streaming.activations import ActivationStore
 from ..streaming.runner import TOKENS_PER_BATCH, LayerRunner
@@ -62,7 +61,7 @@ class LayerPruner:
         if plan.units[kind] == shape.units:
             part_run.take()
             return
-        part_run.take(needs_of(kind, config, plan.kept is None) | (RECOVERIES[config.recovery].needs & {"input_covariance"}), aim)
+        part_run.take(needs_of(kind, config, plan.kept is None), aim)
         kept = processes.from_first(lambda: self._choose(part_run, shape, plan, report.index))
         ridge = config.ridge_for(self.runner.tokens)
         columns = part.columns(kept, part_run.weight.device)
@@ -101,7 +100,7 @@ def peak_bytes(run: Run, plans: list[LayerPlan], sizes: Sizes) -> int:
 def _step_bytes(part: PartShape, plan: LayerPlan, config: PruneConfig, sizes: Sizes) -> int:
     """Bytes of the largest step while one part is pruned: running it, choosing its units, or fitting its output."""
     hidden, inner = part.hidden, part.output_inputs()
-    wants_covariance = "input_covariance" in needs_of(part.kind, config, plan.kept is None) | RECOVERIES[config.recovery].needs
+    wants_covariance = "input_covariance" in needs_of(part.kind, config, plan.kept is None)
     fits = wants_covariance and plan.units[part.kind] != part.units
     batch, cast = min(TOKENS_PER_BATCH, sizes.tokens), sizes.compute != 4  # a copy in float32
     covariance = 4 * inner**2 if fits else 0

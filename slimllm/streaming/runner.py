@@ -84,12 +84,16 @@ class LayerRunner:
             if stage:
                 self.progress(stage, index + 1, total)
 
+    def output(self, layer: nn.Module, states: torch.Tensor, index: int) -> torch.Tensor:
+        """What the layer makes of the states of some samples [samples, length, D]."""
+        output = layer(states, **self.arguments[index])
+        return output[0] if isinstance(output, tuple) else output
+
     def advance(self, hidden: ActivationStore, layer: nn.Module, index: int) -> float:
         """Replaces the hidden states by the layer's output; returns the sum over tokens of the cosine similarity of the two."""
         cosines = 0.0
         for i, states in enumerate(hidden):
-            output = layer(states, **self.arguments[index])
-            output = output[0] if isinstance(output, tuple) else output
+            output = self.output(layer, states, index)
             cosines += cosine_sum(states, output)
             hidden[i] = output
         return cosines
@@ -130,6 +134,18 @@ class LayerRunner:
                     totals[k] += float(Divergence.apply(self.adapter.logits(head, norm(rival[c])), log_p, p))
         *sums, tokens = processes.total(*totals, self.ids.numel())
         return [value / tokens for value in sums]
+
+
+@contextmanager
+def frozen(layer: nn.Module):
+    """No parameter of the layer takes a gradient, unless the block asks for one; afterwards each does as before."""
+    before = [parameter.requires_grad for parameter in layer.parameters()]
+    layer.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, required in zip(layer.parameters(), before):
+            parameter.requires_grad_(required)
 
 
 def mean_cosines(sums: list[float], tokens: int) -> list[float]:

@@ -31,6 +31,12 @@ def resolved(device: torch.device | str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
 
 
+def synchronise(device: torch.device) -> None:
+    """Waits until the device has done what it was given, so that time can be told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def name_of(dtype: torch.dtype) -> str:
     """The name of a dtype as flags and files have it, such as ``bfloat16``."""
     return str(dtype).removeprefix("torch.")

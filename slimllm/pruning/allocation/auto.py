@@ -23,8 +23,7 @@ def auto(inputs: AllocationInputs) -> Allocation:
     elif inputs.run is None:
         price_list = PriceList.alike(shape, config)
     else:
-        price_list = prices.measured(inputs)
-        inputs.run.keep("price_list", dataclasses.asdict(price_list))
+        price_list = PriceList.from_dict(inputs.run.once("price_list", lambda: dataclasses.asdict(prices.measured(inputs))))
     sizing, budget = Sizing(shape, config), budget_of(inputs)
     if budget.target <= 0 and inputs.run is not None:
         log.info("%s: the model meets that as it is, so nothing is removed", budget.asked)
@@ -32,4 +31,4 @@ def auto(inputs: AllocationInputs) -> Allocation:
     if inputs.run is None:
         return Allocation(plans)
     log.info("predicted loss: %.3f nats per token", loss := predicted(price_list, sizing, plans))
-    return Allocation(plans, price_list.of_halves(len(shape.layers)), price_list=price_list, predicted_loss=loss)
+    return Allocation(plans, price_list.of_halves(len(shape.layers)), predicted_loss=loss)

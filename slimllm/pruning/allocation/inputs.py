@@ -9,7 +9,6 @@ from ...plan import LayerPlan, LayerReport
 from ...run import Run
 from ...settings.pruning import PruneConfig
 from ..importance.taylor import Saliency
-from .price_list import PriceList
 
 
 @dataclass
@@ -38,14 +37,14 @@ class AllocationInputs:
 @dataclass
 class Allocation:
     """One plan per layer, and what was measured on the way, where it was: ``sensitivity`` [L], what half of each layer costs;
-    ``cosine`` [L], c_l of Eq. 11; ``saliency`` [L], first-order importance; ``price_list``, and what the plans cost by it (nats per token).
+    ``cosine`` [L], c_l of Eq. 11; ``saliency`` [L], first-order importance; ``predicted_loss``, what the plans cost by the price
+    list (nats per token).
     """
 
     plans: list[LayerPlan]
     sensitivity: list[float] | None = None
     cosine: list[float] | None = None
     saliency: list[Saliency] | None = None
-    price_list: PriceList | None = None
     predicted_loss: float | None = None
 
     def complete(self, report: LayerReport) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from ...errors import UserError
 from ...models.parts import PRUNED_KINDS, Units
 from ...models.shape import ModelShape
 from ...settings.pruning import PruneConfig
-from ...utils.files import atomic_file, check_plain
+from ...utils.files import check_plain, write_text
 
 NAME = "price_list.json"
 FORMAT = 1
@@ -68,19 +69,27 @@ class PriceList:
                     prices.append(Price(index, part.kind, steps.units(count), gone, share * gone**1.5))
         return cls.of(shape, config, "", 0, prices, 0.0)
 
-    @property
-    def mean(self) -> float:
-        """What the whole of a part costs by its curve, nats per token, in the mean over the parts."""
+    @cached_property
+    def curves(self) -> dict[tuple[int, str], tuple[float, float]]:
+        """(layer, part) -> its :func:`curve`; a part that has nothing to give has none."""
         found = {}
         for price in self.prices:
             found.setdefault((price.layer, price.part), []).append(price)
-        return sum(curve(prices)[0] for prices in found.values()) / max(len(found), 1)
+        return {key: curve(prices) for key, prices in found.items()}
+
+    def curve_of(self, layer: int, part: str) -> tuple[float, float]:
+        """The curve of a part; one that has nothing to give costs nothing."""
+        return self.curves.get((layer, part), (0.0, 1.0))
+
+    @property
+    def mean(self) -> float:
+        """What the whole of a part costs by its curve, nats per token, in the mean over the parts."""
+        return sum(scale for scale, _ in self.curves.values()) / max(len(self.curves), 1)
 
     def of_halves(self, layers: int) -> list[float]:
         """What half of all parts of each layer costs, nats per token."""
         costs = [0.0] * layers
-        for layer, part in {(price.layer, price.part) for price in self.prices}:
-            scale, exponent = curve(self.of_part(layer, part))
+        for (layer, _), (scale, exponent) in self.curves.items():
             costs[layer] += scale * 0.5**exponent
         return costs
 
@@ -89,8 +98,13 @@ class PriceList:
 
     def write(self, folder: Path) -> None:
         """Writes price_list.json into ``folder``."""
-        with atomic_file(folder / NAME) as partial:
-            Path(partial).write_text(json.dumps(asdict(self)), encoding="utf-8")
+        write_text(folder / NAME, json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, content: dict) -> PriceList:
+        """What asdict made of a list, also where JSON held it since. Raises KeyError, TypeError, ValueError or AttributeError else."""
+        prices = [Price(**{**entry, "nats": float(entry["nats"]), "share": float(entry["share"])}) for entry in content["prices"]]
+        return cls(**{**content, "prices": prices})
 
     @classmethod
     def read(cls, path: str | os.PathLike, shape: ModelShape, config: PruneConfig) -> PriceList:
@@ -100,9 +114,7 @@ class PriceList:
         flag = f"--price_list {path}"
         check_plain(path, "--price_list ")
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            prices = [Price(**{**entry, "nats": float(entry["nats"]), "share": float(entry["share"])}) for entry in content.pop("prices")]
-            found = cls(**content, prices=prices)
+            found = cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except OSError as error:
             raise UserError(f"{flag}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -141,8 +153,6 @@ def curve(prices: list[Price]) -> tuple[float, float]:
 
     Fitted to their logarithms, so that what is measured of small shares counts as much as what is measured of large ones.
     """
-    if not prices:  # of a part that has nothing to give
-        return 0.0, 1.0
     shares = torch.tensor([price.share for price in prices], dtype=torch.float64)
     nats = torch.tensor([price.nats for price in prices], dtype=torch.float64).clamp_min(1e-9)
     x, y = shares.log(), nats.log()

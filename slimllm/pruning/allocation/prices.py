@@ -15,13 +15,14 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
+from ...data.calibration import draw
 from ...models.adapter import LayerAdapter
 from ...models.parts import PRUNED_KINDS, Kept, Units
 from ...models.slicing import slice_part
 from ...run import Run
-from ...settings.methods import PRICES, RECOVERIES
+from ...settings.methods import PRICES
 from ...streaming.activations import ActivationStore
-from ...streaming.runner import LOGIT_ROWS, LayerRunner
+from ...streaming.runner import LOGIT_ROWS, LayerRunner, frozen
 from ...streaming.sizes import Sizes, widest
 from ...utils import processes
 from ...utils.device import evaluation_dtype
@@ -90,7 +91,7 @@ class Fits:
 
     def _of_part(self, part_run: PartRun, shape, index: int) -> list[Option]:
         config, steps = self.config, shape.steps(self.config.head_unit)
-        part_run.take(needs_of(shape.kind, config, True) | (RECOVERIES[config.recovery].needs & {"input_covariance"}))
+        part_run.take(needs_of(shape.kind, config, True))
         saliency = self.inputs.saliency and self.inputs.saliency[index]
         choice = choice_of(part_run, shape, config, index, saliency)
         ridge, new_bias = config.ridge_for(self.runner.tokens), config.adds_bias(self.inputs.shape)
@@ -126,10 +127,10 @@ def gradient(inputs: AllocationInputs, fits: Fits, probe_ids: torch.Tensor) -> l
         for _, layer in runner.visit(start=index, stop=index + 1):
             options = [] if known else fits.options(layer, index, fit_inputs[index])
             costs = _backward(runner, layer, index, probe_inputs[index], upstream, options)
-        prices = [Price(**entry) for entry in known or []]
-        prices += [Price(index, option.part, option.units, option.share, cost) for option, cost in zip(options, costs)]
-        run.keep(f"prices-{index:05d}", [asdict(price) for price in prices])
-        last_first.append(prices)
+        if not known:
+            known = [asdict(Price(index, option.part, option.units, option.share, cost)) for option, cost in zip(options, costs)]
+            run.keep(f"prices-{index:05d}", known)
+        last_first.append([Price(**entry) for entry in known])
         fit_inputs[index].close()
         probe_inputs[index].close()
         runner.progress("prices", total - index, total)
@@ -147,8 +148,7 @@ def _likelihood_gradient(runner: LayerRunner, norm, head, states: torch.Tensor, 
         rows = rows.detach().requires_grad_()
         with torch.enable_grad():
             log_p = runner.adapter.logits(head, norm(rows)).log_softmax(-1)
-        below = log_p.detach().exp().cumsum(-1)
-        labels = torch.searchsorted(below, place[:, None] * below[:, -1:], right=True).clamp_max(below.shape[1] - 1)
+        labels = draw(log_p.detach().exp(), place[:, None])
         with torch.enable_grad():
             likelihood = log_p.gather(1, labels).sum()
         into[:] = torch.autograd.grad(likelihood, rows)[0]
@@ -157,28 +157,23 @@ def _likelihood_gradient(runner: LayerRunner, norm, head, states: torch.Tensor, 
 
 def _backward(runner: LayerRunner, layer: nn.Module, index: int, inputs, upstream: ActivationStore, options: list[Option]) -> list[float]:
     """Replaces ``upstream``, the gradients of the layer's outputs, by those of its ``inputs``; gives what each option costs."""
-    parts = {part.kind: part for part in runner.adapter.parts(layer)}
-    required = [parameter.requires_grad for parameter in layer.parameters()]
-    layer.requires_grad_(False)
-    caught, hooks = {}, []
-    for kind, part in parts.items():
-        hooks.append(part.output.register_forward_hook(lambda _, args, output, kind=kind: caught.update({kind: (args[0], output)})))
-    sums = torch.zeros(len(options), dtype=torch.float64)
-    for i, states in enumerate(inputs):
-        states = states.detach().requires_grad_()
-        with torch.enable_grad():
-            output = layer(states, **runner.arguments[index])
-            output = output[0] if isinstance(output, tuple) else output
-        outputs = [y for _, y in caught.values()]
-        upstream[i], *gradients = torch.autograd.grad(output, [states, *outputs], upstream[i])
-        by_part = {kind: (x.detach().flatten(0, -2), y.detach().flatten(0, -2), g) for (kind, (x, y)), g in zip(caught.items(), gradients)}
-        for k, option in enumerate(options):
-            x, y, g = by_part[option.part]
-            sums[k] += (g.flatten(0, -2).float() * option.change(x, y)).sum(-1).double().square().sum().cpu()
+    caught, sums = {}, torch.zeros(len(options), dtype=torch.float64)
+    hooks = [
+        part.output.register_forward_hook(lambda _, args, output, kind=part.kind: caught.update({kind: (args[0], output)}))
+        for part in runner.adapter.parts(layer)
+    ]
+    with frozen(layer):
+        for i, states in enumerate(inputs):
+            states = states.detach().requires_grad_()
+            with torch.enable_grad():
+                output = runner.output(layer, states, index)
+            upstream[i], *gradients = torch.autograd.grad(output, [states, *(y for _, y in caught.values())], upstream[i])
+            of = {kind: [t.detach().flatten(0, -2) for t in (x, y, g)] for (kind, (x, y)), g in zip(caught.items(), gradients)}
+            for k, option in enumerate(options):
+                x, y, g = of[option.part]
+                sums[k] += (g.float() * option.change(x, y)).sum(-1).double().square().sum().cpu()
     for hook in hooks:
         hook.remove()
-    for parameter, value in zip(layer.parameters(), required):
-        parameter.requires_grad_(value)
     *totals, tokens = processes.total(*sums.tolist(), runner.ids.numel())
     return [value / tokens / 2 for value in totals]
 
@@ -208,8 +203,7 @@ def streams(inputs: AllocationInputs, fits: Fits, probe_ids: torch.Tensor) -> li
 def _pruned(adapter: LayerAdapter, layer: nn.Module, option: Option) -> nn.Module:
     """A copy of the layer in which this part alone is pruned."""
     pruned = copy.deepcopy(layer)
-    part = next(part for part in adapter.parts(pruned) if part.kind == option.part)
-    slice_part(part, option.kept, option.recovered.weight, option.recovered.bias)
+    slice_part(adapter.part(pruned, option.part), option.kept, option.recovered.weight, option.recovered.bias)
     return pruned
 
 

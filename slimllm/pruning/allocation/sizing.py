@@ -18,17 +18,14 @@ COMMON_ATTENTION_SHARE = 0.5
 Ratios = Callable[[float], list[float]]  # an amount -> the ratio of each layer [L], in proportion to it
 
 
-def plans_from_ratios(shape: ModelShape, ratios: Ratios, config: PruneConfig, attention: float | None = None) -> list[LayerPlan]:
+def plans_from_ratios(shape: ModelShape, ratios: Ratios, config: PruneConfig) -> list[LayerPlan]:
     """One LayerPlan per layer, from the ratios of the layers.
-
-    ``attention``: the share of the heads that goes, divided by that of the channels, which make up for the rest. By default it is 1, or
-    with ``target_sparsity`` COMMON_ATTENTION_SHARE where the runtime wants one number of heads.
 
     With ``pruning_ratio`` each layer's ratio is rounded on its own, as published. With ``target_sparsity`` the ratios
     are scaled, heads rounded, and channels take up the rest, so that the decoder's parameters (biases that the
     recovery adds included) meet the target to within half a channel (half of ``round_to`` channels; of each layer, where
     the runtime wants the same number in all). Where it wants one number of heads, that is the one at which heads lose most
-    nearly that share of what channels lose: the layers that importance would spare lose them too. Where only heads go, the
+    nearly COMMON_ATTENTION_SHARE of what channels lose: the layers that importance would spare lose them too. Where only heads go, the
     target is met to within half a step of one layer's heads.
     Raises UserError where the pruned layers cannot give that much.
     """
@@ -39,17 +36,9 @@ def plans_from_ratios(shape: ModelShape, ratios: Ratios, config: PruneConfig, at
         def ratios(amount):
             return [amount * config.pruned_layers / len(shape.layers)] * len(shape.layers)
 
-    if config.prune != "both":
-        attention = 1.0
-    elif attention is None:
-        attention = COMMON_ATTENTION_SHARE if limits.same_heads and config.pruning_ratio is None else 1.0
     if config.pruning_ratio is not None:
-        plans = sizing.rounded(ratios(config.pruning_ratio))
-        if attention == 1.0:
-            return plans
-        share = removed_parameters(shape, plans, config) / shape.decoder_parameters
-        sizing = Sizing(shape, config.having(pruning_ratio=None, target_sparsity=share))
-    return sizing.for_target(ratios, attention)
+        return sizing.rounded(ratios(config.pruning_ratio))
+    return sizing.for_target(ratios, COMMON_ATTENTION_SHARE if limits.same_heads and config.prune == "both" else 1.0)
 
 
 @dataclass(frozen=True)
@@ -196,7 +185,7 @@ class Sizing:
 
     @property
     def _may_take_more_layers(self) -> bool:
-        return self.config.layer_ratio != "auto" and self.config.pruned_layers < len(self.shape.layers)
+        return self.config.pruned_layers < len(self.shape.layers)
 
     def _layers_in_words(self) -> str:
         return f"{self.config.pruned_layers} pruned layers" if self._may_take_more_layers else f"all {len(self.shape.layers)} layers"

@@ -15,7 +15,7 @@ from ...errors import UserError
 from ...models.shape import ModelShape
 from ...plan import LayerPlan
 from .budget import Budget
-from .price_list import PriceList, curve
+from .price_list import PriceList
 from .sizing import Sizing, Slot
 
 EVENNESS = 3.5  # how strongly parts are kept from losing much of themselves, in mean prices times the share that goes of all
@@ -45,7 +45,7 @@ def predicted(prices: PriceList, sizing: Sizing, plans: list[LayerPlan]) -> floa
     """What plans cost by the price list: the sum over their parts, nats per token."""
     total = 0.0
     for slot in (*sizing.coarse, *sizing.fine):
-        scale, exponent = curve(prices.of_part(slot.layer, slot.part.kind))
+        scale, exponent = prices.curve_of(slot.layer, slot.part.kind)
         total += scale * (1 - slot.kept(plans) / slot.steps.count) ** exponent
     return total
 
@@ -73,7 +73,7 @@ def solve(prices: PriceList, sizing: Sizing, budget: Budget) -> list[LayerPlan]:
 
 def _offers(prices: PriceList, sizing: Sizing, budget: Budget, slots: list[Slot], tied: bool) -> list[Offer]:
     """An offer for each part, or where all layers are to be alike, one for all of them."""
-    curves = [curve(prices.of_part(slot.layer, slot.part.kind)) for slot in slots]
+    curves = [prices.curve_of(slot.layer, slot.part.kind) for slot in slots]
     evenness = EVENNESS * prices.mean * budget.share
     offers = []
     for slot, (scale, exponent) in zip(slots, curves):

@@ -15,7 +15,7 @@ from ...models.shape import ModelShape
 from ...models.slicing import slice_part
 from ...run import Run
 from ...streaming.runner import LayerRunner
-from ...utils.device import evaluation_dtype, name_of
+from ...utils.device import evaluation_dtype, name_of, synchronise
 
 log = logging.getLogger("slimllm")
 
@@ -69,7 +69,7 @@ def measured(run: Run) -> Times:
 
 def _seconds(runner: LayerRunner, layer, kind: str, units: dict[str, int], states: torch.Tensor) -> float:
     """Of one part that keeps the first so many units; its weights come from memory, as in a model, not from the processor's cache."""
-    part = next(part for part in runner.adapter.parts(copy.deepcopy(layer)) if part.kind == kind)
+    part = runner.adapter.part(copy.deepcopy(layer), kind)
     if part.units != units:
         kept = {sort: list(range(count)) for sort, count in units.items()}
         slice_part(part, kept, part.output.weight[:, part.columns(kept)], part.output.bias)
@@ -86,11 +86,9 @@ def _seconds(runner: LayerRunner, layer, kind: str, units: dict[str, int], state
 def _median(work, device: torch.device) -> float:
     found = []
     for _ in range(REPEATS):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronise(device)
         begun = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronise(device)
         found.append(time.perf_counter() - begun)
     return statistics.median(found)

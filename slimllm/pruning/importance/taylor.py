@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...models.adapter import Part
-from ...streaming.runner import LOGIT_ROWS, LayerRunner
+from ...streaming.runner import LOGIT_ROWS, LayerRunner, frozen
 from ...utils import processes
 
 # Of one layer: sums of this importance over all weights that go with a unit, {part: {sort: [units]}}
@@ -67,24 +67,20 @@ def _backward(runner: LayerRunner, layer: nn.Module, index: int, inputs, upstrea
     """Replaces ``upstream``, the gradients of the layer's outputs, by those of its inputs; gives the layer's saliency."""
     parts = runner.adapter.parts(layer)
     linears = [linear for part in parts for linear in part.linears]
-    before = [parameter.requires_grad for parameter in layer.parameters()]
-    layer.requires_grad_(False)
-    for linear in linears:
-        linear.weight.requires_grad_()
-    for i, states in enumerate(inputs):
-        states = states.detach().requires_grad_()
-        with torch.enable_grad():
-            output = layer(states, **runner.arguments[index])
-            output = output[0] if isinstance(output, tuple) else output
-        output.backward(upstream[i])
-        upstream[i] = states.grad
-    gradients = [linear.weight.grad for linear in linears]
-    processes.add(*gradients)
-    importance = {linear: (linear.weight.detach() * gradient).abs().float() for linear, gradient in zip(linears, gradients)}
-    for linear in linears:
-        linear.weight.grad = None
-    for parameter, required in zip(layer.parameters(), before):
-        parameter.requires_grad_(required)
+    with frozen(layer):
+        for linear in linears:
+            linear.weight.requires_grad_()
+        for i, states in enumerate(inputs):
+            states = states.detach().requires_grad_()
+            with torch.enable_grad():
+                output = runner.output(layer, states, index)
+            output.backward(upstream[i])
+            upstream[i] = states.grad
+        gradients = [linear.weight.grad for linear in linears]
+        processes.add(*gradients)
+        importance = {linear: (linear.weight.detach() * gradient).abs().float() for linear, gradient in zip(linears, gradients)}
+        for linear in linears:
+            linear.weight.grad = None
     return {part.kind: _unit_sums(part, importance) for part in parts}
 
 
