@@ -89,11 +89,13 @@ def parameters(part: PartShape, units: Units, input_bias: bool, output_bias: boo
 
 
 def biased_everywhere(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig) -> set[str]:
-    """The kinds of parts all of whose projections get a bias, in every layer, where some layer loses units of them."""
-    if not config.adds_bias(shape) or not limits_of(config.runtime, shape).all_biases:
+    """The kinds of parts all of whose projections get a bias, in every layer: those of which some output projection gets or has one."""
+    if not limits_of(config.runtime, shape).all_biases:
         return set()
-    pairs = zip(shape.layers, plans, strict=True)
-    return {part.kind for layer, plan in pairs for part in layer.parts if plan.units[part.kind] != part.units}
+    new_bias, pairs = config.adds_bias(shape), zip(shape.layers, plans, strict=True)
+    return {
+        part.kind for layer, plan in pairs for part in layer.parts if part.output_bias or (new_bias and plan.units[part.kind] != part.units)
+    }
 
 
 def by_part(layer: dict) -> dict:

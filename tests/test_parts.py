@@ -12,12 +12,13 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 import hf_prune
 import slimllm
 from slimllm.data.calibration import Calibration
+from slimllm.deploy.runtimes import as_slim_model
 from slimllm.errors import UserError
 from slimllm.models import families, loading
 from slimllm.models.adapter import LayerAdapter
 from slimllm.models.families import ATTENTION, FAMILIES, MLP, Family, in_turn
 from slimllm.models.shape import RUNTIMES, limits_of, shape_of
-from slimllm.plan import removed_parameters
+from slimllm.plan import LayerPlan, LayerReport, removed_parameters
 from slimllm.pruning.importance.taylor import saliencies
 from slimllm.reporting.record import PruningRecord
 from slimllm.streaming.runner import LayerRunner
@@ -219,6 +220,29 @@ def test_a_pruned_model_is_pruned_again_for_a_runtime(runtime):
             slimllm.prune(irregular, calibration=ids, target_sparsity=0.2, runtime=runtime)
 
 
+@pytest.mark.parametrize("runtime", [runtime for runtime in RUNTIMES if runtime != "any"])
+@pytest.mark.parametrize("case", FAMILY_CASES)
+def test_biases_of_an_earlier_pruning_that_a_runtime_has_no_place_for_are_refused_before_any_work(case, runtime, tmp_path):
+    before = pruned_before(case, runtime="transformers", prune="channels", target_sparsity=0.3, round_to=1, new_bias=False)
+    for part in LayerAdapter(before.config).all_parts(before):  # as a recovery without --runtime gives them
+        if part.output.bias is None:
+            part.output.bias = torch.nn.Parameter(torch.ones(part.output.out_features))
+    before = as_slim_model(before)
+    given, ids = copy.deepcopy(before), make_ids(12)
+    settings = dict(calibration=ids, target_sparsity=0.1, round_to=1, prune="channels", runtime=runtime, recovery="least_squares")
+    plan = tmp_path / "plan.json"
+    shape = shape_of(before.config)
+    whole = [LayerReport.of_whole(index, layer, LayerPlan(0.0, layer.units)) for index, layer in enumerate(shape.layers)]
+    plan.write_text(json.dumps({"layers": [{"kept": report.kept} for report in whole]}))
+    if shape.foreign_bias and not limits_of(runtime, shape).new_bias:
+        for how in (settings, {"calibration": ids, "runtime": runtime, "plan": str(plan)}):
+            with pytest.raises(UserError, match="--runtime any"):
+                slimllm.prune(before, **how)
+        assert torch.equal(logits(before, ids), logits(given, ids)) and type(before) is type(given)
+    else:
+        slimllm.prune(before, **settings)
+
+
 @pytest.mark.parametrize("runtime", ["any", "vllm", "transformers"])
 @pytest.mark.parametrize("case", ["llama_gqa", "llama_biases", "qwen2", "phi3"])
 def test_what_is_counted_of_a_model_pruned_again_is_what_it_has(case, runtime):
@@ -226,6 +250,18 @@ def test_what_is_counted_of_a_model_pruned_again_is_what_it_has(case, runtime):
     shape = shape_of(before.config)
     result = slimllm.prune(copy.deepcopy(before), calibration=make_ids(), target_sparsity=0.3, runtime=runtime, recovery="least_squares")
     assert removed_parameters(shape, result.layers, result.config) == before.num_parameters() - result.model.num_parameters()
+
+
+@pytest.mark.parametrize("runtime", ["vllm", "transformers"])
+def test_zeros_beside_biases_of_an_earlier_pruning_are_counted(runtime):
+    """A flag of the config that one bias needs gives the part's other projections biases too, though nothing is removed of it."""
+    before = pruned_before("llama_gqa", prune="channels", layer_ratio="uniform", pruned_layers=3, target_sparsity=None, pruning_ratio=0.3)
+    shape = shape_of(before.config)
+    assert all(not part.input_bias for layer in shape.layers for part in layer.parts)
+    settings = dict(target_sparsity=0.1, prune="heads", layer_ratio="uniform", pruned_layers=3)
+    for recovery in ("least_squares", "none"):
+        result = slimllm.prune(copy.deepcopy(before), calibration=make_ids(), runtime=runtime, recovery=recovery, **settings)
+        assert removed_parameters(shape, result.layers, result.config) == before.num_parameters() - result.model.num_parameters()
 
 
 def test_the_program_prunes_what_it_pruned_and_says_both_names(tiny_folder, text_file, tmp_path, monkeypatch, capsys):

@@ -34,9 +34,14 @@ def _has_bias(config, bias: str | bool) -> bool:
     return bool(getattr(config, bias, False)) if isinstance(bias, str) else bias
 
 
+def biases_of(config, row: PartRow) -> list[bool] | None:
+    """Which layers' output projections have a bias, where the model is pruned and its config says so."""
+    return getattr(config, f"{row.output}_bias_per_layer", None)
+
+
 def _has_output_bias(config, row: PartRow, index: int) -> bool:
     """Whether the output projection has a bias, which pruned models say layer by layer."""
-    listed = getattr(config, f"{row.output}_bias_per_layer", None)
+    listed = biases_of(config, row)
     return _has_bias(config, row.output_bias) if listed is None else listed[index]
 
 

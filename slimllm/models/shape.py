@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .families import Family, family_of
-from .parts import KINDS, PartShape, Units, value_in_layer
+from .parts import KINDS, PartShape, Units, biases_of, value_in_layer
 
 HEADS_FILL_HIDDEN = ("qwen2", "phi3", "chatglm", "olmo2", "exaone4")  # architectures of llama.cpp that take no fewer heads
 RUNTIMES = ("any", "transformers", "vllm", "gguf")
@@ -39,6 +39,7 @@ class ModelShape:
     tied: bool
     heads_fixed: bool  # no head can go
     stock_bias: bool  # the family's own class can have biases in its output projections
+    foreign_bias: bool  # it cannot have some that an earlier recovery gave this model
     heads_divide_hidden: bool
     heads_bound: bool  # its config class takes the length of the rope's factors from the number of heads, so takes no other
     gguf: str  # the llama.cpp architecture that holds it where its layers have one width
@@ -84,6 +85,7 @@ def shape_of(config, family: Family | None = None) -> ModelShape:
         tied=config.tie_word_embeddings,
         heads_fixed=family.heads_fixed,
         stock_bias=all(isinstance(row.output_bias, str) for row in family.parts),
+        foreign_bias=any(row.output_bias is False and any(biases_of(config, row) or []) for row in family.parts),
         heads_divide_hidden=family.heads_divide_hidden,
         heads_bound=rope_of(config).get("rope_type") == "longrope",
         gguf=family.gguf,
@@ -146,8 +148,8 @@ def in_words(units: dict[str, Units]) -> str:
 class Limits:
     """What a runtime requires of a pruned model.
 
-    ``same_heads``, ``same_channels``: one number in all layers. ``new_bias``: a recovery may add biases. ``all_biases``:
-    where it does, the config's flags give every projection of every layer a bias, of zeros where there is none.
+    ``same_heads``, ``same_channels``: one number in all layers. ``new_bias``: a recovery may add biases. ``all_biases``: where an output
+    projection has one, the config's flag gives all projections of such parts a bias in every layer, of zeros where there is none.
     ``divisor``: the number of heads must divide it (0: any number). ``whole_heads``: no head can go.
     """
 
@@ -171,5 +173,6 @@ def limits_of(runtime: str, shape: ModelShape) -> Limits:
     whole_heads = shape.heads_fixed or (not free and bound)
     if runtime in ("any", "gguf"):
         new_bias = runtime == "any" or shape.gguf_free == "deci"
-        return Limits(not free, not free, new_bias=new_bias, divisor=divisor, whole_heads=whole_heads)
+        all_biases = shape.stock_bias and not free
+        return Limits(not free, not free, new_bias=new_bias, all_biases=all_biases, divisor=divisor, whole_heads=whole_heads)
     return Limits(True, not free, new_bias=shape.stock_bias, all_biases=shape.stock_bias, divisor=divisor, whole_heads=whole_heads)

@@ -354,10 +354,14 @@ class PruneConfig:
         super().__setattr__(name, value)
 
     def _resolved_values(self, shape: ModelShape) -> dict:
-        found = {}
+        found, limits = {}, limits_of(self.runtime, shape)
+        if shape.foreign_bias and not limits.new_bias:
+            raise UserError(
+                f"--runtime {self.runtime}: an earlier pruning gave this model biases that its class has no place for there; prune with "
+                f"--runtime any, or the dense model it came from with --runtime {self.runtime} from the start"
+            )
         if self.plan is not None:
             return found
-        limits = limits_of(self.runtime, shape)
         if limits.whole_heads and self.prune in ("both", "heads"):
             why = "queries and keys are normed over all heads together" if shape.heads_fixed else f"with --runtime {self.runtime}"
             raise UserError(f"--prune {self.prune}: no head of this model can go ({why}); --prune channels")
