@@ -38,6 +38,7 @@ from .pruning.allocation.price_list import PriceList
 from .reporting import card, figures, record
 from .reporting.record import ModelInfo, Parameters, PruningRecord
 from .run import Run
+from .streaming.journal import resuming
 from .streaming.sizes import Footprint
 from .training import distillation
 from .training.distillation import Distillation
@@ -154,7 +155,8 @@ def _calibrated(work: Work) -> Calibration:
     run = work.run
     known = run.known("calibration")
     if known is not None:
-        return Calibration.read(work.folder, known)
+        with resuming(work.folder / "calibration.safetensors"):
+            return Calibration.read(work.folder, known)
     with WholeModel(run.source, run.eval_device) as whole:
         samples = calibration.samples_for(run.config, work.given, whole, run.tokenizer)
     if work.folder is not None:
@@ -261,7 +263,8 @@ def distil(work: Work) -> None:
     names = distillation.trained_names(student, run.config.distill)
     weights = run.journal.folder / "distilled.safetensors"
     if work.distillation_finished:
-        student.load_state_dict(load_file(weights), strict=False)
+        with resuming(weights):
+            student.load_state_dict(load_file(weights), strict=False)
         work.distillation = Distillation(**run.known("distillation"))
     else:
         with run.clock("distillation"):

@@ -202,6 +202,13 @@ def test_a_run_stopped_while_it_distils_goes_on_from_its_last_saved_step(mode, t
     with monkeypatch.context() as patch:
         patch.setattr(distillation._Loss, "backward", stops)
         assert hf_prune.main(flags) == 130
+        [step] = (tmp_path / "prune_log").rglob("distilling.safetensors")
+        content = step.read_bytes()
+        step.write_bytes(content[:-8])
+        capsys.readouterr()
+        assert hf_prune.main([*flags, "--resume"]) == 2
+        assert "distilling.safetensors, which the stopped run had written, is broken" in capsys.readouterr().err
+        step.write_bytes(content)
         assert hf_prune.main([*flags, "--resume"]) == 0
     assert "distillation: resumed at step 6 of 21" in capsys.readouterr().out and len(steps) == 8 + 21 - 6
     assert hf_prune.main([*flags, "--save_ckpt_log_name", "whole"]) == 0

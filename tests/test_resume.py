@@ -242,3 +242,35 @@ def test_a_plan_of_a_file_needs_no_pass_for_importance(folder, text_file, monkey
     record = json.loads(plan.read_text())
     assert all(layer["cosine"] is None for layer in record["layers"])
     assert [layer["kept"] for layer in record["layers"]] == [layer["kept"] for layer in json.loads(Path("plan.json").read_text())["layers"]]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "other bytes"])
+def test_a_file_of_the_stopped_run_that_is_broken_is_said(damage, folder, text_file, monkeypatch, capsys):
+    """Whichever file it is: one line that names it and the way out. What it can do without it goes on."""
+    monkeypatch.setattr(pipeline, "LayerPruner", stopping_at(4))
+    more = ("--recipe", "best", "--self_share", "0", "--num_examples", "8")
+    assert hf_prune.main(flags(text_file, *more)) == 130
+    [left] = Path("prune_log").glob(".run.*.partial")
+    files = sorted(
+        path for path in left.rglob("*") if path.is_file() and (path.parent.name == ".journal" or path.name == "calibration.safetensors")
+    )
+    assert {"calibration.safetensors", "calibration.json", "allocation.json", "price_list.json"} <= {path.name for path in files}
+    assert any(path.name.startswith("states-") for path in files)
+    for path in files:
+        if path.name == "layer-00000.json" or path.suffix == ".partial":
+            continue
+        content = path.read_bytes()
+        if damage == "other bytes":
+            path.write_bytes(content[:-64] + bytes(byte ^ 0x55 for byte in content[-64:]))
+        else:
+            path.write_bytes(content[: len(content) // 2 if damage == "truncated" else 0])
+        capsys.readouterr()
+        code, err = hf_prune.main(flags(text_file, *more, "--resume")), capsys.readouterr().err
+        unread = path.name.startswith("prices-")  # the whole list is known
+        silent = unread or (damage == "other bytes" and path.name.startswith("states-"))  # numbers like any others
+        assert code == (130 if silent else 2), (path.name, err)
+        assert silent or (path.name in err and "start anew without the flag" in err and len(err.strip().splitlines()) == 1), (
+            path.name,
+            err,
+        )
+        path.write_bytes(content)

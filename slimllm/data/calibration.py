@@ -73,15 +73,18 @@ class Calibration:
 
     @classmethod
     def read(cls, folder: Path, described: dict) -> Calibration:
-        """What :meth:`save` wrote into ``folder``; ``described`` as by :meth:`to_dict`."""
+        """What :meth:`save` wrote into ``folder``; ``described`` as by :meth:`to_dict`. Raises ValueError for other samples than these."""
         tensors = load_file(folder / "calibration.safetensors")
-        return cls(
+        found = cls(
             tensors["calibration_ids"],
             described["source"],
             described["seed"],
             distill_ids=tensors.get("distill_ids"),
             own=described["own"],
         )
+        if found.to_dict() != described:
+            raise ValueError("it holds other samples")
+        return found
 
     def to_dict(self) -> dict:
         """What a record holds of it: where the samples came from, their number, length and hash, but not the ids."""

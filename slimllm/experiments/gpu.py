@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 
 from .. import api
-from ..data.calibration import Calibration
 from ..errors import UserError
 from ..models import loading
 from ..reporting import record
@@ -121,7 +120,7 @@ def _timing(recipe: str, device: str, size: str) -> Step:
 
 def decisions(folder: Path, device: torch.device, dtype: torch.dtype, recipe: str) -> dict:
     """How many of the heads and channels of the small model that the GPU keeps are those that the CPU keeps in float32."""
-    samples, kept = Calibration.read(folder, {"source": "random", "seed": None, "own": 0}), []
+    samples, kept = folder / "calibration.safetensors", []
     begun, level = time.perf_counter(), log.level
     log.setLevel(logging.WARNING)
     for place, kind in ((torch.device("cpu"), torch.float32), (device, dtype)):

@@ -8,11 +8,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from ..errors import UserError
 from ..models.tensor_file import TensorFile
 from ..models.weights import Tensors
 from ..utils import processes
-from ..utils.files import fsync_folder, write_text
+from ..utils.files import fsync, write_text
 from .activations import ActivationStore
 
 NAME = ".journal"  # inside the folder of a run that is not finished
@@ -62,12 +64,13 @@ class Journal:
     def get(self, name: str):
         """The entry ``name``, or None where there is none."""
         path = self.folder / f"{name}.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        with resuming(path):
+            return json.loads(path.read_text()) if path.is_file() else None
 
     def put(self, name: str, value) -> None:
         """Keeps ``value``, which JSON can hold, as the entry ``name``, in place of an older one; only the first process writes."""
         if processes.is_first():
-            write_text(self.folder / f"{name}.json", json.dumps(value), sync=True)
+            write_text(self.folder / f"{name}.json", json.dumps(value))
 
     def layers(self) -> list[dict]:
         """The reports of the finished layers, in order."""
@@ -86,7 +89,7 @@ class Journal:
                     for i, states in enumerate(store):
                         file.write(f"{name}.{i}", states)
             path.with_suffix(".partial").replace(path)
-            fsync_folder(self.states)
+            fsync(self.states)
         processes.wait()
         self.put(f"layer-{index:05d}", report)
         processes.wait()  # until then a run that is stopped needs the older ones
@@ -96,13 +99,23 @@ class Journal:
         """Fills ``store`` with the states ``name`` after layer ``index``. Raises UserError where they are gone."""
         if not self._states(index).is_file():
             raise UserError(f"--resume: {self._states(index)}, which the stopped run had written, is gone; start anew without the flag")
-        tensors = Tensors([self._states(index)])
+        with resuming(self._states(index)):
+            tensors = Tensors([self._states(index)])
         while (key := f"{name}.{len(store)}") in tensors.names:
             store.append(tensors.read(key).to(device))
         return store
 
     def _states(self, index: int) -> Path:
         return self.states / f"states-{index:05d}-{processes.rank()}.safetensors"
+
+
+@contextlib.contextmanager
+def resuming(path: Path):
+    """Converts what goes wrong while ``path`` is read, a file that a stopped run left, to a UserError with the way out."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, UserError) as error:
+        raise UserError(f"--resume: {path}, which the stopped run had written, is broken ({error}); start anew without the flag") from None
 
 
 def clear_orphans(tmp_dir: str) -> None:

@@ -25,7 +25,7 @@ from ..models.adapter import LayerAdapter
 from ..plan import LayerPlan, removed_parameters
 from ..run import Run
 from ..streaming.divergence import Divergence
-from ..streaming.journal import Journal
+from ..streaming.journal import Journal, resuming
 from ..streaming.progress import Progress
 from ..streaming.sizes import Sizes
 from ..utils import processes
@@ -131,7 +131,7 @@ class _Training:
         """Whether a stopped run stored a step; if so, restores it."""
         if self._path is None or not self._path.is_file():
             return False
-        with safe_open(self._path, "pt") as file:
+        with resuming(self._path), safe_open(self._path, "pt") as file:
             about = json.loads(file.metadata()["about"])
             for i, parameter in enumerate(self.parameters):
                 parameter.data.copy_(file.get_tensor(f"{i}.value"))

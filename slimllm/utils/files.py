@@ -67,7 +67,8 @@ def writing(target: Path, way_out: str = ""):
 
 @contextmanager
 def atomic_file(path: Path):
-    """A path to write to; the file takes its place at ``path`` when the block ends well, so what was there stays until then.
+    """A path to write to; the file takes its place at ``path`` when the block ends well and all of it is on the disk, so what was there
+    stays until then, whatever happens to the machine.
 
     Raises UserError where something else than a plain file stands there, or where it changed while the block ran.
     """
@@ -82,25 +83,22 @@ def atomic_file(path: Path):
             yield partial
             if state_of(path) != before:
                 raise UserError(f"{path} was made or changed by something else meanwhile; name another")
+            fsync(partial)
             partial.replace(path)
+            fsync(path.parent)
         finally:
             partial.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str, sync: bool = False) -> None:
-    """Writes a text file, and its folder; what it held before stays until the new content is complete, with ``sync`` on the disk."""
-    with atomic_file(path) as partial, partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
-    if sync:
-        fsync_folder(Path(path).parent)
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, and its folder; what it held before stays until the new content is complete."""
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
-def fsync_folder(folder: str | os.PathLike) -> None:
-    """Makes sure that the names of new files in ``folder`` are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync(path: str | os.PathLike) -> None:
+    """Makes sure that the content of a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
