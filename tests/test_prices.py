@@ -15,7 +15,7 @@ from slimllm.models.adapter import LayerAdapter
 from slimllm.models.shape import shape_of
 from slimllm.plan import LayerPlan, removed_parameters
 from slimllm.pruning.allocation import budget, prices, solver, timing
-from slimllm.pruning.allocation.budget import budget_of, of_parameters
+from slimllm.pruning.allocation.budget import budgets_of, of_parameters
 from slimllm.pruning.allocation.inputs import AllocationInputs
 from slimllm.pruning.allocation.price_list import NAME, Price, PriceList, curve
 from slimllm.pruning.allocation.sizing import Sizing
@@ -171,6 +171,38 @@ def test_no_other_plan_that_frees_as_much_is_predicted_to_lose_less(seed, share)
             assert total(found, budget, other) >= best * 0.97  # heads come in steps: a little is left on the table
 
 
+SEVERAL = [
+    {"target_sparsity": 0.2, "target_speedup": 1.3},
+    {"target_sparsity": 0.25, "target_speedup": 1.3},
+    {"target_sparsity": 0.3, "target_speedup": 1.35},
+    {"target_sparsity": 0.3, "target_speedup": 1.05},
+    {"target_sparsity": 0.1, "fit": 0.75, "target_speedup": 1.2},
+    {"fit": 0.75, "target_speedup": 1.3},
+]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("settings", SEVERAL)
+def test_several_budgets_are_all_met_and_no_other_plan_that_does_so_loses_less(settings, seed, monkeypatch):
+    shape = make_shape("llama_mha", num_hidden_layers=2, intermediate_size=24, hidden_size=32, head_dim=8)
+    monkeypatch.setattr(timing, "by_parameters", lambda shape: timing.Times({"attention": (1e-3, 8e-3), "mlp": (1e-3, 1e-5)}, 2e-3))
+    monkeypatch.setattr(solver, "EVENNESS", 0.0)
+    if "fit" in settings:
+        whole = bytes_of([LayerPlan(0.0, layer.units) for layer in shape.layers], shape, 64)
+        settings = settings | {"fit": f"{settings['fit'] * whole / 1e6:.6f}MB", "context": 64, "gguf_type": "f16"}
+    config = make_config(layers=2, shape=shape, layer_ratio="auto", **{"target_sparsity": None, **settings, "recovery": "none"})
+    found, sizing, budgets = random_list(shape, config, seed), Sizing(shape, config), budgets_of(AllocationInputs(shape, config))
+    assert len(budgets) == sum(settings.get(name) is not None for name in ("target_sparsity", "fit", "target_speedup"))
+    plans = solver.solve_all(found, sizing, budgets)
+    channel = [budget.frees(sizing.fine[0], 23) for budget in budgets]
+    assert all(budget.removed(plans) >= budget.target - 1.01 * step for budget, step in zip(budgets, channel))
+    best = solver.predicted(found, sizing, plans)
+    for heads, channels in itertools.product(itertools.product(range(1, 5), repeat=2), itertools.product(range(3, 25), repeat=2)):
+        other = [LayerPlan(0.0, {"attention": {"heads": h, "kv_heads": h}, "mlp": {"channels": c}}) for h, c in zip(heads, channels)]
+        if all(budget.removed(other) >= budget.target for budget in budgets):
+            assert solver.predicted(found, sizing, other) >= 0.9 * best  # heads come in steps
+
+
 @pytest.mark.parametrize("case", ["llama_mha", "llama_gqa", "llama_biases", "qwen3"])
 @pytest.mark.parametrize("settings", [{}, {"round_to": 4}, {"runtime": "vllm"}, {"runtime": "transformers"}, {"prune": "channels"}])
 @pytest.mark.parametrize("share", [0.0, 0.15, 0.4])
@@ -263,6 +295,8 @@ def test_amounts_of_the_whole_model_are_met():
         best(model, ids, target_sparsity=None, target_params="five")
     with pytest.raises(UserError, match="--target_sparsity and --smaller both say how much to remove"):
         best(model, ids, smaller=0.2)
+    with pytest.raises(UserError, match="--pruning_ratio and --fit both say how much to remove"):
+        best(model, ids, target_sparsity=None, pruning_ratio=0.2, fit="1MB")
 
 
 def bytes_of(layers, shape, context):
@@ -286,12 +320,12 @@ def test_a_file_fits_with_its_cache(context, share):
     settings = dict(target_sparsity=None, fit=f"{asked / 1e6:.6f}MB", context=context, head_unit="group", recovery="none", look_back=0.0)
     run = run_of(model, make_ids(8), make_config(layers=2, shape=shape, layer_ratio="auto", **settings))
     found = prices.measured(AllocationInputs(shape, run.config, run))
-    budget = budget_of(AllocationInputs(shape, run.config))
+    [budget] = budgets_of(AllocationInputs(shape, run.config))
     plans = solver.solve(found, Sizing(shape, run.config), budget)
     assert bytes_of(plans, shape, context) == pytest.approx(asked, rel=0.02)
     with pytest.raises(UserError, match=r"--fit 0.001MB: all 2 layers can give up at most [\d.]+ of the [\d.]+ MB that the model takes"):
         config = make_config(layers=2, shape=shape, layer_ratio="auto", **{**settings, "fit": "0.001MB"})
-        solver.solve(found, Sizing(shape, config), budget_of(AllocationInputs(shape, config)))
+        solver.solve(found, Sizing(shape, config), *budgets_of(AllocationInputs(shape, config)))
 
 
 def test_what_a_part_takes_in_a_file_follows_the_blocks():

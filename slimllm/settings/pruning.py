@@ -30,7 +30,8 @@ HEAD_UNITS = ("group", "query")
 REGULAR = ("uniform", "auto")  # ways to spread the sparsity that can give all layers the same widths
 PARTS = ("both", "heads", "channels")
 DISTILLATIONS = ("none", "scales", "all")
-AMOUNTS = ("pruning_ratio", "target_sparsity", "smaller", "target_params", "fit", "target_speedup")  # each says how much is to go
+SIZES = ("pruning_ratio", "target_sparsity", "smaller", "target_params")  # each says how many parameters are to go
+AMOUNTS = (*SIZES, *BY_PRICES)  # each says how much is to go
 _PLANNED = (*AMOUNTS, "pruned_layers", "alpha", "layer_ratio", "prune", "price_list")  # what --plan says in their place
 GGUF_BLOCK = 32  # rows of quantized tensors come in blocks of this
 LONGEST_NAME = 200  # bytes of a file name; what is written beside a folder while it is made needs a few more, and 255 are allowed
@@ -72,12 +73,16 @@ class PruneConfig:
         "sparsity", "parameters that the whole model is to keep, such as 5.4B or 100M; instead of --pruning_ratio"
     )
     fit: str | None = flag(
-        "sparsity", "auto: bytes that a GGUF file of the model and its KV cache are to take, such as 6GB; instead of --pruning_ratio"
+        "sparsity",
+        "auto: bytes that a GGUF file of the model and its KV cache are to take, such as 6GB; instead of "
+        "--pruning_ratio, or besides another amount: all are met",
     )
     context: int = flag("sparsity", "with --fit: tokens in the KV cache", 4096)
     gguf_type: str = flag("sparsity", "with --fit: type of the weights in the file, as for export-gguf", "q8_0", choices=OUTTYPES)
     target_speedup: float | None = flag(
-        "sparsity", "auto: how many times as fast a token is to be generated, by layer times measured on this machine, such as 1.5"
+        "sparsity",
+        "auto: how many times as fast a token is to be generated, by layer times measured on this machine, such as 1.5; "
+        "instead of --pruning_ratio, or besides another amount: all are met",
     )
     pruned_layers: int | None = flag(
         "sparsity",
@@ -260,9 +265,9 @@ class PruneConfig:
 
     def _check_what_decides(self) -> None:
         """Raises UserError where two settings decide the same thing."""
-        amounts = [name for name in AMOUNTS if getattr(self, name) is not None]
-        if len(amounts) > 1:
-            raise UserError(f"--{amounts[0]} and --{amounts[1]} both say how much to remove: give one of them")
+        sizes, others = ([name for name in names if getattr(self, name) is not None] for names in (SIZES, BY_PRICES))
+        if len(sizes) > 1 or (others and sizes == ["pruning_ratio"]):
+            raise UserError(f"--{sizes[0]} and --{[*sizes, *others][1]} both say how much to remove: give one of them")
         if self.method != "slimllm" and self.recipe != "paper":
             raise UserError(
                 f"--method {self.method} and --recipe {self.recipe}: the recipe is SlimLLM's; give one of them, or single flags of "
@@ -288,8 +293,8 @@ class PruneConfig:
 
     @property
     def amount(self) -> tuple[str, object]:
-        """The flag that says how much is to go, and its value."""
-        name = next(name for name in reversed(AMOUNTS) if getattr(self, name) is not None)
+        """The flag that says how much is to go, and its value; where there are several, the one that says it in parameters."""
+        name = next(name for name in (*reversed(SIZES), *BY_PRICES) if getattr(self, name) is not None)
         return name, getattr(self, name)
 
     @property
@@ -384,9 +389,9 @@ class PruneConfig:
                 f"--layer_ratio {self.layer_ratio} and --runtime {self.runtime}: all layers of this model lose the same there; "
                 "leave one of the two out"
             )
-        name, value = self.amount
-        if name in BY_PRICES and "prices" not in LAYER_RATIOS[found.get("layer_ratio", self.layer_ratio)].needs:
-            raise UserError(f"--{name} {value}: it goes by a price list; add --recipe best or --layer_ratio auto")
+        for name in BY_PRICES if "prices" not in LAYER_RATIOS[found.get("layer_ratio", self.layer_ratio)].needs else ():
+            if (value := getattr(self, name)) is not None:
+                raise UserError(f"--{name} {value}: it goes by a price list; add --recipe best or --layer_ratio auto")
         return found
 
     def sparsity_of(self, shape: ModelShape) -> float | None:

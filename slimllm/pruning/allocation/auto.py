@@ -6,11 +6,11 @@ import dataclasses
 import logging
 
 from . import prices
-from .budget import budget_of
+from .budget import budgets_of
 from .inputs import Allocation, AllocationInputs
 from .price_list import PriceList
 from .sizing import Sizing
-from .solver import predicted, solve
+from .solver import predicted, solve_all
 
 log = logging.getLogger("slimllm")
 
@@ -24,10 +24,12 @@ def auto(inputs: AllocationInputs) -> Allocation:
         price_list = PriceList.alike(shape, config)
     else:
         price_list = PriceList.from_dict(inputs.run.once("price_list", lambda: dataclasses.asdict(prices.measured(inputs))))
-    sizing, budget = Sizing(shape, config), budget_of(inputs)
-    if budget.target <= 0 and inputs.run is not None:
-        log.info("%s: the model meets that as it is, so nothing is removed", budget.asked)
-    plans = solve(price_list, sizing, budget)
+    sizing, budgets = Sizing(shape, config), budgets_of(inputs)
+    binding = [budget for budget in budgets if budget.target > 0]
+    for budget in budgets if inputs.run is not None else []:
+        if budget.target <= 0:
+            log.info("%s: the model meets that as it is%s", budget.asked, "" if binding else ", so nothing is removed")
+    plans = solve_all(price_list, sizing, binding or budgets[:1])
     if inputs.run is None:
         return Allocation(plans)
     log.info("predicted loss: %.3f nats per token", loss := predicted(price_list, sizing, plans))

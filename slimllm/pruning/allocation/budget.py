@@ -12,7 +12,7 @@ from ...errors import UserError
 from ...models.parts import PRUNED_KINDS, PartShape, Units
 from ...models.shape import ModelShape
 from ...plan import LayerPlan, Measure, parameters, removed
-from ...settings.pruning import BYTES, PruneConfig
+from ...settings.pruning import BY_PRICES, BYTES, PruneConfig
 from . import timing
 from .inputs import AllocationInputs
 from .sizing import Slot
@@ -23,7 +23,8 @@ from .timing import Times
 class Budget:
     """``target`` is to go of what the parts of a model take by ``measure``.
 
-    ``asked``: the flag and its value, as messages name it. ``in_words``: an amount, as messages say it.
+    ``asked``: the flag and its value, as messages name it. ``in_words``: an amount, as messages say it. ``exact``: as much as that is to go
+    and no more, where it can be had; else more may go where that is predicted to lose less.
     """
 
     shape: ModelShape
@@ -32,6 +33,7 @@ class Budget:
     measure: Measure
     asked: str
     in_words: Callable[[float], str]
+    exact: bool = False
 
     @property
     def share(self) -> float:
@@ -60,14 +62,29 @@ class Budget:
         )
 
 
-def budget_of(inputs: AllocationInputs) -> Budget:
-    """What the settings ask for, whichever flag says it."""
+def budgets_of(inputs: AllocationInputs) -> list[Budget]:
+    """What the settings ask for, one budget for each flag that says something of it."""
     shape, config = inputs.shape, inputs.config
+    found = [] if config.amount[0] in BY_PRICES else [of_parameters(shape, config)]
     if config.fit is not None:
-        return of_bytes(shape, config, inputs.file_overhead)
+        found.append(of_bytes(shape, config, inputs.file_overhead))
     if config.target_speedup is not None:
-        return of_time(shape, config, timing.measured(inputs.run) if inputs.run else timing.by_parameters(shape))
-    return of_parameters(shape, config)
+        found.append(of_time(shape, config, timing.measured(inputs.run) if inputs.run else timing.by_parameters(shape)))
+    return found
+
+
+def together(budgets: list[Budget], weights: list[float], target: float) -> Budget:
+    """Several budgets as one: the mean of the shares of their targets that are met, with these weights, is to come to ``target``."""
+
+    def measure(part: PartShape, units: Units, input_bias: bool, output_bias: bool) -> float:
+        values = (budget.measure(part, units, input_bias, output_bias) / budget.target for budget in budgets)
+        return sum(weight * value for weight, value in zip(weights, values))
+
+    def in_words(amount: float) -> str:
+        return f"{amount:.3f} of what they ask for"
+
+    asked = " and ".join(budget.asked for budget in budgets)
+    return Budget(budgets[0].shape, budgets[0].config, target, measure, asked, in_words)
 
 
 def of_parameters(shape: ModelShape, config: PruneConfig) -> Budget:
@@ -82,7 +99,7 @@ def of_parameters(shape: ModelShape, config: PruneConfig) -> Budget:
     def in_words(amount: float) -> str:
         return f"{amount / shape.decoder_parameters:.3f} of the decoder's parameters"
 
-    return Budget(shape, config, share * shape.decoder_parameters, parameters, f"--{name} {value}", in_words)
+    return Budget(shape, config, share * shape.decoder_parameters, parameters, f"--{name} {value}", in_words, exact=True)
 
 
 def of_bytes(shape: ModelShape, config: PruneConfig, overhead: int) -> Budget:

@@ -7,6 +7,7 @@ them together free enough. What a runtime demands (widths alike, multiples of 32
 from __future__ import annotations
 
 import bisect
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +15,15 @@ import torch
 from ...errors import UserError
 from ...models.shape import ModelShape
 from ...plan import LayerPlan
-from .budget import Budget
+from .budget import Budget, together
 from .price_list import PriceList
 from .sizing import Sizing, Slot
 
 EVENNESS = 3.5  # how strongly parts are kept from losing much of themselves, in mean prices times the share that goes of all
 MOST = 0.9  # the share that a part loses at most, unless nothing else frees enough
 STEEP = 1e3  # nats per share beyond that
+WEIGHINGS = 30  # how often several budgets are weighed against each other
+NEARLY = 1.01  # budgets that are met to within so much of each other bind alike
 
 Assignment = list[tuple["Offer", int]]  # offers, and the position of what each is to keep
 
@@ -50,10 +53,55 @@ def predicted(prices: PriceList, sizing: Sizing, plans: list[LayerPlan]) -> floa
     return total
 
 
+def solve_all(prices: PriceList, sizing: Sizing, budgets: list[Budget]) -> list[LayerPlan]:
+    """One plan per layer that meets all the budgets, each to within one channel. Raises UserError where the parts cannot free that much.
+
+    Where the plan for one of them meets the others too, that is it. Else several bind, and they are weighed against each other until one
+    plan just meets them all: what is missed gets more weight, what is exceeded less.
+    """
+    found = [solve(prices, sizing, budget) for budget in budgets]
+    if len(budgets) == 1:
+        return found[0]
+    weights, beyond = [1 / len(budgets)] * len(budgets), 1.0
+    slack = [_widest_step(sizing, budget) for budget in budgets]
+
+    def missed(plans: list[LayerPlan]) -> float:
+        """By how many channels a budget is missed, at most."""
+        return max(max(0.0, (budget.target - budget.removed(plans)) / step - 1) for budget, step in zip(budgets, slack))
+
+    for _ in range(WEIGHINGS if min(map(missed, found)) else 0):
+        plans = solve(prices, sizing, together(budgets, weights, beyond))
+        found.append(plans)
+        met = [budget.removed(plans) / budget.target for budget in budgets]
+        weights = [weight / share for weight, share in zip(weights, met)]
+        weights = [weight / sum(weights) for weight in weights]
+        if max(met) / min(met) < NEARLY:
+            beyond /= min(met)
+    if min(map(missed, found)) and sizing.fine:  # steps of heads are too large to meet them all: the channels beside them make up for it
+        for plans in list(found):
+            for budget in budgets:
+                coarse, fine = (_offers(prices, sizing, budget, slots, tied) for slots, tied in _kinds(sizing))
+                fixed = [(offer, offer.steps.tolist().index(offer.slots[0].kept(plans))) for offer in coarse]
+                with contextlib.suppress(UserError):
+                    found.append(_nearest(fine, fixed, budget))
+    return min(found, key=lambda plans: (missed(plans), predicted(prices, sizing, plans)))
+
+
+def _kinds(sizing: Sizing) -> tuple[tuple[list[Slot], bool], ...]:
+    """Coarse and fine parts, and whether all layers are to be alike in them."""
+    return (sizing.coarse, sizing.limits.same_heads), (sizing.fine, sizing.limits.same_channels)
+
+
+def _widest_step(sizing: Sizing, budget: Budget) -> float:
+    """The most that one channel frees, or where no channel goes one step of heads."""
+    slots, tied = next(kind for kind in reversed(_kinds(sizing)) if kind[0])
+    step = sizing.config.round_to if sizing.fine else 1
+    return (len(slots) if tied else 1) * max(budget.frees(slot, slot.steps.count - step) for slot in slots if slot.steps.count > step)
+
+
 def solve(prices: PriceList, sizing: Sizing, budget: Budget) -> list[LayerPlan]:
     """One plan per layer. Raises UserError where the parts cannot free that much."""
-    coarse = _offers(prices, sizing, budget, sizing.coarse, sizing.limits.same_heads)
-    fine = _offers(prices, sizing, budget, sizing.fine, sizing.limits.same_channels)
+    coarse, fine = (_offers(prices, sizing, budget, slots, tied) for slots, tied in _kinds(sizing))
     if not fine:
         return _nearest(coarse, [], budget)
     found, failed = [], None
@@ -64,7 +112,8 @@ def solve(prices: PriceList, sizing: Sizing, budget: Budget) -> list[LayerPlan]:
         except UserError as error:
             failed = error
             continue
-        missed = abs(budget.removed(plans) - budget.target) > 2 * _tolerance(fine)  # whole heads freed too much
+        beyond = budget.removed(plans) - budget.target  # whole heads may free too much
+        missed = (abs(beyond) if budget.exact else -beyond) > 2 * _tolerance(fine)
         found.append((missed, _loss(coarse + fine, plans), plans))
     if not found:
         raise failed
