@@ -30,7 +30,6 @@ def run(config) -> None:
     from slimllm.footprint import check_room, footprint
     from slimllm.models import loading
     from slimllm.models.checked import warn_of_length
-    from slimllm.pruning.allocation.layer_ratios import without_scores
     from slimllm.reporting import tables
     from slimllm.run import Run
     from slimllm.utils.device import pruning_dtype, saving_dtype
@@ -46,11 +45,10 @@ def run(config) -> None:
         stored = loading.stored_dtype(config.base_model, run.model_config)
         run.dtype = pruning_dtype(config.dtype, run.device, own)
         work.save_dtype = saving_dtype(config.save_dtype, stored, run.dtype)
-        likely = work.plans or without_scores(run)
+        likely, how = stages.likely_plans(work)
         takes = footprint(run, likely, own, work.save_dtype)
         check_room(takes, run)
         if config.dry_run:
-            how = f"the plan of {config.plan}" if work.plans else "all layers taken to matter the same"
             before = loading.bytes_on_disk(config.base_model, stored or run.dtype, run.shape)
             log.info("%s", tables.dry_run(run, likely, how, takes, before))
         else:

@@ -34,7 +34,7 @@ TYPICAL_TEXTS = 450_000  # tokens of WikiText-2 and PTB together
 def footprint(run: Run, plans: list[LayerPlan], stored: torch.dtype | None, saved: torch.dtype) -> Footprint:
     """What a run with these plans takes; weights are ``stored`` (None: in a .gguf file), computed, then ``saved`` in these."""
     shape, config, sizes = run.shape, run.config, sizes_of(run, stored, saved)
-    embedding = shape.vocab * shape.hidden * sizes.compute + PIECE * max(sizes.stored, sizes.compute)
+    embedding = (shape.vocab + shape.tokens_gone) * shape.hidden * sizes.compute + PIECE * max(sizes.stored, sizes.compute)
     peak = max(
         layer.peak_bytes(run, plans, sizes),
         prices.peak_bytes(run, sizes),

@@ -22,7 +22,8 @@ from .deploy import checkpoint, export_gguf
 from .deploy.runtimes import check_buildable, convert_for_runtime
 from .deploy.sink import CheckpointSink, pruned_skeleton
 from .deploy.weight_files import weight_bytes
-from .evaluation.perplexity import continuations, perplexities
+from .errors import UserError
+from .evaluation.perplexity import continuations, nats_per_byte, perplexities
 from .models import loading
 from .models.adapter import LayerAdapter
 from .models.checked import warn_of_length
@@ -30,7 +31,7 @@ from .models.gguf_tensors import GgufTensors
 from .models.loading import WholeModel
 from .models.source import ModelSource
 from .plan import LayerPlan, LayerReport
-from .pruning import pipeline
+from .pruning import pipeline, vocabulary
 from .pruning.allocation.inputs import Allocation
 from .pruning.allocation.layer_ratios import without_scores
 from .pruning.allocation.plan_file import read_plan
@@ -70,12 +71,16 @@ class Work:
     texts: list[texts.EvalText] = field(default_factory=list)
     # what the stages came to
     blocks: list[torch.Tensor] = field(default_factory=list)
+    vocabulary: vocabulary.Kept | None = None
+    blocks_now: list[torch.Tensor] | None = None  # of the texts in the tokens that stay, where some go
+    drawn: calibration.Calibration | None = None  # the samples in the tokens of the model that was given
     teacher: Teacher | None = None
     lent: bool = False
     allocation: Allocation | None = None
     layers: list[LayerReport] = field(default_factory=list)
     distillation: Distillation | None = None
     perplexities: dict[str, list[float]] = field(default_factory=dict)
+    nats_per_byte: dict[str, list[float]] = field(default_factory=dict)
     info: ModelInfo | None = None
     record: PruningRecord | None = None
 
@@ -107,15 +112,30 @@ def go_through(stages: Sequence[Stage], work: Work) -> Work:
 
 def plans_of(run: Run) -> list[LayerPlan] | None:
     """The plans of ``--plan``, or None where the layers' importance decides. Raises UserError early for a sparsity that cannot be met."""
+    kept, tokens = run.config.tokens_of(run.shape.vocab), run.shape.vocab
+    if kept is not None:
+        run.shape = run.shape.with_tokens(kept)
     if run.config.plan is None:
         if run.config.fit is not None:
             run.tokenizer = run.tokenizer or loading.load_tokenizer(run.config.base_model)
-            run.file_overhead = export_gguf.metadata_bytes(run.tokenizer, run.config.base_model, run.model_config)
-        without_scores(run)
+            overhead = export_gguf.metadata_bytes(run.tokenizer, run.config.base_model, run.model_config)
+            run.file_overhead = overhead * (kept or tokens) // tokens
+        if kept is not None:
+            without_scores(run)
         return None
     plans = read_plan(run.config.plan, run.shape, run.config.runtime)
     check_buildable([plan.units for plan in plans])
     return plans
+
+
+def likely_plans(work: Work) -> tuple[list[LayerPlan], str]:
+    """(the plans, or what they will be like, from the model's config alone; where they are from, in words)."""
+    run = work.run
+    if work.plans:
+        return work.plans, f"the plan of {run.config.plan}"
+    if run.config.vocab == "auto":
+        return [LayerPlan(0.0, layer.units) for layer in run.shape.layers], "--vocab auto decides by what it measures: nothing removed yet,"
+    return without_scores(run), "all layers taken to matter the same"
 
 
 def load(work: Work) -> None:
@@ -126,13 +146,15 @@ def load(work: Work) -> None:
         run.tokenizer = loading.load_tokenizer(config.base_model)
         if work.writes and processes.is_first():
             work.checkpoint.mkdir(exist_ok=True)
-            checkpoint.write_tokenizer(run.tokenizer, work.checkpoint, config.base_model, run.model_config)
+            if config.vocab == "keep":
+                checkpoint.write_tokenizer(run.tokenizer, work.checkpoint, config.base_model, run.model_config)
         sizes = config.max_seq_len, config.eval_limit
         work.blocks = [texts.blocks_of(text, run.tokenizer, run.model_config, *sizes) for text in work.texts]
         run.source = loading.open_source(config.base_model, run.dtype, config=run.model_config)
     size, kind = run.source.model.num_parameters() / 1e6, run.model_config.model_type
     log.info("%s: %s, %d layers, %.1f M parameters, %s", config.base_model, kind, len(run.source), size, run.dtype)
-    identity = record.identity(config, run.source.weights.files, work.texts, (config.calibration, config.plan, config.price_list))
+    sources = (config.calibration, config.plan, config.price_list, *(config.vocab_text or ()))
+    identity = record.identity(config, run.source.weights.files, work.texts, sources)
     processes.from_first(lambda: run.journal.check(identity))
 
 
@@ -179,7 +201,7 @@ def _set_numbers_drawn(run: Run) -> None:
 
 def measure_dense(work: Work) -> None:
     """The perplexity of the model that is given."""
-    _measure(work, work.run.source, "dense")
+    _measure(work, work.run.source, "dense", work.blocks)
 
 
 def measure_pruned(work: Work) -> None:
@@ -187,10 +209,10 @@ def measure_pruned(work: Work) -> None:
     if work.run.config.save_model:
         log.info("saved, loaded again and compared: the same logits")
     if work.writes:
-        _measure(work, loading.open_source(str(work.checkpoint), work.run.dtype, "DIR"), "pruned")
+        _measure(work, loading.open_source(str(work.checkpoint), work.run.dtype, "DIR"), "pruned", work.blocks_now or work.blocks)
 
 
-def _measure(work: Work, source: ModelSource, stage: str) -> None:
+def _measure(work: Work, source: ModelSource, stage: str, blocks: list[torch.Tensor]) -> None:
     """Prints the continuations that were asked for, and measures the perplexity on each text."""
     run = work.run
 
@@ -199,16 +221,42 @@ def _measure(work: Work, source: ModelSource, stage: str) -> None:
             with WholeModel(source, run.eval_device) as whole:
                 for text in continuations(whole.model(), run.tokenizer, run.config.seed, run.config.temperature, run.config.top_p):
                     log.info("[%s] %s", stage, text)
-        if not work.blocks:
+        if not blocks:
             return []
         names = [f"{text.name} ({stage})" for text in work.texts]
         dtype = evaluation_dtype(source.dtype, run.eval_device)
-        return perplexities(source, work.blocks, names, run.eval_device, dtype, run.progress, run.config.tmp_dir)
+        return perplexities(source, blocks, names, run.eval_device, dtype, run.progress, run.config.tmp_dir)
 
     with run.clock("evaluation"):
         work.perplexities[stage] = run.once(stage, measured)
-    for text, value in zip(work.texts, work.perplexities[stage]):
-        log.info("%s: %s perplexity %.3f", stage, text.name, value)
+    tokenizer = run.tokenizer
+    work.nats_per_byte[stage] = [nats_per_byte(value, ids, tokenizer) for value, ids in zip(work.perplexities[stage], blocks)]
+    for text, value, nats in zip(work.texts, work.perplexities[stage], work.nats_per_byte[stage]):
+        log.info("%s: %s perplexity %.3f, %.4f nats per byte", stage, text.name, value, nats)
+
+
+def trim(work: Work) -> None:
+    """The vocabulary: from here on the model is the one that has some of its tokens alone, where that is asked for."""
+    run = work.run
+    if run.config.vocab == "keep":
+        return
+
+    def measure(source: ModelSource, blocks: torch.Tensor) -> float:
+        dtype = evaluation_dtype(source.dtype, run.eval_device)
+        [found] = perplexities(source, [blocks], ["the text held out"], run.eval_device, dtype, run.progress, run.config.tmp_dir)
+        return found
+
+    with run.clock("vocabulary"):
+        found = run.once("vocabulary", lambda: dataclasses.asdict(vocabulary.chosen(run, measure)))
+        work.vocabulary, work.drawn = vocabulary.Kept(**found), run.samples
+        vocabulary.apply(run, work.vocabulary)
+    if run.config.fit is not None:
+        run.file_overhead = export_gguf.metadata_bytes(run.tokenizer, run.config.base_model, run.model_config, work.vocabulary.ids)
+    if work.writes and processes.is_first():
+        checkpoint.write_tokenizer(run.tokenizer, work.checkpoint, run.config.base_model, run.model_config, work.vocabulary.ids)
+        vocabulary.write_map(work.checkpoint, work.vocabulary)
+    sizes = run.config.max_seq_len, run.config.eval_limit
+    work.blocks_now = [texts.blocks_of(text, run.tokenizer, run.model_config, *sizes) for text in work.texts]
 
 
 def teach(work: Work) -> None:
@@ -304,7 +352,7 @@ def write_record(work: Work) -> None:
 
 def record_of(work: Work) -> PruningRecord:
     """What the run did, and what came of it."""
-    run = work.run
+    run, samples = work.run, work.drawn or work.run.samples
     dtype = name_of(evaluation_dtype(run.source.dtype, run.eval_device))
     pairs = zip(work.texts, work.blocks, *(work.perplexities.get(stage, []) for stage in ("dense", "pruned")))
     evaluation = [
@@ -312,21 +360,23 @@ def record_of(work: Work) -> PruningRecord:
             ids,
             run.config.eval_limit,
             dtype=dtype,
-            calibration_overlap=calibration.overlap(run.samples.ids, ids.flatten()),
+            calibration_overlap=calibration.overlap(samples.ids, ids.flatten()),
             dense=dense,
             pruned=pruned,
+            nats_per_byte={stage: values[index] for stage, values in work.nats_per_byte.items() if values},
         )
-        for text, ids, dense, pruned in pairs
+        for index, (text, ids, dense, pruned) in enumerate(pairs)
     ]
     return PruningRecord(
         run.config.to_dict(),
         work.info,
-        run.samples.to_dict(),
+        samples.to_dict(),
         parameters_of(work),
         evaluation,
         run.clock.seconds,
         [dataclasses.asdict(layer) for layer in work.layers],
         work.distillation and dataclasses.asdict(work.distillation),
+        vocabulary=work.vocabulary and work.vocabulary.described(),
     )
 
 
@@ -357,11 +407,10 @@ def _pruned_from(folder: Path) -> str | None:
 def parameters_of(work: Work) -> Parameters:
     """How many there were, and are."""
     shape = work.run.shape
-    dense = shape.parameters
-    if work.model is not None:
-        return Parameters.of(dense, work.model.num_parameters(), shape.decoder_parameters)
-    skeleton = pruned_skeleton(work.run.source, [layer.units for layer in work.layers], work.run.config)
-    return Parameters.of(dense, skeleton.num_parameters(), shape.decoder_parameters)
+    model = work.model
+    if model is None:
+        model = pruned_skeleton(work.run.source, [layer.units for layer in work.layers], work.run.config)
+    return Parameters.of(shape.dense_parameters, model.num_parameters(), shape.decoder_parameters, shape.parameters_gone)
 
 
 def of_model(model, config, tokenizer=None, **rest) -> Work:
@@ -369,6 +418,8 @@ def of_model(model, config, tokenizer=None, **rest) -> Work:
 
     So its layers are in memory twice for as long as that takes. ``rest``: of the Run.
     """
+    if config.vocab != "keep":
+        raise UserError(f"--vocab {config.vocab}: only of a model's files; use hf_prune.py with the folder that holds it")
     run = Run.of(config, model.config, source=ModelSource.of(_twin(model)), tokenizer=tokenizer, **rest)
     return Work(run, model=model, save_dtype=saving_dtype(run.config.save_dtype, None, model.dtype))
 
@@ -388,5 +439,5 @@ def _take_over(adapter: LayerAdapter, pruned, model) -> None:
             vars(own).update({name: value for name, value in vars(theirs).items() if isinstance(value, int) or name == "config"})
 
 
-ALL = (load, identify, calibrate, measure_dense, teach, allocate, prune, finish, distil, measure_pruned, write_record)
+ALL = (load, identify, calibrate, measure_dense, trim, teach, allocate, prune, finish, distil, measure_pruned, write_record)
 IN_MEMORY = (identify, calibrate, teach, allocate, prune, finish, distil)

@@ -13,7 +13,7 @@ import torch
 from ..data.texts import blocks_of, load_texts
 from ..errors import UserError, first_line
 from ..evaluation import zero_shot
-from ..evaluation.perplexity import perplexities
+from ..evaluation.perplexity import nats_per_byte, perplexities
 from ..models import loading
 from ..models.checked import warn_of_length
 from ..reporting import paper_table, record
@@ -64,8 +64,9 @@ def _evaluate(config: EvalConfig, output: Path) -> dict:
             texts, blocks = zip(*some)
             values = perplexities(model, blocks, [text.name for text in texts], device, tmp_dir=config.tmp_dir)
             for (text, ids), value in zip(some, values):
-                results["perplexity"].append(text.figure(ids, config.eval_limit, perplexity=value))
-                log.info("%s: perplexity %.3f", text.name, value)
+                nats = nats_per_byte(value, ids, tokenizer)
+                results["perplexity"].append(text.figure(ids, config.eval_limit, perplexity=value, nats_per_byte=nats))
+                log.info("%s: perplexity %.3f, %.4f nats per byte", text.name, value, nats)
             _save(results, output)
         for name in missing:
             started = time.perf_counter()

@@ -103,7 +103,7 @@ def load(source: str | None, model, tokenizer, spec: SampleSpec) -> Calibration:
     config = model.config
     if source is None:
         try:
-            return _from_hub("bookcorpus", tokenizer, spec, config)
+            return _drawn_from("bookcorpus", tokenizer, spec, config)
         except OSError as error:
             log.info("calibration: %s; using samples of the model itself instead (--calibration self)", error)
             source = "self"
@@ -113,10 +113,10 @@ def load(source: str | None, model, tokenizer, spec: SampleSpec) -> Calibration:
         return _from_file(source, model.config.vocab_size)
     if source in HUB_SOURCES:
         try:
-            return _from_hub(source, tokenizer, spec, config)
+            return _drawn_from(source, tokenizer, spec, config)
         except OSError as error:
             raise UserError(f"--calibration {source}: {error}; name a local .txt or .jsonl file, or self") from None
-    return _from_files(source, tokenizer, spec, config)
+    return _drawn_from(source, tokenizer, spec, config)
 
 
 def from_text(text: str, name: str, tokenizer, spec: SampleSpec, config) -> Calibration:
@@ -158,7 +158,15 @@ def _from_file(path: str, vocab_size: int) -> Calibration:
     return Calibration(tensors["calibration_ids"], path, distill_ids=tensors.get("distill_ids"))
 
 
-def _from_hub(name: str, tokenizer, spec: SampleSpec, config) -> Calibration:
+def text_of(name: str, seed: int) -> str:
+    """The text that ``--calibration NAME`` draws samples from, at most MAX_CHARACTERS of it: of the hub, of a file or a folder of them.
+
+    Raises UserError for files that cannot be read, OSError for a hub that is out of reach.
+    """
+    if name not in HUB_SOURCES:
+        files = _text_files(name)
+        rng, share = random.Random(seed), MAX_CHARACTERS // len(files)
+        return "\n".join(read_text(file, share, rng) for file in files)
     source = dict(HUB_SOURCES[name])
     column = source.pop("column")
     parts, size = [], 0
@@ -167,14 +175,11 @@ def _from_hub(name: str, tokenizer, spec: SampleSpec, config) -> Calibration:
         size += len(text) + 1
         if size >= MAX_CHARACTERS:
             break
-    return from_text("\n".join(parts), name, tokenizer, spec, config)
+    return "\n".join(parts)
 
 
-def _from_files(name: str, tokenizer, spec: SampleSpec, config) -> Calibration:
-    files = _text_files(name)
-    rng, share = random.Random(spec.seed), MAX_CHARACTERS // len(files)
-    parts = [read_text(file, share, rng) for file in files]
-    return from_text("\n".join(parts), name, tokenizer, spec, config)
+def _drawn_from(name: str, tokenizer, spec: SampleSpec, config) -> Calibration:
+    return from_text(text_of(name, spec.seed), name, tokenizer, spec, config)
 
 
 def _text_files(name: str) -> list[Path]:

@@ -51,14 +51,14 @@ def save(model, tokenizer, folder: Path, ids: torch.Tensor, base_model: str, dty
     write_reference(folder, runner, runner.last_states())
 
 
-def write_tokenizer(tokenizer, folder: Path, base_model: str, config) -> None:
+def write_tokenizer(tokenizer, folder: Path, base_model: str, config, kept: list[int] | None = None) -> None:
     """Writes the tokenizer of a model with this config, where there is one, and the tokenizer metadata of ``base_model`` if that is a
-    .gguf file (or came from one).
+    .gguf file (or came from one), of its tokens those that were ``kept``.
     """
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
         complete_tokenizer_config(folder, config.max_position_embeddings)
-    gguf_tokenizer.carry(base_model, folder)
+    gguf_tokenizer.carry(base_model, folder, kept)
 
 
 def write_config(model, folder: Path, dtype: torch.dtype | None = None) -> None:

@@ -44,12 +44,15 @@ def export(folder: str | os.PathLike, target: Path, outtype: str = "f16", arch: 
     return target
 
 
-def metadata_bytes(tokenizer, base_model: str, config) -> int:
-    """What the vocabulary of a model with this config takes in a GGUF file. Raises UserError where llama.cpp has no type for it."""
+def metadata_bytes(tokenizer, base_model: str, config, kept: list[int] | None = None) -> int:
+    """What the vocabulary of a model with this config takes in a GGUF file; ``kept``: as for :func:`checkpoint.write_tokenizer`.
+
+    Raises UserError where llama.cpp has no type for it.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         config.save_pretrained(folder)
-        checkpoint.write_tokenizer(tokenizer, folder, base_model, config)
+        checkpoint.write_tokenizer(tokenizer, folder, base_model, config, kept)
         writer = gguf.GGUFWriter(folder / "metadata.gguf", "llama")
         try:
             gguf_tokenizer.add(writer, folder, config.vocab_size)

@@ -16,6 +16,7 @@ from ..utils.files import atomic_file
 
 FILE = "tokenizer.gguf"  # beside a checkpoint that came from a .gguf file: that file's metadata of tokenizer and origin, and no tensors
 PREFIX = "tokenizer."
+TOKENS = "tokenizer.ggml.tokens"
 ORIGIN = tuple(f"general.{name}" for name in ("license", "author", "organization", "languages", "tags", "base_model"))
 CARD_FIELDS = {  # at the head of a model card -> in the file
     "license": gguf.Keys.General.LICENSE,
@@ -41,19 +42,27 @@ PRE_TOKENIZERS = {
 }
 
 
-def carry(source: str, folder: Path) -> None:
-    """Puts the metadata of ``source``, a .gguf file or a checkpoint that has some, beside the checkpoint in ``folder``."""
-    if str(source).endswith(".gguf"):
-        with atomic_file(folder / FILE) as partial:
-            writer = gguf.GGUFWriter(partial, "llama")
-            _copy(writer, Path(source), (PREFIX, *ORIGIN))
+def carry(source: str, folder: Path, kept: list[int] | None = None) -> None:
+    """Puts the metadata of ``source``, a .gguf file or a checkpoint that has some, beside the checkpoint in ``folder``.
+
+    ``kept``: the ids, ascending, of the tokens that the checkpoint has, where it has not all.
+    """
+    is_file = str(source).endswith(".gguf")
+    file = Path(source) if is_file else Path(source) / FILE
+    if not is_file and not file.is_file():
+        return
+    if not is_file and kept is None:
+        shutil.copyfile(file, folder / FILE)
+        return
+    with atomic_file(folder / FILE) as partial:
+        writer = gguf.GGUFWriter(partial, "llama")
+        _copy(writer, file, (PREFIX, *ORIGIN, *(() if is_file else ("general.base_model",))), kept)
+        if is_file:
             _add_as_base_model(writer, gguf_reader(source).fields)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            writer.close()
-    elif (Path(source) / FILE).is_file():
-        shutil.copyfile(Path(source) / FILE, folder / FILE)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
 
 
 def add(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
@@ -119,18 +128,34 @@ def _add_as_base_model(writer: gguf.GGUFWriter, fields: dict) -> None:
         writer.add_base_model_organization(0, organization.contents())
 
 
-def _copy(writer: gguf.GGUFWriter, source: Path, prefixes: tuple[str, ...]) -> None:
-    """Copies every field of another GGUF file whose name begins with one of ``prefixes``."""
+def _copy(writer: gguf.GGUFWriter, source: Path, prefixes: tuple[str, ...], kept: list[int] | None = None) -> None:
+    """Copies every field of another GGUF file whose name begins with one of ``prefixes``; ``kept``: as for :func:`carry`."""
     try:
         fields = gguf_reader(source).fields
         copied = {name: field for name, field in fields.items() if name.startswith(prefixes)}
+        tokens = fields[TOKENS].contents() if kept is not None else []
         for name, field in copied.items():
             kind, *inner = field.types
-            writer.add_key_value(name, field.contents(), kind, inner[-1] if inner else None)
+            content = field.contents() if kept is None else _trimmed(name, field.contents(), kept, tokens)
+            if content is not None:
+                writer.add_key_value(name, content, kind, inner[-1] if inner else None)
     except (ValueError, IndexError, KeyError, OSError) as error:
         raise UserError(f"{source}: not a readable GGUF file ({error})") from None
-    if PREFIX in prefixes and f"{PREFIX}ggml.tokens" not in copied:
+    if PREFIX in prefixes and TOKENS not in copied:
         raise UserError(f"{source}: it holds no tokenizer")
+
+
+def _trimmed(name: str, content, kept: list[int], tokens: list[str]):
+    """A field of the tokenizer's metadata, of the tokens ``kept`` alone; None where the one that it names is gone."""
+    if name.endswith("_token_id"):
+        return kept.index(content) if content in kept else None
+    if name == "tokenizer.ggml.merges":
+        stays = {tokens[index] for index in kept}
+        pairs = ((entry, entry.split(" ", 1)) for entry in content)
+        return [entry for entry, (a, b) in pairs if a in stays and b in stays and a + b in stays]
+    if isinstance(content, list) and len(content) == len(tokens):
+        return [content[index] for index in kept]
+    return content
 
 
 def _kind_of(data: dict, folder: Path) -> str:

@@ -83,6 +83,15 @@ def of_loss(mean: float) -> float:
     return math.exp(mean) if mean < 700 else math.inf
 
 
+def nats_per_byte(value: float, blocks: torch.Tensor, tokenizer) -> float:
+    """What a perplexity of these token ids [blocks, seq_len] is per byte of their text in UTF-8, which other tokens spell as well.
+
+    So models of two vocabularies can be compared, whose perplexities per token cannot.
+    """
+    texts = tokenizer.batch_decode(blocks, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return math.log(value) * blocks.numel() / max(sum(len(text.encode()) for text in texts), 1)
+
+
 @torch.no_grad()
 def continuations(model, tokenizer, seed: int = 42, temperature: float = 1.0, top_p: float = 0.95) -> list[str]:
     """Prompts of the published scripts with 64 sampled tokens each; temperature 0 is greedy."""

@@ -257,6 +257,10 @@ class LayerAdapter:
         """What the names of the output head's tensors begin with."""
         return f"{self.family.head}."
 
+    def embedding_name(self) -> str:
+        """The name of the embeddings [V, D]."""
+        return f"{self.family.decoder}.{self.family.embedding}.weight"
+
     def decoder_name(self) -> str:
         """What the names of all the decoder's tensors begin with."""
         return f"{self.family.decoder}."

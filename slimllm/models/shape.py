@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .families import Family, family_of
 from .parts import KINDS, PartShape, Units, biases_of, value_in_layer
@@ -45,6 +45,7 @@ class ModelShape:
     gguf: str  # the llama.cpp architecture that holds it where its layers have one width
     gguf_free: str | None  # the one in which they may differ
     vllm_free: bool  # vLLM computes it where they do
+    tokens_gone: int = 0  # of the vocabulary that the model came with
 
     @property
     def decoder_parameters(self) -> int:
@@ -55,6 +56,20 @@ class ModelShape:
     def other_parameters(self) -> int:
         """Embeddings, final norm and (untied) output head."""
         return self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden
+
+    @property
+    def parameters_gone(self) -> int:
+        """Those of the tokens that are gone from the vocabulary."""
+        return self.tokens_gone * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def dense_parameters(self) -> int:
+        """All parameters of the model that was given, with those of the tokens that are gone."""
+        return self.parameters + self.parameters_gone
+
+    def with_tokens(self, kept: int) -> ModelShape:
+        """That of the same model with so many tokens."""
+        return replace(self, vocab=kept, tokens_gone=self.vocab + self.tokens_gone - kept)
 
     @property
     def parameters(self) -> int:
@@ -72,7 +87,7 @@ class ModelShape:
 
     def to_dict(self) -> dict:
         """What a record holds of it: the sizes, and what each part of each layer has."""
-        return {"hidden": self.hidden, "vocab": self.vocab, "tied": self.tied, "layers": self.units}
+        return {"hidden": self.hidden, "vocab": self.vocab + self.tokens_gone, "tied": self.tied, "layers": self.units}
 
 
 def shape_of(config, family: Family | None = None) -> ModelShape:

@@ -192,11 +192,11 @@ class PickledTensors(TensorReader):
         return self._open(path)[stored].to(dtype=dtype, copy=True)
 
 
-class Rounded(TensorReader):
-    """The tensors of another reader with the values that ``dtype`` can hold. Raises UserError for one that is too large for it."""
+class _OfAnother(TensorReader):
+    """What readers have in common that hand out another reader's tensors, changed."""
 
-    def __init__(self, tensors, dtype: torch.dtype):
-        self._tensors, self.dtype, self.files = tensors, dtype, tensors.files
+    def __init__(self, tensors):
+        self._tensors, self.files = tensors, tensors.files
 
     @property
     def names(self) -> list[str]:
@@ -204,12 +204,38 @@ class Rounded(TensorReader):
         return self._tensors.names
 
     def shape(self, name: str) -> list[int]:
-        """That of the other reader, which rounding does not change."""
+        """The shape of a tensor, without reading it."""
         return self._tensors.shape(name)
 
     def is_number(self, name: str) -> bool:
-        """Whether a tensor is of a plain floating-point type, and so rounded."""
+        """Whether a tensor is of a plain floating-point type."""
         return self._tensors.is_number(name)
+
+
+class Selected(_OfAnother):
+    """The tensors of another reader; of those with these ``names`` only some ``rows``, in ascending order."""
+
+    def __init__(self, tensors, names: list[str], rows: torch.Tensor):
+        super().__init__(tensors)
+        self._selected, self._rows = set(names), rows
+
+    def shape(self, name: str) -> list[int]:
+        """The shape of a tensor, without reading it."""
+        shape = self._tensors.shape(name)
+        return [len(self._rows), *shape[1:]] if name in self._selected else shape
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """One tensor, or its rows, in ``dtype`` or its own."""
+        tensor = self._tensors.read(name, dtype)
+        return tensor[self._rows] if name in self._selected else tensor
+
+
+class Rounded(_OfAnother):
+    """The tensors of another reader with the values that ``dtype`` can hold. Raises UserError for one that is too large for it."""
+
+    def __init__(self, tensors, dtype: torch.dtype):
+        super().__init__(tensors)
+        self.dtype = dtype
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """One tensor in ``dtype`` or its own, with values that the dtype of rounding can hold."""

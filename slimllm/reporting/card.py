@@ -111,11 +111,13 @@ def _figures(figures: list[dict]) -> str:
     """The table of perplexities, empty where there are none."""
     if not figures:
         return ""
-    rows = [["text", "split", "tokens per block", "blocks", "dense", "this model"]]
+    per_byte = all("nats_per_byte" in f for f in figures)
+    rows = [["text", "split", "tokens per block", "blocks", "dense", "this model", *(["nats per byte"] if per_byte else [])]]
     for f in figures:
         blocks = f"{f['blocks']}{' (limited)' if f['limited'] else ''}"
         value = f"{f['pruned']:.2f}" + (f" -> {f['tuned']:.2f}" if "tuned" in f else "")
-        rows.append([f["data"], f["split"], str(f["seq_len"]), blocks, f"{f['dense']:.2f}", value])
+        nats = [" -> ".join(f"{value:.3f}" for value in f["nats_per_byte"].values())] if per_byte else []
+        rows.append([f["data"], f["split"], str(f["seq_len"]), blocks, f"{f['dense']:.2f}", value, *nats])
     return "\n".join(aligned(rows))
 
 

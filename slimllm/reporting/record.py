@@ -137,9 +137,9 @@ class Parameters:
     removed: float
 
     @classmethod
-    def of(cls, dense: int, pruned: int, dense_decoder: int) -> Parameters:
-        """From the parameters of the dense model, of the pruned one, and of the layers of the dense one."""
-        return cls(dense, pruned, dense_decoder, (dense - pruned) / dense_decoder, (dense - pruned) / dense)
+    def of(cls, dense: int, pruned: int, dense_decoder: int, vocabulary: int = 0) -> Parameters:
+        """From the parameters of the dense model, of the pruned one, of the layers of the dense one, and of what went of its vocabulary."""
+        return cls(dense, pruned, dense_decoder, (dense - pruned - vocabulary) / dense_decoder, (dense - pruned) / dense)
 
 
 @dataclass
@@ -159,7 +159,8 @@ class PruningRecord(_Record):
     ``pruned`` and ``tuned``. ``layers``: one LayerReport each. ``distillation``: a Distillation, where there was one.
     ``predicted_loss``: what the plan costs by the price list, nats per token, where it goes by one.
     ``predicted_memory``: what was expected of ``peak_memory`` before the run began.
-    ``bytes``: of the files of weights, ``dense`` and ``pruned``, where a checkpoint was written.
+    ``bytes``: of the files of weights, ``dense`` and ``pruned``, where a checkpoint was written. ``vocabulary``: how many tokens
+    stay and by which text, where some go.
     """
 
     FILE: ClassVar[str] = "pruning.json"
@@ -176,6 +177,7 @@ class PruningRecord(_Record):
     predicted_loss: float | None = None
     predicted_memory: dict[str, int] | None = None
     bytes: dict[str, int] | None = None
+    vocabulary: dict | None = None
     command: str = field(default_factory=command)
     environment: dict = field(default_factory=environment)
     peak_memory: dict[str, int] = field(default_factory=peak_memory)

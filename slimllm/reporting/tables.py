@@ -30,7 +30,7 @@ def table(records: list[tuple[str, PruningRecord]]) -> str:
     rows = [header]
     for name, r in records:
         size = r.parameters
-        figures = {f["data"]: f"{f['dense']:.2f} / {f['pruned']:.2f}{'*' if f['limited'] else ''}" for f in r.evaluation}
+        figures = {f["data"]: f"{_values(f, r.vocabulary is not None)}{'*' if f['limited'] else ''}" for f in r.evaluation}
         memory = " + ".join(f"{value / 1e9:.2f} GB {kind[:3].upper()}" for kind, value in r.peak_memory.items())
         rows.append(
             [
@@ -45,6 +45,14 @@ def table(records: list[tuple[str, PruningRecord]]) -> str:
             ]
         )
     return "\n".join([*aligned(rows), *limits_line([f for _, r in records for f in r.evaluation])])
+
+
+def _values(figure: dict, other_tokens: bool) -> str:
+    """Perplexities, dense and pruned; where these are of different tokens, nats per byte."""
+    if not other_tokens:
+        return f"{figure['dense']:.2f} / {figure['pruned']:.2f}"
+    nats = figure["nats_per_byte"]
+    return f"{nats['dense']:.3f} / {nats['pruned']:.3f} nats per byte"
 
 
 def odd_widths(layers: list[dict]) -> str | None:
@@ -90,7 +98,8 @@ def dry_run(run: Run, plans: list[LayerPlan], how: str, takes: Footprint, before
     ``before``: bytes of the dense model's files.
     """
     shape, size = run.shape, run.dtype.itemsize
-    dense, removed = shape.parameters, removed_parameters(shape, plans, run.config)
+    dense, of_layers = shape.dense_parameters, removed_parameters(shape, plans, run.config)
+    removed = of_layers + shape.parameters_gone
     pruned = [plan.units for plan in plans]
     kv = [shape.cache_numbers(units) * size for units in (shape.units, pruned)]
     rows = [
@@ -99,8 +108,9 @@ def dry_run(run: Run, plans: list[LayerPlan], how: str, takes: Footprint, before
         [
             "decoder parameters",
             f"{shape.decoder_parameters / 1e6:.2f} M",
-            f"{(shape.decoder_parameters - removed) / 1e6:.2f} M ({removed / shape.decoder_parameters:.2%} less)",
+            f"{(shape.decoder_parameters - of_layers) / 1e6:.2f} M ({of_layers / shape.decoder_parameters:.2%} less)",
         ],
+        *([["tokens of the vocabulary", str(shape.vocab + shape.tokens_gone), f"{shape.vocab}"]] if shape.tokens_gone else []),
         [f"weights in {name_of(run.dtype)}", f"{dense * size / 1e9:.3f} GB", f"{(dense - removed) * size / 1e9:.3f} GB"],
         ["KV cache per token", f"{kv[0]} bytes", f"{kv[1]} bytes"],
         [

@@ -32,6 +32,8 @@ PARTS = ("both", "heads", "channels")
 DISTILLATIONS = ("none", "scales", "all")
 SIZES = ("pruning_ratio", "target_sparsity", "smaller", "target_params")  # each says how many parameters are to go
 AMOUNTS = (*SIZES, *BY_PRICES)  # each says how much is to go
+WHOLE = ("smaller", "target_params", "fit")  # of AMOUNTS, those that the vocabulary counts in
+VOCABULARIES = ("keep", "auto")
 _PLANNED = (*AMOUNTS, "pruned_layers", "alpha", "layer_ratio", "prune", "price_list")  # what --plan says in their place
 GGUF_BLOCK = 32  # rows of quantized tensors come in blocks of this
 LONGEST_NAME = 200  # bytes of a file name; what is written beside a folder while it is made needs a few more, and 255 are allowed
@@ -120,6 +122,20 @@ class PruneConfig:
         "sparsity", "what has to run the pruned model without this project: it sets which widths are allowed", "any", choices=RUNTIMES
     )
     round_to: int | None = flag("sparsity", "keep channels, and heads x head size, in multiples of this [1; with --runtime gguf 32]")
+
+    vocab: str = flag(
+        "vocabulary",
+        "tokens that stay: keep (all), a number or a share of them, such as 32000 or 0.5, or auto: as many as --smaller, "
+        "--target_params or --fit is met best with, by the price list",
+        "keep",
+    )
+    vocab_text: tuple[str, ...] | None = flag(
+        "vocabulary", "text of the kind that the model is for, .txt or .jsonl files: tokens that it uses stay first [the calibration text]"
+    )
+    vocab_scripts: tuple[str, ...] | None = flag(
+        "vocabulary", "scripts that stay, such as latin: tokens with letters of others go first [those of the text]"
+    )
+    vocab_multiple: int = flag("vocabulary", "the number of tokens is raised to a multiple of this", 64)
 
     method: str = flag("method", "SlimLLM, or what it is compared with, as its authors' code does it", "slimllm", choices=METHODS)
     recipe: str = flag(
@@ -231,6 +247,7 @@ class PruneConfig:
         if self.round_to is None:
             blocks = self.runtime == "gguf" or (self.fit is not None and self.gguf_type in QUANTIZED)
             self.round_to = GGUF_BLOCK if blocks else 1
+        self._check_vocabulary()
         if self.plan is None and all(getattr(self, name) is None for name in AMOUNTS):
             self.pruning_ratio = 0.25
         check_range(self, "pruning_ratio", 0, 1, right_open=True)
@@ -262,6 +279,27 @@ class PruneConfig:
         if self.push_to_hub and not self.save_model:
             raise UserError("--push_to_hub and --no_save_model: there would be no checkpoint to upload")
         self.eval_data = tuple(self.eval_data) if self.eval_data else None
+
+    def _check_vocabulary(self) -> None:
+        if self.vocab not in VOCABULARIES:
+            kept = cli.number_of("vocab", self.vocab, COUNTS)
+            if kept <= 0 or (kept != int(kept) and kept >= 1):
+                raise UserError(f"--vocab {self.vocab}: must be {', '.join(VOCABULARIES)}, a number of tokens or a share of them below 1")
+        check_range(self, "vocab_multiple", 1)
+        self.vocab_text = tuple(self.vocab_text) if self.vocab_text else None
+        self.vocab_scripts = tuple(name.lower() for name in self.vocab_scripts) if self.vocab_scripts else None
+        if self.vocab == "auto" and all(getattr(self, name) is None for name in WHOLE):
+            raise UserError(f"--vocab auto: it spends an amount of the whole model; give {', '.join(f'--{name}' for name in WHOLE)}")
+
+    def tokens_of(self, vocab: int) -> int | None:
+        """How many tokens of a vocabulary stay, before they are raised to what has to; None where --vocab leaves that open."""
+        if self.vocab == "keep":
+            return vocab
+        if self.vocab == "auto":
+            return None
+        kept = cli.number_of("vocab", self.vocab, COUNTS)
+        kept = round(kept * vocab) if kept < 1 else int(kept)
+        return min(vocab, -(-kept // self.vocab_multiple) * self.vocab_multiple)
 
     def _check_what_decides(self) -> None:
         """Raises UserError where two settings decide the same thing."""
@@ -372,7 +410,9 @@ class PruneConfig:
             raise UserError(f"--prune {self.prune}: no head of this model can go ({why}); --prune channels")
         if self.prune is None:
             found["prune"] = "channels" if limits.whole_heads else "both"
-        amount = self.pruning_ratio if self.pruning_ratio is not None else self.sparsity_of(shape) or 0.0
+        tokens = self.tokens_of(shape.vocab)
+        share = None if tokens is None else self.sparsity_of(shape.with_tokens(tokens))
+        amount = self.pruning_ratio if self.pruning_ratio is not None else share or 0.0
         layers, alpha = next((n, a) for limit, n, a in PAPER_SETTINGS if amount < limit)
         depth = len(shape.layers)
         if self.pruned_layers is None:
@@ -389,8 +429,9 @@ class PruneConfig:
                 f"--layer_ratio {self.layer_ratio} and --runtime {self.runtime}: all layers of this model lose the same there; "
                 "leave one of the two out"
             )
-        for name in BY_PRICES if "prices" not in LAYER_RATIOS[found.get("layer_ratio", self.layer_ratio)].needs else ():
-            if (value := getattr(self, name)) is not None:
+        for name in (*BY_PRICES, "vocab") if "prices" not in LAYER_RATIOS[found.get("layer_ratio", self.layer_ratio)].needs else ():
+            value = getattr(self, name)
+            if value is not None and (name != "vocab" or value == "auto"):
                 raise UserError(f"--{name} {value}: it goes by a price list; add --recipe best or --layer_ratio auto")
         return found
 
@@ -402,12 +443,14 @@ class PruneConfig:
         name, value = self.amount
         if name in ("pruning_ratio", "target_sparsity", *BY_PRICES):
             return self.target_sparsity
-        gone = self.smaller * shape.parameters if name == "smaller" else shape.parameters - cli.number_of(name, value, COUNTS)
-        if not 0 <= gone < shape.decoder_parameters:
+        whole, rows = shape.dense_parameters, shape.parameters_gone
+        gone = (self.smaller * whole if name == "smaller" else whole - cli.number_of(name, value, COUNTS)) - rows
+        if not -rows <= gone < shape.decoder_parameters:
             raise UserError(
-                f"--{name} {value}: the model has {shape.parameters / 1e6:.1f} M parameters, {shape.other_parameters / 1e6:.1f} M in its "
+                f"--{name} {value}: the model has {whole / 1e6:.1f} M parameters, {shape.other_parameters / 1e6:.1f} M in its "
                 "embeddings, which stay; ask for something between the two"
             )
+        gone = max(gone, 0.0)  # the vocabulary alone is enough
         return gone / shape.decoder_parameters
 
     def remarks(self) -> list[str]:
@@ -423,6 +466,7 @@ class PruneConfig:
             (planned or self.prune == "heads", ("channel_score", "keep_lowest"), "no channel is chosen"),
             (planned, ("round_to",), "--plan says what stays"),
             (self.fit is None, ("context", "gguf_type"), "--fit is not given"),
+            (self.vocab == "keep", ("vocab_text", "vocab_scripts", "vocab_multiple"), "all tokens stay; --vocab lets some go"),
             ("prices" not in spread, ("prices", "price_list"), f"layer_ratio {self.layer_ratio} goes by no prices"),
             (self.price_list is not None, ("prices",), f"{self.price_list} holds them"),
             (not self._can_look_back, ("look_back",), f"recovery {self.recovery} of method {self.method} fits no output anew"),
@@ -441,7 +485,7 @@ class PruneConfig:
     def inputs(self) -> list[str | None]:
         """The files and folders that a run reads, where these are no names on the hub."""
         texts = [item.rpartition("=")[2] for item in self.eval_data or ()]
-        return [self.base_model, self.calibration, self.plan, self.price_list, self.tmp_dir, *texts]
+        return [self.base_model, self.calibration, self.plan, self.price_list, self.tmp_dir, *texts, *(self.vocab_text or ())]
 
     def to_dict(self) -> dict:
         return asdict(self)

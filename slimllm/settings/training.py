@@ -37,7 +37,7 @@ class TrainConfig:
     teacher: str | None = flag(
         "teacher",
         "dense model to learn from: the divergence of its next-token distribution from the trained one's joins the loss; "
-        "it has the same vocabulary, and is the one that was pruned or a larger one",
+        "it has the same tokens, or those and others, and is the one that was pruned or a larger one",
     )
     instruction_weight: float = flag("teacher", "with --teacher: weight of the ordinary loss beside its own; 0: its own alone", 1.0)
     tmp_dir: str | None = flag("teacher", "folder for the teacher's states that do not fit in memory [TMPDIR, or the system's]")

@@ -22,6 +22,7 @@ from ..errors import UserError, nearest
 from ..models import loading
 from ..models.families import family_of
 from ..models.source import all_finite
+from ..models.vocabulary import trimmed_source
 from ..settings.training import TrainConfig
 from ..streaming.divergence import Divergence
 from .data import IGNORED, collate
@@ -97,13 +98,20 @@ def _is_whole(path: Path) -> bool:
 
 
 def teacher_of(config: TrainConfig, tokenizer, model_config, rows: list[list[int]], device: torch.device) -> Teacher:
-    """The ``--teacher`` of these rows. Raises UserError for one whose tokens are not those of the model that is trained."""
+    """The ``--teacher`` of these rows; of a model that has some of its tokens only, what it predicts among these.
+
+    Raises UserError for one that has not all the tokens of the model that is trained.
+    """
     source = loading.open_source(config.teacher, "auto", "--teacher")
-    same = loading.load_tokenizer(config.teacher, "--teacher").get_vocab() == tokenizer.get_vocab()
-    if not same or source.config.vocab_size != model_config.vocab_size:
-        raise UserError(
-            f"--teacher {config.teacher}: its vocabulary is not that of {config.prune_model}; name the model it was pruned from"
-        )
+    theirs, own = (each.get_vocab() for each in (loading.load_tokenizer(config.teacher, "--teacher"), tokenizer))
+    if theirs != own or source.config.vocab_size != model_config.vocab_size:
+        kept = [theirs.get(text) for text in sorted(own, key=own.get)]
+        if None in kept or len(kept) != model_config.vocab_size:
+            raise UserError(
+                f"--teacher {config.teacher}: its vocabulary is not that of {config.prune_model}; name the model it was pruned from"
+            )
+        source = trimmed_source(source, kept)
+        log.info("%s: of its %d tokens it predicts the %d that the model has", config.teacher, len(theirs), len(kept))
     log.info("%s: computing what it predicts on %d rows", config.teacher, len(rows))
     return Teacher(source, rows, device, tmp_dir=config.tmp_dir)
 

@@ -15,15 +15,19 @@ from .solver import predicted, solve_all
 log = logging.getLogger("slimllm")
 
 
+def price_list_of(inputs: AllocationInputs) -> PriceList:
+    """The file's, what was measured before, or what is measured now; without a model one by which all parts cost the same."""
+    if inputs.config.price_list is not None:
+        return PriceList.read(inputs.config.price_list, inputs.shape, inputs.config)
+    if inputs.run is None:
+        return PriceList.alike(inputs.shape, inputs.config)
+    return PriceList.from_dict(inputs.run.once("price_list", lambda: dataclasses.asdict(prices.measured(inputs))))
+
+
 def auto(inputs: AllocationInputs) -> Allocation:
     """The plan of least predicted loss. Without a model or a list all parts are assumed to cost the same per parameter."""
     config, shape = inputs.config, inputs.shape
-    if config.price_list is not None:
-        price_list = PriceList.read(config.price_list, shape, config)
-    elif inputs.run is None:
-        price_list = PriceList.alike(shape, config)
-    else:
-        price_list = PriceList.from_dict(inputs.run.once("price_list", lambda: dataclasses.asdict(prices.measured(inputs))))
+    price_list = price_list_of(inputs)
     sizing, budgets = Sizing(shape, config), budgets_of(inputs)
     binding = [budget for budget in budgets if budget.target > 0]
     for budget in budgets if inputs.run is not None else []:

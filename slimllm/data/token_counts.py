@@ -1,0 +1,52 @@
+"""Which tokens of a vocabulary are kept: those that a text uses most, and among the others those that it would use first."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+
+from ..models.vocabulary import Vocabulary
+
+
+def in_order(vocabulary: Vocabulary, counts: Counter, decode, scripts: tuple[str, ...] | None = None) -> list[int]:
+    """All ids, those first that are to be kept first.
+
+    Those that occur come first, the most frequent at the head; then the others in the tokenizer's own order, in which it learned them. Of
+    both, those with letters of other ``scripts`` come after all that have none: of other scripts than were named, or among those that do
+    not occur, than the text has. ``decode``: id -> its text.
+    """
+    written = {index: _scripts_of(decode(index)) for index in vocabulary.texts}
+    wanted = set(scripts) if scripts is not None else _frequent(written, counts)
+
+    def key(index: int) -> tuple:
+        foreign = bool(written[index] - wanted)
+        count = counts.get(index, 0)
+        return (foreign if scripts is not None or not count else False), -count, index
+
+    return sorted(vocabulary.texts, key=key)
+
+
+def first_of(vocabulary: Vocabulary, order: list[int], size: int) -> list[int]:
+    """The first tokens of the ``order`` with all that they need, ``size`` of them, ascending; more where more have to stay."""
+    kept = set(vocabulary.always)
+    for index in order:
+        if len(kept) >= size:
+            break
+        more = vocabulary.needs(index) - kept
+        if len(kept) + len(more) <= size:
+            kept |= more
+    return sorted(kept)
+
+
+def _frequent(written: dict[int, set[str]], counts: Counter) -> set[str]:
+    """The scripts of at least one in a thousand of the letters' tokens."""
+    seen = Counter()
+    for index, count in counts.items():
+        for script in written.get(index, ()):
+            seen[script] += count
+    return {script for script, count in seen.items() if count >= sum(seen.values()) / 1000}
+
+
+def _scripts_of(text: str) -> set[str]:
+    """The scripts of the letters of a text, as Unicode names them (latin, cyrillic, cjk); half a character has none."""
+    return {unicodedata.name(letter, "").split(" ")[0].split("-")[0].lower() for letter in text if letter.isalpha()} - {""}

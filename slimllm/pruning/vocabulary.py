@@ -1,0 +1,204 @@
+"""Which tokens of the vocabulary stay (``--vocab``), and the run on the model that has these alone (docs/method.md, section 8)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..data import calibration, token_counts
+from ..data.calibration import Calibration
+from ..data.texts import first_token, in_blocks, read_text, token_ids
+from ..errors import UserError
+from ..models import vocabulary
+from ..models.source import ModelSource
+from ..models.vocabulary import Vocabulary
+from ..run import Run
+from ..utils.files import write_text
+from .allocation.auto import price_list_of
+from .allocation.budget import budgets_of
+from .allocation.inputs import AllocationInputs
+from .allocation.sizing import Sizing
+from .allocation.solver import predicted, solve_all
+
+log = logging.getLogger("slimllm")
+
+MAP = "vocab_map.json"  # beside a checkpoint: the id that each token had before
+FEW = 1_000_000  # tokens of text below which what it does not use says little
+SHARES = (1.0, 0.85, 0.7, 0.55, 0.42, 0.32, 0.24, 0.18, 0.13, 0.1)  # of the tokens that auto looks at, most first
+HELD_OUT_BLOCKS = 64  # samples of text on which auto measures what fewer tokens cost
+
+
+@dataclasses.dataclass
+class Kept:
+    """The tokens that stay.
+
+    ``ids``: ascending, as the model that was given numbers them. ``of``: how many it has. ``text``: what was counted, ``counted``: its
+    tokens. Of text like it that was held out: ``unchanged``, the share of its tokens that stay; ``longer``, by what share more it has now.
+    """
+
+    ids: list[int]
+    of: int
+    text: str
+    counted: int
+    unchanged: float
+    longer: float
+
+    def described(self) -> dict:
+        """What a record holds of it: all but the ids."""
+        return {"kept": len(self.ids), **{name: value for name, value in vars(self).items() if name != "ids"}}
+
+    @property
+    def in_words(self) -> str:
+        """In one line."""
+        return (
+            f"vocabulary: {len(self.ids):,} of {self.of:,} tokens stay, by {self.counted:,} tokens of {self.text}; in text like it that "
+            f"was not counted {self.unchanged:.2%} of the tokens are as before, and it takes {self.longer:.1%} more of them"
+        )
+
+
+# The perplexity of a model on token ids [blocks, seq_len]
+Measure = Callable[[ModelSource, torch.Tensor], float]
+
+
+def chosen(run: Run, measure: Measure) -> Kept:
+    """The tokens that stay as ``--vocab`` says; with auto ``measure`` tells what losing some of them costs."""
+    ranked, size = Ranked(run), run.config.tokens_of(run.source.config.vocab_size)
+    return ranked.first(_best_size(ranked, measure) if size is None else size)
+
+
+class Ranked:
+    """The tokens of a run's model, those first that are to stay first, by what its text uses.
+
+    ``counts``: how often each occurs in nine tenths of the text. ``held_out``: ids of the last tenth and of the calibration samples, some
+    of which the model may have written itself; on these it shows what it costs that others go.
+    """
+
+    def __init__(self, run: Run):
+        self.run, self.vocabulary = run, Vocabulary(run.tokenizer)
+        streams, self.text = self._counted()
+        cut = [len(ids) - len(ids) // 10 for ids in streams]
+        self.counts = Counter(index for ids, end in zip(streams, cut) for index in ids[:end].tolist())
+        half = HELD_OUT_BLOCKS * run.config.seq_len // 2
+        last = torch.cat([ids[end:] for ids, end in zip(streams, cut)])
+        self.held_out = torch.cat([last[:half], run.samples.ids.flatten()[:half]])
+        total = sum(map(len, streams))
+        if total < FEW:
+            log.warning("vocabulary: only %s tokens of text were counted; --vocab_text names more", f"{total:,}")
+        named = vocabulary.ids_in(run.model_config) | set(run.tokenizer.all_special_ids)
+        if (generation := getattr(run.source.model, "generation_config", None)) is not None:
+            named |= vocabulary.ids_in(generation)
+        self.vocabulary.always |= named & self.vocabulary.texts.keys()
+        decode = run.tokenizer.decode
+        self.order = token_counts.in_order(self.vocabulary, self.counts, lambda index: decode([index]), run.config.vocab_scripts)
+
+    def _counted(self) -> tuple[list[torch.Tensor], str]:
+        """(the ids of all text that is counted, its name)."""
+        config, samples, tokenizer = self.run.config, self.run.samples, self.run.tokenizer
+        if config.vocab_text:
+            names, texts = config.vocab_text, [read_text(Path(name)) for name in config.vocab_text]
+        elif samples.source in ("self", "token ids") or samples.source.endswith(".safetensors"):
+            return [ids.flatten() for ids in (samples.ids, samples.distill_ids) if ids is not None], "the calibration samples"
+        else:
+            names, texts = (samples.source,), [calibration.text_of(samples.source, samples.seed)]
+        return [token_ids(text, tokenizer, special=False) for text in texts], " ".join(Path(name).name for name in names)
+
+    def first(self, size: int) -> Kept:
+        """The first tokens with all that they need, ``size`` of them or as many as have to stay."""
+        ids = token_counts.first_of(self.vocabulary, self.order, size)
+        new, among, decode = self.vocabulary.tokenizer(ids), set(ids), self.run.tokenizer.decode
+        gone = Counter(index for index in self.held_out.tolist() if index not in among)
+        pieces = {index: len(new(decode([index]), add_special_tokens=False).input_ids) for index in gone}
+        held_out, missing = max(len(self.held_out), 1), sum(gone.values())
+        longer = sum(count * (pieces[index] - 1) for index, count in gone.items()) / held_out
+        total = sum(self.counts.values()) + len(self.held_out)
+        return Kept(ids, self.run.source.config.vocab_size, self.text, total, 1 - missing / held_out, longer)
+
+
+def _best_size(ranked: Ranked, measure: Measure) -> int:
+    """The number of tokens with which the whole budget is met at the least predicted loss: what fewer tokens cost on the text held out, and
+    by the price list what goes of the layers besides.
+    """
+    run, config = ranked.run, ranked.run.config
+    prices = price_list_of(AllocationInputs(run.shape, config, run))
+    whole, dense, offers = run.source.config.vocab_size, None, []
+    for share in SHARES:
+        kept = ranked.first(-(-round(share * whole) // config.vocab_multiple) * config.vocab_multiple)
+        nats = _nats_per_token(ranked, kept, measure)
+        dense = nats if dense is None else dense
+        shape = run.shape.with_tokens(len(kept.ids))
+        inputs = AllocationInputs(shape, config, file_overhead=run.file_overhead * len(kept.ids) // whole)
+        sizing = Sizing(shape, config)
+        try:
+            binding = [budget for budget in budgets_of(inputs) if budget.target > 0]
+            layers = predicted(prices, sizing, solve_all(prices, sizing, binding)) if binding else 0.0
+        except UserError as error:
+            log.info("vocabulary: %s tokens: %s", f"{len(kept.ids):,}", error)
+            continue
+        offers.append((nats - dense + layers, len(kept.ids)))
+        line = "vocabulary: %s tokens: predicted loss %.3f nats per token, %.3f of them for the tokens that go"
+        log.info(line, f"{len(kept.ids):,}", offers[-1][0], nats - dense)
+        if not binding or len(kept.ids) <= len(ranked.vocabulary.always):
+            break
+    if not offers:
+        name, value = config.amount
+        raise UserError(f"--{name} {value}: neither fewer tokens nor smaller layers come to that; ask for less")
+    return min(offers)[1]
+
+
+def _nats_per_token(ranked: Ranked, kept: Kept, measure: Measure) -> float:
+    """What the model loses with these tokens on the text held out, in nats per token that the text had before."""
+    run = ranked.run
+    first, length = first_token(run.tokenizer, run.model_config), run.config.seq_len
+    stream = ranked.held_out
+    text = run.tokenizer.decode(stream, clean_up_tokenization_spaces=False)
+    ids = token_ids(text, tokenizer := ranked.vocabulary.tokenizer(kept.ids), special=False)
+    length = min(length, len(ids))
+    blocks = in_blocks(ids, length, None if first is None else tokenizer.convert_tokens_to_ids(run.tokenizer.convert_ids_to_tokens(first)))
+    return math.log(measure(vocabulary.trimmed_source(run.source, kept.ids), blocks)) * len(ids) / max(len(stream), 1)
+
+
+def apply(run: Run, kept: Kept) -> None:
+    """From now on the run is one on the model with these tokens: its tokenizer, its rows of embeddings and head, its samples."""
+    old = run.tokenizer
+    run.tokenizer = Vocabulary(old).tokenizer(kept.ids)
+    run.shape = run.shape.with_tokens(len(kept.ids))  # it may have to keep more than was asked for
+    run.source = vocabulary.trimmed_source(run.source, kept.ids)
+    run.model_config = run.source.config
+    first = first_token(old, run.model_config)
+    ids, distill_ids = (
+        None if ids is None else _spelled_anew(ids, old, run.tokenizer, kept.ids, first)
+        for ids in (run.samples.ids, run.samples.distill_ids)
+    )
+    run.samples = Calibration(ids, run.samples.source, run.samples.seed, distill_ids, run.samples.own)
+    log.info("%s", kept.in_words)
+
+
+def write_map(folder: Path, kept: Kept) -> None:
+    """Writes the list of ids before, one for each id now, for those who have adapters or logs of the model that was given."""
+    write_text(folder / MAP, json.dumps(kept.ids) + "\n")
+
+
+def _spelled_anew(ids: torch.Tensor, old, new, kept: list[int], first: int | None) -> torch.Tensor:
+    """Samples [samples, length] in the new tokens. One whose tokens all stay is as it was; of another the text is tokenized again, and what
+    is then too much at its end is left away.
+    """
+    number = torch.full((max(int(ids.max()), kept[-1]) + 1,), -1)
+    number[torch.tensor(kept)] = torch.arange(len(kept))
+    found, length = number[ids], ids.shape[1]
+    spare: list[int] = []  # for a sample that became shorter: its tokens were not those that its text would have
+    for row in (found < 0).any(1).nonzero().flatten().tolist():
+        at_head = [int(number[first])] if first is not None and int(ids[row, 0]) == first else []
+        text = old.decode(ids[row, len(at_head) :], clean_up_tokenization_spaces=False)
+        spelled = new(text, add_special_tokens=False).input_ids
+        spelled, spare = (spelled + spare)[: length - len(at_head)], spelled[length:] or spare
+        while len(spelled) < length - len(at_head):
+            spelled += spelled
+        found[row] = torch.tensor((at_head + spelled)[:length])
+    return found
