@@ -139,7 +139,7 @@ def check_source(name: str | None) -> None:
     if name.endswith(".safetensors"):
         check_plain(name, "--calibration ")
     else:
-        _text_files(name)
+        text_files(name, "--calibration")
 
 
 def _from_file(path: str, vocab_size: int) -> Calibration:
@@ -158,13 +158,13 @@ def _from_file(path: str, vocab_size: int) -> Calibration:
     return Calibration(tensors["calibration_ids"], path, distill_ids=tensors.get("distill_ids"))
 
 
-def text_of(name: str, seed: int) -> str:
+def text_of(name: str, seed: int, option: str = "--calibration") -> str:
     """The text that ``--calibration NAME`` draws samples from, at most MAX_CHARACTERS of it: of the hub, of a file or a folder of them.
 
     Raises UserError for files that cannot be read, OSError for a hub that is out of reach.
     """
     if name not in HUB_SOURCES:
-        files = _text_files(name)
+        files = text_files(name, option)
         rng, share = random.Random(seed), MAX_CHARACTERS // len(files)
         return "\n".join(read_text(file, share, rng) for file in files)
     source = dict(HUB_SOURCES[name])
@@ -182,22 +182,23 @@ def _drawn_from(name: str, tokenizer, spec: SampleSpec, config) -> Calibration:
     return from_text(text_of(name, spec.seed), name, tokenizer, spec, config)
 
 
-def _text_files(name: str) -> list[Path]:
-    """The text file or files that ``--calibration NAME`` means. Raises UserError where there are none, or what cannot be one."""
+def text_files(name: str, option: str) -> list[Path]:
+    """The text file or files that a flag, ``option NAME``, means. Raises UserError where there are none, or what cannot be one."""
     path = Path(name)
     if path.is_dir():
         try:
             files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES)
         except OSError as error:
-            raise UserError(f"--calibration {name}: {error.filename}: {error.strerror}") from None
+            raise UserError(f"{option} {name}: {error.filename}: {error.strerror}") from None
         if not files:
-            raise UserError(f"--calibration {name}: the folder holds no {' or '.join(TEXT_SUFFIXES)} file")
+            raise UserError(f"{option} {name}: the folder holds no {' or '.join(TEXT_SUFFIXES)} file")
     elif path.suffix in TEXT_SUFFIXES:
         files = [path]
     else:
-        raise UserError(f"--calibration {name}: not a .txt, .jsonl or .safetensors file, nor a folder")
+        kinds = ".txt, .jsonl or .safetensors" if option == "--calibration" else ".txt or .jsonl"
+        raise UserError(f"{option} {name}: not a {kinds} file, nor a folder")
     for file in files:
-        check_plain(file, "--calibration ")
+        check_plain(file, f"{option} ")
     return files
 
 

@@ -75,12 +75,13 @@ class GgufTensors(TensorReader):
         """One tensor as transformers would hold it, dequantized, in ``dtype`` or float32."""
         offset, stored, shape, kind, quantization = self._at[name]
         raw = np.fromfile(self.files[0], dtype=kind, count=math.prod(stored), offset=offset).reshape(stored)
-        tensor = torch.empty(shape, dtype=dtype or torch.float32)
+        family, heads = self._adapter.family, self._adapter.rotary_heads(name, self._units)
+        from_one = bool(family.norm_offset) and family.is_norm(name)  # the file holds what multiplies, which has fewer digits left of it
+        tensor = torch.empty(shape, dtype=torch.float32 if from_one or dtype is None else dtype)
         for start in range(0, len(raw), ROWS):  # what it is unpacked into on the way takes several times its room
             tensor[start : start + ROWS] = torch.from_numpy(gguf.dequantize(raw[start : start + ROWS], quantization))
-        family, heads = self._adapter.family, self._adapter.rotary_heads(name, self._units)
-        if family.norm_offset and family.is_norm(name):
-            tensor -= family.norm_offset  # the file holds what multiplies
+        if from_one:
+            tensor = (tensor - family.norm_offset).to(dtype or torch.float32)
         return from_pairs(tensor, heads) if self._arch in ROPE_IN_PAIRS and heads else tensor
 
 

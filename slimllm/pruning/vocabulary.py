@@ -14,7 +14,7 @@ import torch
 
 from ..data import calibration, token_counts
 from ..data.calibration import Calibration
-from ..data.texts import first_token, in_blocks, read_text, token_ids
+from ..data.texts import first_token, in_blocks, token_ids
 from ..errors import UserError
 from ..models import vocabulary
 from ..models.source import ModelSource
@@ -102,7 +102,8 @@ class Ranked:
         """(the ids of all text that is counted, its name)."""
         config, samples, tokenizer = self.run.config, self.run.samples, self.run.tokenizer
         if config.vocab_text:
-            names, texts = config.vocab_text, [read_text(Path(name)) for name in config.vocab_text]
+            names = config.vocab_text
+            texts = [calibration.text_of(name, samples.seed, "--vocab_text") for name in names]
         elif samples.source in ("self", "token ids") or samples.source.endswith(".safetensors"):
             return [ids.flatten() for ids in (samples.ids, samples.distill_ids) if ids is not None], "the calibration samples"
         else:

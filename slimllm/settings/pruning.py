@@ -130,7 +130,8 @@ class PruneConfig:
         "keep",
     )
     vocab_text: tuple[str, ...] | None = flag(
-        "vocabulary", "text of the kind that the model is for, .txt or .jsonl files: tokens that it uses stay first [the calibration text]"
+        "vocabulary",
+        "text of the kind that the model is for, .txt or .jsonl files or folders of them: its tokens stay first [the calibration text]",
     )
     vocab_scripts: tuple[str, ...] | None = flag(
         "vocabulary", "scripts that stay, such as latin: tokens with letters of others go first [those of the text]"
