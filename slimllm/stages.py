@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -235,18 +236,20 @@ def _measure(work: Work, source: ModelSource, stage: str, blocks: list[torch.Ten
         log.info("%s: %s perplexity %.3f, %.4f nats per byte", stage, text.name, value, nats)
 
 
+def perplexity_held_out(run: Run, source: ModelSource, blocks: torch.Tensor) -> float:
+    """The perplexity of a model on token ids [blocks, seq_len] of a text, by which fewer tokens are priced."""
+    dtype = evaluation_dtype(source.dtype, run.eval_device)
+    [found] = perplexities(source, [blocks], ["the text held out"], run.eval_device, dtype, run.progress, run.config.tmp_dir)
+    return found
+
+
 def trim(work: Work) -> None:
     """The vocabulary: from here on the model is the one that has some of its tokens alone, where that is asked for."""
     run = work.run
     if run.config.vocab == "keep":
         return
-
-    def measure(source: ModelSource, blocks: torch.Tensor) -> float:
-        dtype = evaluation_dtype(source.dtype, run.eval_device)
-        [found] = perplexities(source, [blocks], ["the text held out"], run.eval_device, dtype, run.progress, run.config.tmp_dir)
-        return found
-
     with run.clock("vocabulary"):
+        measure = functools.partial(perplexity_held_out, run)
         found = run.once("vocabulary", lambda: dataclasses.asdict(vocabulary.chosen(run, measure)))
         work.vocabulary, work.drawn = vocabulary.Kept(**found), run.samples
         vocabulary.apply(run, work.vocabulary)

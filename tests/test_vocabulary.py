@@ -255,6 +255,17 @@ def test_a_file_for_llama_cpp_has_the_same_tokens(folder):
     assert tokens == AutoTokenizer.from_pretrained("prune_log/v").convert_ids_to_tokens(list(range(700)))
 
 
+def test_explore_shows_what_fewer_tokens_would_save(folder, capsys):
+    flags = ["--calibration", "text.txt", "--num_examples", "8", "--eval_data", "none", "--output", "out", "--vocab", "auto"]
+    assert slimllm_main(["explore", "model", "--target_sparsity", "0.2", "0.5", *flags]) == 0
+    rows = [
+        [cell.strip() for cell in line.split("|")] for line in (folder / "out/table.md").read_text().splitlines() if line.startswith("| ")
+    ]
+    assert rows[0][-3:-1] == ["with fewer tokens, nats", "tokens"]
+    for row in rows[2:]:
+        assert float(row[-3]) <= float(row[5]) + 1e-3 and int(row[-2].replace(",", "")) <= 1536
+
+
 def test_the_dense_model_teaches_the_tokens_that_stay(folder, monkeypatch):
     assert hf_prune.main([*FLAGS, "--eval_data", "none", "--vocab", "700", "--target_sparsity", "0.2", "--save_ckpt_log_name", "v"]) == 0
     rows = [{"text": line} for line in MANUAL[:20_000].split("\n\n")[:8] if len(line) > 40]

@@ -5,7 +5,9 @@ The price list is measured once; each share is then planned from it in a moment,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import logging
 import math
 from pathlib import Path
@@ -15,6 +17,7 @@ from ..data import calibration
 from ..errors import UserError
 from ..models import loading
 from ..plan import removed_parameters
+from ..pruning import vocabulary
 from ..pruning.allocation import price_list, prices
 from ..pruning.allocation.budget import of_parameters
 from ..pruning.allocation.inputs import AllocationInputs
@@ -44,6 +47,7 @@ def run(config: ExploreConfig) -> None:
     record.results_in(folder, price_list.NAME)
     run = Run.of(config.pruning(0.1), loading.load_config(config.base_model))
     found = _price_list(run, config)
+    sizes = _vocabularies(run, config)
     folder.mkdir(parents=True, exist_ok=True)
     found.write(folder)
     points = [point for share in config.target_sparsity if (point := _point(run, found, config, share))]
@@ -54,6 +58,8 @@ def run(config: ExploreConfig) -> None:
             dense = {figure["data"]: figure["pruned"] for figure in row["dense"]}
             nats = {f["data"]: math.log(f["pruned"] / dense[f["data"]]) for f in row["perplexity"]}
             points.append(_point(run, found, config, row["share"]) | {"measured": nats})
+    for point in points if sizes else []:
+        point |= _with_tokens(run, found, config, point["smaller"], sizes)
     points.sort(key=lambda point: (point["share"], "measured" in point))
     lines = [*table(points), "", *said(points)]
     write_text(folder / "table.md", "\n".join(lines) + "\n")
@@ -63,16 +69,37 @@ def run(config: ExploreConfig) -> None:
 
 
 def _price_list(run: Run, config: ExploreConfig) -> PriceList:
-    if config.price_list is not None:
+    if config.price_list is not None and config.vocab == "keep":
         return PriceList.read(config.price_list, run.shape, run.config)
     run.dtype = pruning_dtype(config.dtype, run.device, loading.own_dtype(config.base_model, run.model_config))
     run.tokenizer = loading.load_tokenizer(config.base_model)
     run.source = loading.open_source(config.base_model, run.dtype, config=run.model_config)
     with bar_on_terminal(log) as run.progress:
         stages.calibrate(stages.Work(run, given=config.calibration))
+        if config.price_list is not None:
+            return PriceList.read(config.price_list, run.shape, run.config)
         found = prices.measured(AllocationInputs(run.shape, run.config, run))
     log.info("price list: %d prices in %.1f s", len(found.prices), found.seconds)
     return found
+
+
+def _vocabularies(run: Run, config: ExploreConfig) -> list[tuple[int, float]]:
+    """(a number of tokens, what these alone cost), where fewer of them are looked at."""
+    if config.vocab == "keep":
+        return []
+    run.config = config.with_tokens(0.1).resolved(run.shape)
+    with bar_on_terminal(log) as run.progress:
+        return list(vocabulary.losses(vocabulary.Ranked(run), functools.partial(stages.perplexity_held_out, run)))
+
+
+def _with_tokens(run: Run, found: PriceList, config: ExploreConfig, smaller: float, sizes: list[tuple[int, float]]) -> dict:
+    """What making the whole model smaller by this share costs, with as many tokens as cost least, and how many these are."""
+    settings, offers = config.with_tokens(smaller).resolved(run.shape), []
+    for tokens, nats in sizes:
+        with contextlib.suppress(UserError):
+            offers.append((nats + vocabulary.of_layers(run, settings, found, tokens), tokens))
+    loss, tokens = min(offers)
+    return {"loss_with_tokens": loss, "tokens": tokens}
 
 
 def _point(run: Run, found: PriceList, config: ExploreConfig, share: float) -> dict | None:
@@ -110,11 +137,14 @@ def _checked(config: ExploreConfig, file: Path) -> list[dict]:
 def table(points: list[dict]) -> list[str]:
     """Markdown, one row per share: sizes, predicted loss, and what was measured where it was."""
     texts = list(dict.fromkeys(text for point in points for text in point.get("measured", ())))
+    with_tokens = any("tokens" in point for point in points)
     header = ["decoder removed", "model smaller", "parameters", "KV cache kept", "predicted loss, nats", *(f"measured, {t}" for t in texts)]
+    header += ["with fewer tokens, nats", "tokens"] if with_tokens else []
     rows = [header]
     for p in points:
         cells = [f"{p['share']:.0%}", f"{p['smaller']:.1%}", f"{p['parameters'] / 1e6:.1f} M", f"{p['cache']:.0%}", f"{p['loss']:.3f}"]
-        rows.append([*cells, *(f"{p['measured'][t]:.3f}" if t in p.get("measured", ()) else "" for t in texts)])
+        cells += [f"{p['measured'][t]:.3f}" if t in p.get("measured", ()) else "" for t in texts]
+        rows.append(cells + ([f"{p['loss_with_tokens']:.3f}", f"{p['tokens']:,}"] if with_tokens else []))
     return aligned(rows)
 
 

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,10 +20,12 @@ from ..models import vocabulary
 from ..models.source import ModelSource
 from ..models.vocabulary import Vocabulary
 from ..run import Run
+from ..settings.pruning import PruneConfig
 from ..utils.files import write_text
 from .allocation.auto import price_list_of
 from .allocation.budget import budgets_of
 from .allocation.inputs import AllocationInputs
+from .allocation.price_list import PriceList
 from .allocation.sizing import Sizing
 from .allocation.solver import predicted, solve_all
 
@@ -127,30 +129,46 @@ def _best_size(ranked: Ranked, measure: Measure) -> int:
     by the price list what goes of the layers besides.
     """
     run, config = ranked.run, ranked.run.config
-    prices = price_list_of(AllocationInputs(run.shape, config, run))
-    whole, dense, offers = run.source.config.vocab_size, None, []
-    for share in SHARES:
-        kept = ranked.first(-(-round(share * whole) // config.vocab_multiple) * config.vocab_multiple)
-        nats = _nats_per_token(ranked, kept, measure)
-        dense = nats if dense is None else dense
-        shape = run.shape.with_tokens(len(kept.ids))
-        inputs = AllocationInputs(shape, config, file_overhead=run.file_overhead * len(kept.ids) // whole)
-        sizing = Sizing(shape, config)
+    prices, offers = price_list_of(AllocationInputs(run.shape, config, run)), []
+    for tokens, nats in losses(ranked, measure):
         try:
-            binding = [budget for budget in budgets_of(inputs) if budget.target > 0]
-            layers = predicted(prices, sizing, solve_all(prices, sizing, binding)) if binding else 0.0
+            layers = of_layers(run, config, prices, tokens)
         except UserError as error:
-            log.info("vocabulary: %s tokens: %s", f"{len(kept.ids):,}", error)
+            log.info("vocabulary: %s tokens: %s", f"{tokens:,}", error)
             continue
-        offers.append((nats - dense + layers, len(kept.ids)))
+        offers.append((nats + layers, tokens))
         line = "vocabulary: %s tokens: predicted loss %.3f nats per token, %.3f of them for the tokens that go"
-        log.info(line, f"{len(kept.ids):,}", offers[-1][0], nats - dense)
-        if not binding or len(kept.ids) <= len(ranked.vocabulary.always):
+        log.info(line, f"{tokens:,}", nats + layers, nats)
+        if not layers:
             break
     if not offers:
         name, value = config.amount
         raise UserError(f"--{name} {value}: neither fewer tokens nor smaller layers come to that; ask for less")
     return min(offers)[1]
+
+
+def losses(ranked: Ranked, measure: Measure) -> Iterator[tuple[int, float]]:
+    """(a number of tokens, what the dense model loses with these alone, in nats per token that the text had before), of ever fewer."""
+    config, dense, fewest = ranked.run.config, None, None
+    for share in SHARES:
+        size = -(-round(share * ranked.run.source.config.vocab_size) // config.vocab_multiple) * config.vocab_multiple
+        kept = ranked.first(size)
+        if len(kept.ids) == fewest:
+            return
+        nats, fewest = _nats_per_token(ranked, kept, measure), len(kept.ids)
+        dense = nats if dense is None else dense
+        yield fewest, nats - dense
+
+
+def of_layers(run: Run, config: PruneConfig, prices: PriceList, tokens: int) -> float:
+    """What the layers lose by the price list where so many tokens stay and the rest of what ``config`` asks for is theirs to give.
+
+    Raises UserError where they cannot.
+    """
+    shape = run.shape.with_tokens(tokens)
+    inputs, sizing = AllocationInputs(shape, config, file_overhead=run.file_overhead * tokens // run.shape.vocab), Sizing(shape, config)
+    binding = [budget for budget in budgets_of(inputs) if budget.target > 0]
+    return predicted(prices, sizing, solve_all(prices, sizing, binding)) if binding else 0.0
 
 
 def _nats_per_token(ranked: Ranked, kept: Kept, measure: Measure) -> float:

@@ -136,14 +136,16 @@ def comparison(rows: list[dict], folder: Path) -> Path:
 
 
 def loss_against_size(points: list[dict], name: str, gentle: float, folder: Path) -> Path:
-    """Draws the predicted loss against the share removed, with what was measured. ``points``: ``share``, ``loss`` and maybe ``measured``;
-    ``gentle``: the loss in nats up to which the ground is shaded.
+    """Draws the predicted loss against the share removed, with what was measured. ``points``: ``share``, ``loss`` and maybe ``measured`` and
+    ``loss_with_tokens``; ``gentle``: the loss in nats up to which the ground is shaded.
     """
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(8, 4.8), layout="constrained")
     axis.axhspan(0, gentle, color="#2f8f6b", alpha=0.15, label=f"at most {gentle:g} nats")
     line = sorted({100 * point["share"]: point["loss"] for point in points}.items())
     axis.plot(*zip(*line), "o-", color="#3b6fb6", markersize=4, label="predicted from the price list")
+    if fewer := sorted({100 * point["share"]: point["loss_with_tokens"] for point in points if "tokens" in point}.items()):
+        axis.plot(*zip(*fewer), "o--", color="#e08a2e", markersize=4, label="the same size with fewer tokens, predicted")
     texts = list(dict.fromkeys(text for point in points for text in point.get("measured", ())))
     for text, colour, mark in zip(texts, PART_COLOURS[1:], "sD^v"):
         found = [(100 * point["share"], point["measured"][text]) for point in points if text in point.get("measured", ())]

@@ -8,7 +8,7 @@ from ..cli import flag
 from ..errors import UserError
 from ..models.shape import RUNTIMES
 from .methods import PRICES, RECIPES
-from .pruning import HEAD_UNITS, PARTS, PruneConfig
+from .pruning import HEAD_UNITS, PARTS, VOCABULARIES, PruneConfig
 from .trials import TrialsConfig
 
 PRICED = tuple(name for name, recipe in RECIPES.items() if recipe.settings.get("layer_ratio") == "auto")
@@ -29,6 +29,11 @@ class ExploreConfig(TrialsConfig):
     round_to: int | None = flag("sparsity", "as for hf_prune.py: keep channels in multiples of this")
     prices: str = flag("sparsity", "as for hf_prune.py: how the price list is measured", "gradient", choices=PRICES)
     price_list: str | None = flag("sparsity", "take the prices from this file; nothing is measured then")
+    vocab: str = flag(
+        "vocabulary", "auto: what each size would cost with fewer tokens too; keep: layers alone", "keep", choices=VOCABULARIES
+    )
+    vocab_text: tuple[str, ...] | None = flag("vocabulary", "as for hf_prune.py: text of the kind that the model is for")
+    vocab_scripts: tuple[str, ...] | None = flag("vocabulary", "as for hf_prune.py: scripts that stay")
     num_examples: int | None = flag("calibration", "as for hf_prune.py: calibration samples")
 
     PROGRAM = "explore"
@@ -43,6 +48,11 @@ class ExploreConfig(TrialsConfig):
     def pruning(self, share: float, **others) -> PruneConfig:
         """The settings of a pruning by this share. Raises UserError where they make no sense."""
         return PruneConfig(base_model=self.base_model, target_sparsity=share, **self.settings, **others)
+
+    def with_tokens(self, smaller: float) -> PruneConfig:
+        """The settings of a pruning that makes the whole model smaller by this share, of its vocabulary too."""
+        tokens = {name: getattr(self, name) for name in ("vocab", "vocab_text", "vocab_scripts")}
+        return PruneConfig(base_model=self.base_model, smaller=smaller, **self.settings, **tokens)
 
     @property
     def settings(self) -> dict:
