@@ -136,7 +136,7 @@ def comparison(rows: list[dict], folder: Path) -> Path:
 
 
 def loss_against_size(points: list[dict], name: str, gentle: float, folder: Path) -> Path:
-    """Draws the predicted loss against the share removed, with what was measured. ``points``: ``share``, ``loss`` and maybe ``measured`` and
+    """Draws the predicted loss against the share removed, and what was measured. ``points``: ``share``, ``loss`` and maybe ``measured`` and
     ``loss_with_tokens``; ``gentle``: the loss in nats up to which the ground is shaded.
     """
     plt = _pyplot()
