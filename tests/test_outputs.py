@@ -42,6 +42,7 @@ def test_a_run_s_own_folder_is_replaced_with_what_belongs_to_it(tmp_path):
     (target / ".journal").mkdir()  # these are left by kills at the worst moments
     (target / ".adapter.lock").touch()
     (target / ".adapter.abcd_123.partial").mkdir()
+    (target / ".tmpaB3xY9").touch()
     with atomic_dir(target, overwrite=True) as folder:
         (folder / "a").touch()
     assert names(target) == ["a", outputs.SEAL] and names(tmp_path) == ["run"]

@@ -33,7 +33,7 @@ SEAL_FORMAT = 1
 GGUF_MARK = "slimllm.version"  # a key near the start of every .gguf file that is exported
 _UNSEALED = ("README.md", "log.txt", SEAL)  # a card is brought up to date by later programs, and edited by people
 _MKDTEMP = "????????"  # the random part of a name made by tempfile.mkdtemp
-_LEFTOVER = re.compile(r"\.journal|\..+\.(\d+\.partial|[a-z0-9_]{8}\.(partial|old))")
+_LEFTOVER = re.compile(r"\.journal|\.tmp[A-Za-z0-9]{6}|\..+\.(\d+\.partial|[a-z0-9_]{8}\.(partial|old))")  # .tmp: of safetensors
 _HEAD = 4096  # bytes of a .gguf file in which its mark is looked for
 
 
