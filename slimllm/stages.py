@@ -145,6 +145,7 @@ def load(work: Work) -> None:
     work.texts = texts.load_texts(config.eval_data)
     with run.clock("loading"):
         run.tokenizer = loading.load_tokenizer(config.base_model)
+        vocabulary.check(run)
         if work.writes and processes.is_first():
             work.checkpoint.mkdir(exist_ok=True)
             if config.vocab == "keep":

@@ -151,8 +151,9 @@ def test_the_model_predicts_as_before_among_the_tokens_that_stay(case, tmp_path)
 @pytest.mark.parametrize(
     "settings, said",
     [
-        ({"vocab": "half"}, "--vocab half: must be a number"),
-        ({"vocab": "0"}, "--vocab 0: must be keep, auto, a number of tokens or a share of them below 1"),
+        ({"vocab": "half"}, "--vocab half: must be keep, auto, a number of tokens such as 32000, or a share of them such as 0.5"),
+        ({"vocab": "0"}, "--vocab 0: must be keep, auto, a number of tokens"),
+        ({"vocab": "nan"}, "--vocab nan: must be keep, auto, a number of tokens"),
         ({"vocab": "1.5"}, "--vocab 1.5: must be keep, auto"),
         ({"vocab": "auto"}, "--vocab auto: it spends an amount of the whole model; give --smaller, --target_params, --fit"),
         ({"vocab": "0.5"}, "--vocab 0.5: only of a model's files; use hf_prune.py"),
@@ -169,6 +170,21 @@ def test_a_tokenizer_of_another_kind_is_refused(tiny_folder, text_file, monkeypa
     flags = ["--base_model", str(tiny_folder), "--calibration", str(text_file), "--eval_data", "none", "--seq_len", "16", "--vocab", "0.5"]
     assert hf_prune.main(flags) == 2
     assert "no tokens can be removed from a WordLevel tokenizer; BPE and Unigram can" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--vocab", "2000"], "--vocab 2000: the model has 1,536 tokens; name fewer"),
+        (["--vocab", "0.5", "--vocab_text", "none.txt"], "--vocab_text none.txt: no such file"),
+        (["--vocab", "0.5", "--vocab_text", "model"], "--vocab_text model: the folder holds no .txt or .jsonl file"),
+        (["--vocab", "0.5", "--vocab_scripts", "latim"], "--vocab_scripts latim: no token has letters of it; did you mean 'latin'?"),
+    ],
+)
+def test_mistakes_are_one_line(flags, said, folder, capsys):
+    assert hf_prune.main([*FLAGS, *flags]) == 2
+    err = capsys.readouterr().err
+    assert said in err and len(err.strip().splitlines()) == 1 and not list((folder).glob("prune_log/*"))
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 
+from ..errors import UserError, nearest
 from ..models.vocabulary import Vocabulary
 
 
@@ -24,6 +25,15 @@ def in_order(vocabulary: Vocabulary, counts: Counter, decode, scripts: tuple[str
         return (foreign if scripts is not None or not count else False), -count, index
 
     return sorted(vocabulary.texts, key=key)
+
+
+def check_scripts(vocabulary: Vocabulary, decode, scripts: tuple[str, ...]) -> None:
+    """Raises UserError for scripts of which no token has a letter."""
+    known = set().union(*(_scripts_of(decode(index)) for index in vocabulary.texts))
+    for name in scripts:
+        if name not in known:
+            close = nearest(name, sorted(known)) or f"; the tokenizer has {', '.join(sorted(known))}"
+            raise UserError(f"--vocab_scripts {name}: no token has letters of it{close}")
 
 
 def first_of(vocabulary: Vocabulary, order: list[int], size: int) -> list[int]:

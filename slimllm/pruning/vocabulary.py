@@ -34,6 +34,7 @@ log = logging.getLogger("slimllm")
 MAP = "vocab_map.json"  # beside a checkpoint: the id that each token had before
 FEW = 1_000_000  # tokens of text below which what it does not use says little
 SHARES = (1.0, 0.85, 0.7, 0.55, 0.42, 0.32, 0.24, 0.18, 0.13, 0.1)  # of the tokens that auto looks at, most first
+PART = 2048  # tokens of a piece of text, of which every tenth is not counted
 HELD_OUT_BLOCKS = 64  # samples of text on which auto measures what fewer tokens cost
 
 
@@ -65,6 +66,13 @@ class Kept:
         )
 
 
+def check(run: Run) -> None:
+    """Raises UserError before any work for a tokenizer that cannot be trimmed, and for scripts that it does not have."""
+    if run.config.vocab != "keep":
+        found, decode = Vocabulary(run.tokenizer), run.tokenizer.decode
+        token_counts.check_scripts(found, lambda index: decode([index]), run.config.vocab_scripts or ())
+
+
 # The perplexity of a model on token ids [blocks, seq_len]
 Measure = Callable[[ModelSource, torch.Tensor], float]
 
@@ -78,18 +86,18 @@ def chosen(run: Run, measure: Measure) -> Kept:
 class Ranked:
     """The tokens of a run's model, those first that are to stay first, by what its text uses.
 
-    ``counts``: how often each occurs in nine tenths of the text. ``held_out``: ids of the last tenth and of the calibration samples, some
-    of which the model may have written itself; on these it shows what it costs that others go.
+    ``counts``: how often each occurs in nine of ten pieces of the text. ``held_out``: ids of the tenth ones, by which it shows what it is
+    worth that others stay.
     """
 
     def __init__(self, run: Run):
         self.run, self.vocabulary = run, Vocabulary(run.tokenizer)
         streams, self.text = self._counted()
-        cut = [len(ids) - len(ids) // 10 for ids in streams]
-        self.counts = Counter(index for ids, end in zip(streams, cut) for index in ids[:end].tolist())
-        half = HELD_OUT_BLOCKS * run.config.seq_len // 2
-        last = torch.cat([ids[end:] for ids, end in zip(streams, cut)])
-        self.held_out = torch.cat([last[:half], run.samples.ids.flatten()[:half]])
+        parts = [ids.split(max(1, min(PART, len(ids) // 10))) for ids in streams]
+        self.counts = Counter(index for some in parts for at, part in enumerate(some) if at % 10 for index in part.tolist())
+        apart = [part for some in parts for part in some[::10]]
+        each = -(-HELD_OUT_BLOCKS * run.config.seq_len // max(len(apart), 1))
+        self.held_out = torch.cat([part[:each] for part in apart])
         total = sum(map(len, streams))
         if total < FEW:
             log.warning("vocabulary: only %s tokens of text were counted; --vocab_text names more", f"{total:,}")
@@ -120,8 +128,7 @@ class Ranked:
         pieces = {index: len(new(decode([index]), add_special_tokens=False).input_ids) for index in gone}
         held_out, missing = max(len(self.held_out), 1), sum(gone.values())
         longer = sum(count * (pieces[index] - 1) for index, count in gone.items()) / held_out
-        total = sum(self.counts.values()) + len(self.held_out)
-        return Kept(ids, self.run.source.config.vocab_size, self.text, total, 1 - missing / held_out, longer)
+        return Kept(ids, self.run.source.config.vocab_size, self.text, sum(self.counts.values()), 1 - missing / held_out, longer)
 
 
 def _best_size(ranked: Ranked, measure: Measure) -> int:

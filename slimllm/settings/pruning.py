@@ -283,9 +283,15 @@ class PruneConfig:
 
     def _check_vocabulary(self) -> None:
         if self.vocab not in VOCABULARIES:
-            kept = cli.number_of("vocab", self.vocab, COUNTS)
+            forms = (
+                f"--vocab {self.vocab}: must be {', '.join(VOCABULARIES)}, a number of tokens such as 32000, or a share of them such as 0.5"
+            )
+            try:
+                kept = cli.number_of("vocab", self.vocab, COUNTS)
+            except UserError:
+                raise UserError(forms) from None
             if kept <= 0 or (kept != int(kept) and kept >= 1):
-                raise UserError(f"--vocab {self.vocab}: must be {', '.join(VOCABULARIES)}, a number of tokens or a share of them below 1")
+                raise UserError(forms)
         check_range(self, "vocab_multiple", 1)
         self.vocab_text = tuple(self.vocab_text) if self.vocab_text else None
         self.vocab_scripts = tuple(name.lower() for name in self.vocab_scripts) if self.vocab_scripts else None
@@ -299,6 +305,8 @@ class PruneConfig:
         if self.vocab == "auto":
             return None
         kept = cli.number_of("vocab", self.vocab, COUNTS)
+        if kept > vocab:
+            raise UserError(f"--vocab {self.vocab}: the model has {vocab:,} tokens; name fewer")
         kept = round(kept * vocab) if kept < 1 else int(kept)
         return min(vocab, -(-kept // self.vocab_multiple) * self.vocab_multiple)
 
