@@ -220,6 +220,8 @@ def test_a_run_with_fewer_tokens_from_end_to_end(folder, capsys):
     assert set(record.evaluation[0]["nats_per_byte"]) == {"dense", "pruned"}
     samples = Calibration.read(folder / "prune_log/v", record.calibration)  # in the tokens of the model that was given, which can take them
     assert int(samples.ids.max()) >= 768
+    card = (folder / "prune_log/v/README.md").read_text()
+    assert "768 of 1,536 tokens stay, those that text.txt uses most" in card and "nats per byte" in card
     assert slimllm_main(["verify", "prune_log/v"]) == 0
     assert hf_prune.main(["--base_model", "prune_log/v", *FLAGS[2:], "--vocab", "600", "--save_ckpt_log_name", "again"]) == 0
     assert AutoModelForCausalLM.from_pretrained("prune_log/again", trust_remote_code=True).config.vocab_size == 600
