@@ -114,8 +114,11 @@ def go_through(stages: Sequence[Stage], work: Work) -> Work:
 def plans_of(run: Run) -> list[LayerPlan] | None:
     """The plans of ``--plan``, or None where the layers' importance decides. Raises UserError early for a sparsity that cannot be met."""
     kept, tokens = run.config.tokens_of(run.shape.vocab), run.shape.vocab
-    if kept is not None:
-        run.shape = run.shape.with_tokens(kept)
+    if run.config.vocab != "keep":
+        run.tokenizer = run.tokenizer or loading.load_tokenizer(run.config.base_model)
+        always = vocabulary.check(run)
+        if kept is not None:
+            run.shape = run.shape.with_tokens(min(tokens, max(kept, always)))
     if run.config.plan is None:
         if run.config.fit is not None:
             run.tokenizer = run.tokenizer or loading.load_tokenizer(run.config.base_model)
@@ -144,8 +147,7 @@ def load(work: Work) -> None:
     run, config = work.run, work.run.config
     work.texts = texts.load_texts(config.eval_data)
     with run.clock("loading"):
-        run.tokenizer = loading.load_tokenizer(config.base_model)
-        vocabulary.check(run)
+        run.tokenizer = run.tokenizer or loading.load_tokenizer(config.base_model)
         if work.writes and processes.is_first():
             work.checkpoint.mkdir(exist_ok=True)
             if config.vocab == "keep":
@@ -252,7 +254,8 @@ def trim(work: Work) -> None:
     with run.clock("vocabulary"):
         measure = functools.partial(perplexity_held_out, run)
         found = run.once("vocabulary", lambda: dataclasses.asdict(vocabulary.chosen(run, measure)))
-        work.vocabulary, work.drawn = vocabulary.Kept(**found), run.samples
+        with resuming(run.journal.folder / "vocabulary.json"):
+            work.vocabulary, work.drawn = vocabulary.Kept(**found), run.samples
         vocabulary.apply(run, work.vocabulary)
     if run.config.fit is not None:
         run.file_overhead = export_gguf.metadata_bytes(run.tokenizer, run.config.base_model, run.model_config, work.vocabulary.ids)

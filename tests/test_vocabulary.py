@@ -72,9 +72,10 @@ def tokenizer(request):
 def first(tokenizer, size, text=MANUAL[:20_000], scripts=None):
     from collections import Counter
 
-    found = Vocabulary(tokenizer)
+    found = Vocabulary(tokenizer, len(tokenizer))
     counts = Counter(tokenizer(text, add_special_tokens=False).input_ids)
-    order = token_counts.in_order(found, counts, lambda index: tokenizer.decode([index]), scripts)
+    expected = [1 / (index + 1) / 1e6 for index in range(len(tokenizer))]
+    order = token_counts.in_order(found, counts, expected, lambda index: tokenizer.decode([index]), scripts)
     return found, token_counts.first_of(found, order, size)
 
 
@@ -108,7 +109,7 @@ def test_a_saved_one_loads_as_the_same(tokenizer, tmp_path):
 
 def test_pieces_of_a_token_stay_with_it():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(), bos_token="<s>")
-    found = Vocabulary(tokenizer)
+    found = Vocabulary(tokenizer, len(tokenizer))
     for index in range(300, len(tokenizer), 37):
         kept = found.closed([index])
         word = tokenizer.decode([index])
@@ -133,7 +134,9 @@ def test_what_is_used_stays_before_what_was_learned_early_and_other_scripts_go_f
 def test_the_model_predicts_as_before_among_the_tokens_that_stay(case, tmp_path):
     model = make_model(case)
     model.config.eos_token_id, model.config.pad_token_id = [5, 90], 4
-    model.generation_config.eos_token_id, model.generation_config.suppress_tokens = [5, 90], [7, 91]
+    generation = model.generation_config
+    generation.eos_token_id, generation.suppress_tokens, generation.begin_suppress_tokens = [5, 90], [7, 91], [91]
+    generation.bad_words_ids, generation.sequence_bias = [[5], [6, 91], [6, 7]], [[[8], -5.0], [[91], 1.0]]
     model.save_pretrained(tmp_path)
     kept = [*range(4, 60), 90]
     source = loading.open_source(str(tmp_path), torch.float32)
@@ -145,7 +148,8 @@ def test_the_model_predicts_as_before_among_the_tokens_that_stay(case, tmp_path)
     torch.testing.assert_close(logits(smaller.whole(), ids), expected, rtol=0, atol=1e-5)
     config, generation = smaller.config, smaller.whole().generation_config
     assert (config.vocab_size, config.eos_token_id, config.pad_token_id) == (57, [1, 56], 0)
-    assert (generation.eos_token_id, generation.suppress_tokens) == ([1, 56], [3])
+    assert (generation.eos_token_id, generation.suppress_tokens, generation.begin_suppress_tokens) == ([1, 56], [3], None)
+    assert (generation.bad_words_ids, generation.sequence_bias) == ([[1], [2, 3]], [[[4], -5.0]])
 
 
 @pytest.mark.parametrize(
@@ -263,6 +267,31 @@ def test_a_stopped_run_goes_on_with_the_same_tokens(folder, monkeypatch):
     assert all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
 
 
+def test_tokens_that_the_model_has_no_row_for_go_first(folder):
+    """As where one was added to the tokenizer, and the embeddings were not made longer; from a .gguf file too."""
+    made = AutoTokenizer.from_pretrained("model")
+    made.add_tokens(["<new>"])
+    made.save_pretrained("model")
+    make_model(vocab_size=len(made) - 1, num_hidden_layers=2, bos_token_id=0, eos_token_id=1).save_pretrained("model")
+    assert hf_prune.main([*FLAGS, "--vocab", "700", "--target_sparsity", "0.2", "--save_ckpt_log_name", "v"]) == 0
+    assert AutoModelForCausalLM.from_pretrained("prune_log/v", trust_remote_code=True).config.vocab_size == 700
+    assert "<new>" not in AutoTokenizer.from_pretrained("prune_log/v").get_vocab()
+
+
+@pytest.mark.parametrize("broken", ["[]", "{}", '{"ids": [3, 1]}', None])
+def test_a_list_of_tokens_that_is_broken_is_said_at_resume(broken, folder, monkeypatch, capsys):
+    flags = [*FLAGS, "--vocab", "700", "--target_sparsity", "0.3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "prune", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        assert hf_prune.main(flags) == 130
+    [file] = folder.glob("prune_log/.*.partial/.journal/vocabulary.json")
+    content = json.loads(file.read_text())
+    file.write_text(broken or json.dumps(content | {"ids": content["ids"][::-1]}))
+    capsys.readouterr()
+    assert hf_prune.main([*flags, "--resume"]) == 2
+    assert "vocabulary.json, which the stopped run had written, is broken" in capsys.readouterr().err
+
+
 def test_a_file_for_llama_cpp_has_the_same_tokens(folder):
     from tests.test_export_gguf import gguf
 
@@ -303,5 +332,8 @@ def test_nats_per_byte_do_not_depend_on_the_tokens():
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level())
     ids = torch.tensor([tokenizer("return the values", add_special_tokens=False).input_ids])
-    total = ids.shape[1] * 2.0
-    assert nats_per_byte(torch.tensor(2.0).exp().item(), ids, tokenizer) == pytest.approx(total / len("return the values"), rel=1e-5)
+    value, text = torch.tensor(2.0).exp().item(), "return the values"
+    rest = tokenizer.decode(ids[0, 1:])  # the first token is not predicted
+    assert nats_per_byte(value, ids, tokenizer) == pytest.approx(2.0 * (ids.shape[1] - 1) / len(rest), rel=1e-5)
+    begun = torch.cat([torch.tensor([[tokenizer.convert_tokens_to_ids("<s>")]]), ids], 1)  # now all are
+    assert nats_per_byte(value, begun, tokenizer) == pytest.approx(2.0 * ids.shape[1] / len(text), rel=1e-5)

@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
+from collections.abc import Callable
 
 from ..errors import UserError, nearest
 from ..models.vocabulary import Vocabulary
 
 
-def in_order(vocabulary: Vocabulary, counts: Counter, decode, scripts: tuple[str, ...] | None = None) -> list[int]:
+def in_order(
+    vocabulary: Vocabulary,
+    counts: Counter,
+    expected: list[float],
+    decode: Callable[[int], str],
+    scripts: tuple[str, ...] | None = None,
+) -> list[int]:
     """All ids, those first that are to be kept first.
 
-    Those that occur come first, the most frequent at the head; then the others in the tokenizer's own order, in which it learned them. Of
-    both, those with letters of other ``scripts`` come after all that have none: of other scripts than were named, or among those that do
-    not occur, than the text has. ``decode``: id -> its text.
+    What counts is how often a text has a token and, as much again, how often the model ``expected`` it there, [V], 1 in sum: a word that is
+    missing from a text of a million tokens may well come in the next one. Tokens with letters of other ``scripts`` come after all others:
+    of other scripts than were named, or among those that do not occur, than the text has. ``decode``: id -> its text.
     """
     written = {index: _scripts_of(decode(index)) for index in vocabulary.texts}
     wanted = set(scripts) if scripts is not None else _frequent(written, counts)
+    total = sum(counts.values())
 
     def key(index: int) -> tuple:
-        foreign = bool(written[index] - wanted)
-        count = counts.get(index, 0)
-        return (foreign if scripts is not None or not count else False), -count, index
+        foreign = bool(written[index] - wanted) and (scripts is not None or not counts.get(index))
+        return foreign, -counts.get(index, 0) - total * expected[index], index
 
     return sorted(vocabulary.texts, key=key)
 
 
-def check_scripts(vocabulary: Vocabulary, decode, scripts: tuple[str, ...]) -> None:
+def check_scripts(vocabulary: Vocabulary, decode: Callable[[int], str], scripts: tuple[str, ...]) -> None:
     """Raises UserError for scripts of which no token has a letter."""
     known = set().union(*(_scripts_of(decode(index)) for index in vocabulary.texts))
     for name in scripts:

@@ -88,8 +88,9 @@ def nats_per_byte(value: float, blocks: torch.Tensor, tokenizer) -> float:
 
     So models of two vocabularies can be compared, whose perplexities per token cannot.
     """
-    texts = tokenizer.batch_decode(blocks, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return math.log(value) * blocks.numel() / max(sum(len(text.encode()) for text in texts), 1)
+    predicted = blocks[:, 1:]
+    texts = tokenizer.batch_decode(predicted, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return math.log(value) * predicted.numel() / max(sum(len(text.encode()) for text in texts), 1)
 
 
 @torch.no_grad()

@@ -46,10 +46,15 @@ def run(config: ExploreConfig) -> None:
     folder = Path(config.output)
     record.results_in(folder, price_list.NAME)
     run = Run.of(config.pruning(0.1), loading.load_config(config.base_model))
+    if config.vocab != "keep":
+        run.tokenizer = loading.load_tokenizer(config.base_model)
+        for name in config.vocab_text or ():
+            calibration.text_files(name, "--vocab_text")
+        vocabulary.check(run)
     found = _price_list(run, config)
-    sizes = _vocabularies(run, config)
     folder.mkdir(parents=True, exist_ok=True)
     found.write(folder)
+    sizes = _vocabularies(run, config)
     points = [point for share in config.target_sparsity if (point := _point(run, found, config, share))]
     if not points:
         raise UserError(f"--target_sparsity {' '.join(map(str, config.target_sparsity))}: the layers cannot give up as much; ask for less")

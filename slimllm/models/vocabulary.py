@@ -24,18 +24,19 @@ from .weights import Selected
 SPACE = "▁"  # what SentencePiece writes for a blank: as bytes it would not become one again
 _ID_FIELDS = ("_token_id", "_token_ids", "_token_index")
 _ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")  # of a generation config
+_SEQUENCES = ("bad_words_ids", "force_words_ids")  # lists of lists of ids, or of lists of these
 _OTHER_FILES = ("vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "added_tokens.json", "special_tokens_map.json")
 
 
 class Vocabulary:
-    """The tokens of a tokenizer: what each needs, and the tokenizer that has only some of them.
+    """The tokens of a tokenizer that a model has a row for, ``size`` of them: what each needs, and the tokenizer that has only some.
 
     ``texts``: id -> the token as the tokenizer stores it. ``always``: the ids that have to stay: special and added tokens, and what spells
     every other text, bytes or else single characters.
     Raises UserError for a kind of tokenizer whose tokens cannot be removed.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, size: int):
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise UserError(f"--vocab: its {type(tokenizer).__name__} has no fast form (tokenizer.json), which tokens are removed from")
@@ -48,7 +49,8 @@ class Vocabulary:
             )
         listed = model["vocab"].items() if kind == "BPE" else ((text, index) for index, (text, _) in enumerate(model["vocab"]))
         self._ids = dict(listed)
-        added = {entry["id"]: entry["content"] for entry in self._data["added_tokens"]}
+        self._ids = {text: index for text, index in self._ids.items() if index < size}
+        added = {entry["id"]: entry["content"] for entry in self._data["added_tokens"] if entry["id"] < size}
         self.texts = {index: text for text, index in self._ids.items()} | added
         self._ranks = {}
         for rank, pair in enumerate(model.get("merges", [])):
@@ -100,7 +102,7 @@ class Vocabulary:
             (folder / "tokenizer.json").write_text(file, encoding="utf-8")
             settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
             if listed := settings.get("added_tokens_decoder"):
-                settings["added_tokens_decoder"] = {str(new[int(old)]): entry for old, entry in listed.items()}
+                settings["added_tokens_decoder"] = {str(new[int(old)]): entry for old, entry in listed.items() if int(old) in new}
             (folder / "tokenizer_config.json").write_text(json.dumps(settings, ensure_ascii=False, indent=2), encoding="utf-8")
             found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             found._tokenizer = Tokenizer.from_str(file)  # a class of its own may have made its parts anew, by its own rules
@@ -118,9 +120,8 @@ class Vocabulary:
         else:
             model["vocab"] = [entry for index, entry in enumerate(model["vocab"]) if index in new]
             model["unk_id"] = new.get(model.get("unk_id"))
-        data["added_tokens"] = [{**entry, "id": new[entry["id"]]} for entry in data["added_tokens"]]
-        if data.get("padding"):
-            data["padding"] = {**data["padding"], "pad_id": new[data["padding"]["pad_id"]]}
+        data["added_tokens"] = [{**entry, "id": new[entry["id"]]} for entry in data["added_tokens"] if entry["id"] in new]
+        data["padding"] = None  # of the last call, with its id
         data["post_processor"] = _processor(data.get("post_processor"), new)
         return data
 
@@ -173,10 +174,25 @@ def ids_in(config) -> set[int]:
 
 
 def _number_anew(config, new: dict[int, int]) -> None:
+    """Replaces every id that a config or a generation config names, in place; what names one that is gone goes."""
     for name, value in list(vars(config).items()):
-        if value is None or not (name.endswith(_ID_FIELDS) or name in _ID_LISTS):
+        if value is None:
             continue
-        if isinstance(value, list | tuple):
-            setattr(config, name, [new[index] for index in value if index in new])
-        else:
-            setattr(config, name, new.get(value))
+        if name.endswith(_ID_FIELDS) or name in _ID_LISTS:
+            several = isinstance(value, list | tuple)
+            found = [new[index] for index in value if index in new] if several else new.get(value)
+            setattr(config, name, None if found == [] else found)
+        elif name in _SEQUENCES:
+            setattr(config, name, _sequences(value, new) or None)
+        elif name == "sequence_bias":
+            pairs = value.items() if isinstance(value, dict) else value
+            setattr(config, name, [[_sequences([ids], new)[0], bias] for ids, bias in pairs if _sequences([ids], new)] or None)
+        elif name == "forced_decoder_ids":
+            setattr(config, name, [[place, new[index]] for place, index in value if index in new] or None)
+
+
+def _sequences(value, new: dict[int, int]) -> list:
+    """Lists of ids, or of lists of them, numbered anew; those with an id that is gone are left out."""
+    if all(isinstance(index, int) for item in value for index in item):
+        return [[new[index] for index in item] for item in value if all(index in new for index in item)]
+    return [found for item in value if (found := _sequences(item, new))]

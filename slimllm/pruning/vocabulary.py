@@ -21,6 +21,8 @@ from ..models.source import ModelSource
 from ..models.vocabulary import Vocabulary
 from ..run import Run
 from ..settings.pruning import PruneConfig
+from ..streaming.runner import LOGIT_ROWS
+from ..utils import processes
 from ..utils.files import write_text
 from .allocation.auto import price_list_of
 from .allocation.budget import budgets_of
@@ -35,6 +37,7 @@ MAP = "vocab_map.json"  # beside a checkpoint: the id that each token had before
 FEW = 1_000_000  # tokens of text below which what it does not use says little
 SHARES = (1.0, 0.85, 0.7, 0.55, 0.42, 0.32, 0.24, 0.18, 0.13, 0.1)  # of the tokens that auto looks at, most first
 PART = 2048  # tokens of a piece of text, of which every tenth is not counted
+EXPECTED_BLOCKS = 192  # samples of text on which the model is asked what else it would expect there
 HELD_OUT_BLOCKS = 64  # samples of text on which auto measures what fewer tokens cost
 
 
@@ -53,6 +56,10 @@ class Kept:
     unchanged: float
     longer: float
 
+    def __post_init__(self):
+        if self.ids != sorted(set(self.ids)) or not self.ids or not 0 <= self.ids[0] <= self.ids[-1] < self.of:
+            raise ValueError("its ids are not those of a vocabulary in ascending order")
+
     def described(self) -> dict:
         """What a record holds of it: all but the ids."""
         return {"kept": len(self.ids), **{name: value for name, value in vars(self).items() if name != "ids"}}
@@ -66,11 +73,19 @@ class Kept:
         )
 
 
-def check(run: Run) -> None:
-    """Raises UserError before any work for a tokenizer that cannot be trimmed, and for scripts that it does not have."""
-    if run.config.vocab != "keep":
-        found, decode = Vocabulary(run.tokenizer), run.tokenizer.decode
-        token_counts.check_scripts(found, lambda index: decode([index]), run.config.vocab_scripts or ())
+def vocabulary_of(run: Run) -> Vocabulary:
+    """The tokens of the run's tokenizer that its model has rows for."""
+    return Vocabulary(run.tokenizer, run.model_config.vocab_size)
+
+
+def check(run: Run) -> int:
+    """How many tokens have to stay. Raises UserError before any work for a tokenizer that cannot be trimmed, and for scripts that it does
+    not have.
+    """
+    found, decode = vocabulary_of(run), run.tokenizer.decode
+    if run.config.vocab_scripts:
+        token_counts.check_scripts(found, lambda index: decode([index]), run.config.vocab_scripts)
+    return len(found.always)
 
 
 # The perplexity of a model on token ids [blocks, seq_len]
@@ -91,22 +106,40 @@ class Ranked:
     """
 
     def __init__(self, run: Run):
-        self.run, self.vocabulary = run, Vocabulary(run.tokenizer)
+        self.run, self.vocabulary = run, vocabulary_of(run)
         streams, self.text = self._counted()
         parts = [ids.split(max(1, min(PART, len(ids) // 10))) for ids in streams]
         self.counts = Counter(index for some in parts for at, part in enumerate(some) if at % 10 for index in part.tolist())
         apart = [part for some in parts for part in some[::10]]
-        each = -(-HELD_OUT_BLOCKS * run.config.seq_len // max(len(apart), 1))
-        self.held_out = torch.cat([part[:each] for part in apart])
-        total = sum(map(len, streams))
-        if total < FEW:
-            log.warning("vocabulary: only %s tokens of text were counted; --vocab_text names more", f"{total:,}")
+        each = -(-EXPECTED_BLOCKS * run.config.seq_len // max(len(apart), 1))
+        self.held_out = torch.cat([part[: each // 3 + 1] for part in apart])
+        counted = sum(self.counts.values())
+        if not counted:
+            raise UserError(f"--vocab_text {self.text}: no text, so nothing says which tokens are to stay; name files that hold some")
+        if counted < FEW:
+            log.warning("vocabulary: only %s tokens of text were counted; --vocab_text names more", f"{counted:,}")
         named = vocabulary.ids_in(run.model_config) | set(run.tokenizer.all_special_ids)
         if (generation := getattr(run.source.model, "generation_config", None)) is not None:
             named |= vocabulary.ids_in(generation)
         self.vocabulary.always |= named & self.vocabulary.texts.keys()
         decode = run.tokenizer.decode
-        self.order = token_counts.in_order(self.vocabulary, self.counts, lambda index: decode([index]), run.config.vocab_scripts)
+        expected = self._expected(torch.cat([part[:each] for some in parts for at, part in enumerate(some) if at % 10]))
+        self.order = token_counts.in_order(self.vocabulary, self.counts, expected, lambda index: decode([index]), run.config.vocab_scripts)
+
+    def _expected(self, ids: torch.Tensor) -> list[float]:
+        """What the model expects on text [tokens] at each place, summed over the places: one number per id, 1 in sum."""
+        run = self.run
+        blocks = in_blocks(ids, min(run.config.seq_len, len(ids)), first_token(run.tokenizer, run.model_config))[:EXPECTED_BLOCKS]
+        runner = run.runner(blocks)
+        states = runner.last_states("what the model expects")
+        norm, head = runner.output_modules()
+        total = torch.zeros(run.source.config.vocab_size, device=runner.device)
+        for batch in states:
+            for rows in norm(batch).flatten(0, -2).split(LOGIT_ROWS):
+                total += runner.adapter.logits(head, rows).softmax(-1).sum(0)
+        states.close()
+        processes.add(total)
+        return (total.double() / total.double().sum()).tolist()
 
     def _counted(self) -> tuple[list[torch.Tensor], str]:
         """(the ids of all text that is counted, its name)."""
@@ -122,6 +155,8 @@ class Ranked:
 
     def first(self, size: int) -> Kept:
         """The first tokens with all that they need, ``size`` of them or as many as have to stay."""
+        multiple = self.run.config.vocab_multiple
+        size = -(-max(size, len(self.vocabulary.always)) // multiple) * multiple
         ids = token_counts.first_of(self.vocabulary, self.order, size)
         new, among, decode = self.vocabulary.tokenizer(ids), set(ids), self.run.tokenizer.decode
         gone = Counter(index for index in self.held_out.tolist() if index not in among)
@@ -150,16 +185,17 @@ def _best_size(ranked: Ranked, measure: Measure) -> int:
             break
     if not offers:
         name, value = config.amount
-        raise UserError(f"--{name} {value}: neither fewer tokens nor smaller layers come to that; ask for less")
+        raise UserError(
+            f"--{name} {value}: fewer tokens and smaller layers together do not come to that; the lines above say how near they come"
+        )
     return min(offers)[1]
 
 
 def losses(ranked: Ranked, measure: Measure) -> Iterator[tuple[int, float]]:
     """(a number of tokens, what the dense model loses with these alone, in nats per token that the text had before), of ever fewer."""
-    config, dense, fewest = ranked.run.config, None, None
+    dense, fewest = None, None
     for share in SHARES:
-        size = -(-round(share * ranked.run.source.config.vocab_size) // config.vocab_multiple) * config.vocab_multiple
-        kept = ranked.first(size)
+        kept = ranked.first(round(share * ranked.run.source.config.vocab_size))
         if len(kept.ids) == fewest:
             return
         nats, fewest = _nats_per_token(ranked, kept, measure), len(kept.ids)
@@ -193,7 +229,7 @@ def _nats_per_token(ranked: Ranked, kept: Kept, measure: Measure) -> float:
 def apply(run: Run, kept: Kept) -> None:
     """From now on the run is one on the model with these tokens: its tokenizer, its rows of embeddings and head, its samples."""
     old = run.tokenizer
-    run.tokenizer = Vocabulary(old).tokenizer(kept.ids)
+    run.tokenizer = vocabulary_of(run).tokenizer(kept.ids)
     run.shape = run.shape.with_tokens(len(kept.ids))  # it may have to keep more than was asked for
     run.source = vocabulary.trimmed_source(run.source, kept.ids)
     run.model_config = run.source.config

@@ -43,6 +43,8 @@ class ExploreConfig(TrialsConfig):
         for share in self.check:
             if not 0 < share < 1:
                 raise UserError(f"--check {share}: must be above 0 and below 1")
+        if self.vocab == "keep" and (self.vocab_text or self.vocab_scripts):
+            raise UserError("--vocab_text and --vocab_scripts say which tokens stay: add --vocab auto, or leave them out")
         self.pruning(0.1)
 
     def pruning(self, share: float, **others) -> PruneConfig:

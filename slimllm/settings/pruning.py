@@ -307,7 +307,7 @@ class PruneConfig:
         kept = cli.number_of("vocab", self.vocab, COUNTS)
         if kept > vocab:
             raise UserError(f"--vocab {self.vocab}: the model has {vocab:,} tokens; name fewer")
-        kept = round(kept * vocab) if kept < 1 else int(kept)
+        kept = max(1, round(kept * vocab)) if kept < 1 or (kept == 1 and "." in self.vocab) else int(kept)
         return min(vocab, -(-kept // self.vocab_multiple) * self.vocab_multiple)
 
     def _check_what_decides(self) -> None:
@@ -420,6 +420,8 @@ class PruneConfig:
         if self.prune is None:
             found["prune"] = "channels" if limits.whole_heads else "both"
         tokens = self.tokens_of(shape.vocab)
+        if tokens is None and self.amount[0] in SIZES:
+            self._parameters_gone(shape)
         share = None if tokens is None else self.sparsity_of(shape.with_tokens(tokens))
         amount = self.pruning_ratio if self.pruning_ratio is not None else share or 0.0
         layers, alpha = next((n, a) for limit, n, a in PAPER_SETTINGS if amount < limit)
@@ -452,15 +454,29 @@ class PruneConfig:
         name, value = self.amount
         if name in ("pruning_ratio", "target_sparsity", *BY_PRICES):
             return self.target_sparsity
-        whole, rows = shape.dense_parameters, shape.parameters_gone
-        gone = (self.smaller * whole if name == "smaller" else whole - cli.number_of(name, value, COUNTS)) - rows
-        if not -rows <= gone < shape.decoder_parameters:
-            raise UserError(
-                f"--{name} {value}: the model has {whole / 1e6:.1f} M parameters, {shape.other_parameters / 1e6:.1f} M in its "
-                "embeddings, which stay; ask for something between the two"
-            )
+        gone = self._parameters_gone(shape) - shape.parameters_gone
+        if gone >= shape.decoder_parameters:
+            raise self._out_of_reach(shape)
         gone = max(gone, 0.0)  # the vocabulary alone is enough
         return gone / shape.decoder_parameters
+
+    def _parameters_gone(self, shape: ModelShape) -> float:
+        """How many parameters of the whole model are to go. Raises UserError where it does not have as many."""
+        name, value = self.amount
+        whole = shape.dense_parameters
+        gone = self.smaller * whole if name == "smaller" else whole - cli.number_of(name, value, COUNTS)
+        if not 0 <= gone < whole:
+            raise self._out_of_reach(shape)
+        return gone
+
+    def _out_of_reach(self, shape: ModelShape) -> UserError:
+        name, value = self.amount
+        tokens = "; or let tokens go with --vocab" if self.vocab == "keep" else "; or keep fewer tokens"
+        whole, left = shape.dense_parameters / 1e6, shape.other_parameters / 1e6
+        return UserError(
+            f"--{name} {value}: the model has {whole:.1f} M parameters, {left:.1f} M in its embeddings, which stay; ask for something between "
+            f"the two{tokens}"
+        )
 
     def remarks(self) -> list[str]:
         """A line for each setting that was given and changes nothing, or that another one decided; of :meth:`resolved` settings."""

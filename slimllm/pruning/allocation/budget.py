@@ -24,7 +24,8 @@ class Budget:
     """``target`` is to go of what the parts of a model take by ``measure``.
 
     ``asked``: the flag and its value, as messages name it. ``in_words``: an amount, as messages say it. ``exact``: as much as that is to go
-    and no more, where it can be had; else more may go where that is predicted to lose less.
+    and no more, where it can be had; else more may go where that is predicted to lose less. ``least``: what is left when so much is
+    gone, in words, of a budget that says what may be left.
     """
 
     shape: ModelShape
@@ -34,6 +35,7 @@ class Budget:
     asked: str
     in_words: Callable[[float], str]
     exact: bool = False
+    least: Callable[[float], str] | None = None
 
     @property
     def share(self) -> float:
@@ -56,10 +58,10 @@ class Budget:
 
     def out_of_reach(self, most: list[LayerPlan]) -> UserError:
         """The error for a target beyond what the plans ``most``, which remove as much as can go, remove."""
-        return UserError(
-            f"{self.asked}: all {len(self.shape.layers)} layers can give up at most {self.in_words(self.removed(most))}; "
-            "lower it: a part of each layer must stay"
-        )
+        gone, layers = self.removed(most), len(self.shape.layers)
+        if self.least is not None:
+            return UserError(f"{self.asked}: with a part of each layer left it takes {self.least(gone)} at least; raise it")
+        return UserError(f"{self.asked}: all {layers} layers can give up at most {self.in_words(gone)}; lower it: a part of each must stay")
 
 
 def budgets_of(inputs: AllocationInputs) -> list[Budget]:
@@ -121,7 +123,10 @@ def of_bytes(shape: ModelShape, config: PruneConfig, overhead: int) -> Budget:
     def in_words(amount: float) -> str:
         return f"{amount / 1e6:.1f} of the {whole / 1e6:.1f} MB that the model takes"
 
-    return Budget(shape, config, whole - asked, measure, f"--fit {config.fit}", in_words)
+    def least(gone: float) -> str:
+        return f"{(whole - gone) / 1e6:.4g} MB"
+
+    return Budget(shape, config, whole - asked, measure, f"--fit {config.fit}", in_words, least=least)
 
 
 def gguf_bytes(rows: int, columns: int, kind: str) -> int:
