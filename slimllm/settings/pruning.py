@@ -474,8 +474,8 @@ class PruneConfig:
         tokens = "; or let tokens go with --vocab" if self.vocab == "keep" else "; or keep fewer tokens"
         whole, left = shape.dense_parameters / 1e6, shape.other_parameters / 1e6
         return UserError(
-            f"--{name} {value}: the model has {whole:.1f} M parameters, {left:.1f} M in its embeddings, which stay; ask for something between "
-            f"the two{tokens}"
+            f"--{name} {value}: the model has {whole:.1f} M parameters, {left:.1f} M in its embeddings, which stay; ask for something "
+            f"between the two{tokens}"
         )
 
     def remarks(self) -> list[str]:
