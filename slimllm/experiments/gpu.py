@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from .. import api
 from ..errors import UserError
@@ -120,7 +121,7 @@ def _timing(recipe: str, device: str, size: str) -> Step:
 
 def decisions(folder: Path, device: torch.device, dtype: torch.dtype, recipe: str) -> dict:
     """How many of the heads and channels of the small model that the GPU keeps are those that the CPU keeps in float32."""
-    samples, kept = folder / "calibration.safetensors", []
+    samples, kept = load_file(folder / "calibration.safetensors")["calibration_ids"], []
     begun, level = time.perf_counter(), log.level
     log.setLevel(logging.WARNING)
     for place, kind in ((torch.device("cpu"), torch.float32), (device, dtype)):

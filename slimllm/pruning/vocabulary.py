@@ -129,6 +129,8 @@ class Ranked:
     def _expected(self, ids: torch.Tensor) -> list[float]:
         """What the model expects on text [tokens] at each place, summed over the places: one number per id, 1 in sum."""
         run = self.run
+        if len(ids) < 2:
+            return [0.0] * run.source.config.vocab_size
         blocks = in_blocks(ids, min(run.config.seq_len, len(ids)), first_token(run.tokenizer, run.model_config))[:EXPECTED_BLOCKS]
         runner = run.runner(blocks)
         states = runner.last_states("what the model expects")
@@ -258,7 +260,7 @@ def _spelled_anew(ids: torch.Tensor, old, new, kept: list[int], first: int | Non
     for row in (found < 0).any(1).nonzero().flatten().tolist():
         at_head = [int(number[first])] if first is not None and int(ids[row, 0]) == first else []
         text = old.decode(ids[row, len(at_head) :], clean_up_tokenization_spaces=False)
-        spelled = new(text, add_special_tokens=False).input_ids
+        spelled = new(text, add_special_tokens=False).input_ids or [0]
         spelled, spare = (spelled + spare)[: length - len(at_head)], spelled[length:] or spare
         while len(spelled) < length - len(at_head):
             spelled += spelled
