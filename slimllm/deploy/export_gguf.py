@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import UserError
-from ..models.loading import open_source
+from ..models.loading import open_source, skeleton_of
 from ..models.source import stored_tensors
 from ..settings.common import OUTTYPES
 from ..utils.files import atomic_file
@@ -24,6 +24,7 @@ from .gguf_architecture import Arrangement, add_settings, architecture_of, rope_
 
 log = logging.getLogger("slimllm")
 
+OF_A_TENSOR = 96  # bytes beside its name that a tensor takes at most: its entry in the list, and what fills its last 32 bytes
 F16 = gguf.GGMLQuantizationType.F16
 FILE_TYPES = {name: gguf.LlamaFileType[f"{'ALL' if name == 'f32' else 'MOSTLY'}_{name.upper()}"] for name in OUTTYPES}
 
@@ -45,8 +46,9 @@ def export(folder: str | os.PathLike, target: Path, outtype: str = "f16", arch: 
 
 
 def metadata_bytes(tokenizer, base_model: str, config, kept: list[int] | None = None) -> int:
-    """What the vocabulary of a model with this config takes in a GGUF file; ``kept``: as for :func:`checkpoint.write_tokenizer`.
+    """What a GGUF file of a model with this config holds besides its tensors, at most: vocabulary, and the list of the tensors.
 
+    ``kept``: as for :func:`checkpoint.write_tokenizer`.
     Raises UserError where llama.cpp has no type for it.
     """
     with tempfile.TemporaryDirectory() as scratch:
@@ -61,7 +63,8 @@ def metadata_bytes(tokenizer, base_model: str, config, kept: list[int] | None = 
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.close()
-        return (folder / "metadata.gguf").stat().st_size
+        names = stored_tensors(skeleton_of(config, torch.float32))
+        return (folder / "metadata.gguf").stat().st_size + sum(len(name) + OF_A_TENSOR for name in names)
 
 
 def check(folder: str | os.PathLike) -> None:

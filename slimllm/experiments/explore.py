@@ -69,8 +69,8 @@ def run(config: ExploreConfig) -> None:
     lines = [*table(points), "", *said(points)]
     write_text(folder / "table.md", "\n".join(lines) + "\n")
     loss_against_size(points, Path(config.base_model).name, GENTLE, folder)
-    flag = f"--price_list {folder / price_list.NAME}"
-    log.info("\n%s\n\neverything lies in %s/; hf_prune.py %s prunes from it, with nothing measured again", "\n".join(lines), folder, flag)
+    command = f"hf_prune.py --recipe {config.recipe} --target_sparsity SHARE --price_list {folder / price_list.NAME}"
+    log.info("\n%s\n\neverything lies in %s/; %s prunes from it, with no price measured again", "\n".join(lines), folder, command)
 
 
 def _price_list(run: Run, config: ExploreConfig) -> PriceList:

@@ -58,7 +58,7 @@ def bytes_on_disk(base_model: str, stored: torch.dtype, shape: ModelShape) -> in
     """Bytes of the model's files, from its config alone except for a .gguf file."""
     if is_gguf(base_model):
         return os.path.getsize(base_model)
-    return (shape.decoder_parameters + shape.other_parameters) * stored.itemsize
+    return shape.dense_parameters * stored.itemsize
 
 
 def _source(base_model: str, option_name: str) -> tuple[str, dict]:

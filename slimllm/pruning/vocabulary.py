@@ -69,7 +69,7 @@ class Kept:
         """In one line."""
         return (
             f"vocabulary: {len(self.ids):,} of {self.of:,} tokens stay, by {self.counted:,} tokens of {self.text}; in text like it that "
-            f"was not counted {self.unchanged:.2%} of the tokens are as before, and it takes {self.longer:.1%} more of them"
+            f"was not counted {self.unchanged:.2%} of the tokens are as before, and it comes to {self.longer:.1%} more tokens"
         )
 
 

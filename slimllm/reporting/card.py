@@ -111,7 +111,7 @@ def _figures(figures: list[dict]) -> str:
     """The table of perplexities, empty where there are none."""
     if not figures:
         return ""
-    per_byte = all("nats_per_byte" in f for f in figures)
+    per_byte = all("nats_per_byte" in f and "tuned" not in f for f in figures)
     rows = [["text", "split", "tokens per block", "blocks", "dense", "this model", *(["nats per byte"] if per_byte else [])]]
     for f in figures:
         blocks = f"{f['blocks']}{' (limited)' if f['limited'] else ''}"

@@ -32,9 +32,11 @@ def auto(inputs: AllocationInputs) -> Allocation:
     binding = [budget for budget in budgets if budget.target > 0]
     for budget in budgets if inputs.run is not None else []:
         if budget.target <= 0:
-            log.info("%s: the model meets that as it is%s", budget.asked, "" if binding else ", so nothing is removed")
+            how = "with the tokens that go the model meets that" if shape.tokens_gone else "the model meets that as it is"
+            log.info("%s: %s%s", budget.asked, how, "" if binding else ", so nothing is removed from its layers")
     plans = solve_all(price_list, sizing, binding or budgets[:1])
     if inputs.run is None:
         return Allocation(plans)
-    log.info("predicted loss: %.3f nats per token", loss := predicted(price_list, sizing, plans))
+    alone = ", of the layers alone: what the tokens that go cost is not in it" if shape.tokens_gone else ""
+    log.info("predicted loss: %.3f nats per token%s", loss := predicted(price_list, sizing, plans), alone)
     return Allocation(plans, price_list.of_halves(len(shape.layers)), predicted_loss=loss)
