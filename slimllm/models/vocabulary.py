@@ -86,10 +86,6 @@ class Vocabulary:
             parts[at : at + 2] = ["".join(parts[at : at + 2])]
         return made
 
-    def closed(self, ids) -> list[int]:
-        """These tokens, all that they need, and all that has to stay, ascending."""
-        return sorted(self.always.union(*(self.needs(index) for index in ids)))
-
     def tokenizer(self, kept: list[int]):
         """The same tokenizer with the tokens ``kept`` alone, ascending ids; they are numbered anew, in their order."""
         new = {old: index for index, old in enumerate(kept)}
