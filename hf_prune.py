@@ -37,8 +37,6 @@ def run(config) -> None:
 
     with logging_to_console() as lines, memory_errors("use --device cpu, --eval_device cpu or --dtype bfloat16"):
         calibration.check_source(config.calibration)
-        for name in config.vocab_text or ():
-            calibration.text_files(name, "--vocab_text")
         run = Run.of(config, loading.load_config(config.base_model))
         config = run.config
         warn_of_length(run.model_config, seq_len=config.seq_len, max_seq_len=config.max_seq_len)

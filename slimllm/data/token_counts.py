@@ -61,7 +61,8 @@ def _frequent(written: dict[int, set[str]], counts: Counter) -> set[str]:
     for index, count in counts.items():
         for script in written.get(index, ()):
             seen[script] += count
-    return {script for script, count in seen.items() if count >= sum(seen.values()) / 1000}
+    least = sum(seen.values()) / 1000
+    return {script for script, count in seen.items() if count >= least}
 
 
 def _scripts_of(text: str) -> set[str]:

@@ -47,9 +47,7 @@ def run(config: ExploreConfig) -> None:
     record.results_in(folder, price_list.NAME)
     run = Run.of(config.pruning(0.1), loading.load_config(config.base_model))
     if config.vocab != "keep":
-        run.tokenizer = loading.load_tokenizer(config.base_model)
-        for name in config.vocab_text or ():
-            calibration.text_files(name, "--vocab_text")
+        run.tokenizer, run.config = loading.load_tokenizer(config.base_model), config.with_tokens(0.1).resolved(run.shape)
         vocabulary.check(run)
     found = _price_list(run, config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +90,6 @@ def _vocabularies(run: Run, config: ExploreConfig) -> list[tuple[int, float]]:
     """(a number of tokens, what these alone cost), where fewer of them are looked at."""
     if config.vocab == "keep":
         return []
-    run.config = config.with_tokens(0.1).resolved(run.shape)
     with bar_on_terminal(log) as run.progress:
         return list(vocabulary.losses(vocabulary.Ranked(run), functools.partial(stages.perplexity_held_out, run)))
 

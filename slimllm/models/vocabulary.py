@@ -48,8 +48,7 @@ class Vocabulary:
                 f"--vocab: no tokens can be removed from a {kind} tokenizer{f' with {odd[0]}' if odd else ''}; BPE and Unigram can"
             )
         listed = model["vocab"].items() if kind == "BPE" else ((text, index) for index, (text, _) in enumerate(model["vocab"]))
-        self._ids = dict(listed)
-        self._ids = {text: index for text, index in self._ids.items() if index < size}
+        self._ids = {text: index for text, index in listed if index < size}
         added = {entry["id"]: entry["content"] for entry in self._data["added_tokens"] if entry["id"] < size}
         self.texts = {index: text for text, index in self._ids.items()} | added
         self._ranks = {}
@@ -182,7 +181,7 @@ def _number_anew(config, new: dict[int, int]) -> None:
             setattr(config, name, _sequences(value, new) or None)
         elif name == "sequence_bias":
             pairs = value.items() if isinstance(value, dict) else value
-            setattr(config, name, [[_sequences([ids], new)[0], bias] for ids, bias in pairs if _sequences([ids], new)] or None)
+            setattr(config, name, [[found, bias] for ids, bias in pairs for found in _sequences([ids], new)] or None)
         elif name == "forced_decoder_ids":
             setattr(config, name, [[place, new[index]] for place, index in value if index in new] or None)
 

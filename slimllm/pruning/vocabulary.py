@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..data import calibration, token_counts
 from ..data.calibration import Calibration
@@ -79,9 +80,11 @@ def vocabulary_of(run: Run) -> Vocabulary:
 
 
 def check(run: Run) -> int:
-    """How many tokens have to stay. Raises UserError before any work for a tokenizer that cannot be trimmed, and for scripts that it does
-    not have.
+    """How many tokens have to stay. Raises UserError before any work for a tokenizer that cannot be trimmed, for scripts that it does not
+    have, and for files of text that cannot be read.
     """
+    for name in run.config.vocab_text or ():
+        calibration.text_files(name, "--vocab_text")
     found, decode = vocabulary_of(run), run.tokenizer.decode
     if run.config.vocab_scripts:
         token_counts.check_scripts(found, lambda index: decode([index]), run.config.vocab_scripts)
@@ -95,7 +98,8 @@ Measure = Callable[[ModelSource, torch.Tensor], float]
 def chosen(run: Run, measure: Measure) -> Kept:
     """The tokens that stay as ``--vocab`` says; with auto ``measure`` tells what losing some of them costs."""
     ranked, size = Ranked(run), run.config.tokens_of(run.source.config.vocab_size)
-    return ranked.first(_best_size(ranked, measure) if size is None else size)
+    kept, _ = ranked.first(_best_size(ranked, measure) if size is None else size)
+    return kept
 
 
 class Ranked:
@@ -155,8 +159,8 @@ class Ranked:
             names, texts = (samples.source,), [calibration.text_of(samples.source, samples.seed)]
         return [token_ids(text, tokenizer, special=False) for text in texts], " ".join(Path(name).name for name in names)
 
-    def first(self, size: int) -> Kept:
-        """The first tokens with all that they need, ``size`` of them or as many as have to stay."""
+    def first(self, size: int) -> tuple[Kept, PreTrainedTokenizerBase]:
+        """The first tokens with all that they need, ``size`` of them or as many as have to stay; and the tokenizer that has these alone."""
         multiple = self.run.config.vocab_multiple
         size = -(-max(size, len(self.vocabulary.always)) // multiple) * multiple
         ids = token_counts.first_of(self.vocabulary, self.order, size)
@@ -165,7 +169,7 @@ class Ranked:
         pieces = {index: len(new(decode([index]), add_special_tokens=False).input_ids) for index in gone}
         held_out, missing = max(len(self.held_out), 1), sum(gone.values())
         longer = sum(count * (pieces[index] - 1) for index, count in gone.items()) / held_out
-        return Kept(ids, self.run.source.config.vocab_size, self.text, sum(self.counts.values()), 1 - missing / held_out, longer)
+        return Kept(ids, self.run.source.config.vocab_size, self.text, sum(self.counts.values()), 1 - missing / held_out, longer), new
 
 
 def _best_size(ranked: Ranked, measure: Measure) -> int:
@@ -197,10 +201,10 @@ def losses(ranked: Ranked, measure: Measure) -> Iterator[tuple[int, float]]:
     """(a number of tokens, what the dense model loses with these alone, in nats per token that the text had before), of ever fewer."""
     dense, fewest = None, None
     for share in SHARES:
-        kept = ranked.first(round(share * ranked.run.source.config.vocab_size))
+        kept, tokenizer = ranked.first(round(share * ranked.run.source.config.vocab_size))
         if len(kept.ids) == fewest:
             return
-        nats, fewest = _nats_per_token(ranked, kept, measure), len(kept.ids)
+        nats, fewest = _nats_per_token(ranked, kept, tokenizer, measure), len(kept.ids)
         dense = nats if dense is None else dense
         yield fewest, nats - dense
 
@@ -216,13 +220,13 @@ def of_layers(run: Run, config: PruneConfig, prices: PriceList, tokens: int) -> 
     return predicted(prices, sizing, solve_all(prices, sizing, binding)) if binding else 0.0
 
 
-def _nats_per_token(ranked: Ranked, kept: Kept, measure: Measure) -> float:
+def _nats_per_token(ranked: Ranked, kept: Kept, tokenizer: PreTrainedTokenizerBase, measure: Measure) -> float:
     """What the model loses with these tokens on the text held out, in nats per token that the text had before."""
     run = ranked.run
     first, length = first_token(run.tokenizer, run.model_config), run.config.seq_len
     stream = ranked.held_out
     text = run.tokenizer.decode(stream, clean_up_tokenization_spaces=False)
-    ids = token_ids(text, tokenizer := ranked.vocabulary.tokenizer(kept.ids), special=False)
+    ids = token_ids(text, tokenizer, special=False)
     length = min(length, len(ids))
     blocks = in_blocks(ids, length, None if first is None else tokenizer.convert_tokens_to_ids(run.tokenizer.convert_ids_to_tokens(first)))
     return math.log(measure(vocabulary.trimmed_source(run.source, kept.ids), blocks)) * len(ids) / max(len(stream), 1)
