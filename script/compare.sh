@@ -8,7 +8,7 @@
 #   CALIBRATION=...   what --calibration is for all of it       TRAIN="..."   flags of post_training.py
 #   NAME=...          prefix of what that writes to prune_log/ and tune_log/ [the model's name and the seed]
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-install packages -r requirement.txt
+install packages -r requirement.txt -e .
 choose_model "$@"
 set -- "${flags[@]}"
 python=.venv/bin/python

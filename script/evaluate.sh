@@ -5,5 +5,5 @@
 #   bash script/evaluate.sh prune_log/NAME --data_dir FOLDER                       tasks from local files
 #   bash script/evaluate.sh prune_log/NAME --adapter tune_log/NAME/adapter         with a LoRA adapter
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-install packages -r requirement.txt
+install packages -r requirement.txt -e .
 exec .venv/bin/python -m slimllm evaluate "$@"

@@ -1,17 +1,22 @@
 #!/usr/bin/env bash
-# Prunes a model at the paper's two settings and prints one table.
+# Prunes a model at two settings and prints one table.
 #
-#   bash script/llama_prune.sh                  the embedded SmolLM2-135M-Instruct, 20 % and 50 % of its decoder: the paper's method,
-#                                               and beside it --recipe best
-#   bash script/llama_prune.sh MODEL [flags]    a local folder, .gguf file or hub name, ratios 0.25 and 0.55 as in the paper
+#   bash script/llama_prune.sh                  the embedded SmolLM2-135M-Instruct, 20 % and 50 % of its decoder: the best recipe, and
+#                                               beside it the paper's method
+#   bash script/llama_prune.sh MODEL [flags]    a local folder, .gguf file or hub name, the paper's ratios 0.25 and 0.55, by the best recipe;
+#                                               --recipe paper for the paper's method
 #
-# Flags go to hf_prune.py; one that says how much to remove (--pruning_ratio, --target_sparsity) makes it a single run.
+# Flags go to hf_prune.py; one that says how much to remove (--smaller, --target_sparsity, ...) makes it a single run.
 # NAME=... sets the name under prune_log/.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 name="${NAME:-llama_prune}"
-install packages -r requirement.txt
+install packages -r requirement.txt -e .
 
-recipes=(given) # what the flags say
+quick=()
+case " $* " in
+*" --recipe"* | *" --method"* | *" --plan"*) recipes=(given) ;; # as the flags say
+*) recipes=(best) ;;
+esac
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
     model="$1"
     shift
@@ -20,14 +25,22 @@ else
     install_embedded_model
     model="$(embedded_model)"
     first=(--target_sparsity 0.2) second=(--target_sparsity 0.5) extra=(--eval_limit 32)
-    if [ $# -eq 0 ]; then recipes=(paper best); fi
+    if [ $# -eq 0 ]; then recipes=(best paper) quick=(--num_examples 96); fi # half of the samples that best takes: a result in half the time
 fi
+how() {
+    case "$1" in
+    given) ;;
+    best) echo "--recipe best ${quick[*]:-}" ;;
+    *) echo "--recipe $1" ;;
+    esac
+}
 
 prune() { .venv/bin/python hf_prune.py --base_model "$model" --overwrite "$@"; }
 
 case " $* " in
-*" --pruning_ratio"* | *" --plan"* | *" --target_sparsity"* | *" --help "* | *" -h "* | *" --dry_run "*)
-    prune "${extra[@]}" --save_ckpt_log_name "$name" "$@"
+*" --pruning_ratio"* | *" --plan"* | *" --target_"* | *" --smaller"* | *" --fit"* | *" --help "* | *" -h "* | *" --dry_run "*)
+    # shellcheck disable=SC2046
+    prune "${extra[@]}" $(how "${recipes[0]}") --save_ckpt_log_name "$name" "$@"
     exit
     ;;
 esac
@@ -39,16 +52,24 @@ case " $* " in
 esac
 runs=()
 for recipe in "${recipes[@]}"; do
-    if [ "$recipe" = given ]; then run="$name" how=(); else run="${name}_$recipe" how=(--recipe "$recipe"); fi
+    run="$name"
+    if [ ${#recipes[@]} -gt 1 ]; then run="${name}_$recipe"; fi
+    # shellcheck disable=SC2046
+    prune "${extra[@]}" $(how "$recipe") "${first[@]}" --save_ckpt_log_name "${run}_20" "$@"
+    same=() # what the first run made, the second need not make again
     case " $* " in
-    *" --calibration"*) same=() ;;
-    *) same=(--calibration "prune_log/${run}_20/calibration.safetensors") ;; # both runs see the same tokens
+    *" --calibration"*) ;;
+    *) same=(--calibration "prune_log/${run}_20/calibration.safetensors") ;;
     esac
-    prune "${extra[@]}" "${how[@]}" "${first[@]}" --save_ckpt_log_name "${run}_20" "$@"
-    prune "${extra[@]}" "${how[@]}" "${second[@]}" "${same[@]}" --save_ckpt_log_name "${run}_50" "$@"
+    case " $* " in
+    *" --price_list"*) ;;
+    *) if [ -f "prune_log/${run}_20/price_list.json" ]; then same+=(--price_list "prune_log/${run}_20/price_list.json"); fi ;;
+    esac
+    # shellcheck disable=SC2046
+    prune "${extra[@]}" $(how "$recipe") "${second[@]}" "${same[@]}" --save_ckpt_log_name "${run}_50" "$@"
     runs+=("prune_log/${run}_20" "prune_log/${run}_50")
 done
 echo
 .venv/bin/python -m slimllm report "${runs[@]}"
 echo
-echo "checkpoints, records, logs and figures: ${runs[*]/#/$PWD/}"
+echo "checkpoints, records, logs, figures and report.html: ${runs[*]/#/$PWD/}"

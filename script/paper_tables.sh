@@ -9,7 +9,7 @@
 #   TRAIN="..."  flags of post_training.py      EVALUATE="..."  flags of python -m slimllm evaluate
 #   TUNE=0       without the post-trained rows
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-install packages -r requirement.txt
+install packages -r requirement.txt -e .
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
     model="$1"
     shift

@@ -6,7 +6,7 @@
 #   NAME=...   prefix of what is written to prune_log/ [runtimes]      VLLM=0   without vLLM and its environment of 2 GB
 #   VLLM_PYTHON=...   interpreter of an environment that has vLLM [.vllm/bin/python, made by script/vllm.sh]
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-install packages -r requirement.txt
+install packages -r requirement.txt -e .
 install llama_cpp "$(grep ^xllamacpp tests/requirement.txt)"
 choose_model "$@"
 set -- "${flags[@]}"

@@ -6,10 +6,10 @@ if [ -n "${LOWEST:-}" ]; then venv=.venv-lowest; fi
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 what=(tests)
 if [ -n "${LOWEST:-}" ]; then
-    install packages -r tests/lowest.txt
+    install packages -r tests/lowest.txt -e .
     for slow in card docs end_to_end export_gguf gpu parity processes scripts vllm; do what+=(--ignore "tests/test_$slow.py"); done
 else
-    install packages -r requirement.txt
+    install packages -r requirement.txt -e .
 fi
 install tests -r tests/requirement.txt
 install_embedded_model

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Reads pruned checkpoints of --runtime transformers in transformers 4.57, which is installed into a folder of its own (.transformers4).
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-install packages -r requirement.txt
+install packages -r requirement.txt -e .
 install tests -r tests/requirement.txt
 wanted="transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2"
 if [ "$(cat .transformers4/.installed 2>/dev/null)" != "$wanted" ]; then

@@ -1,4 +1,4 @@
-"""``python -m slimllm NAME ...``: everything but pruning and post-training, which have scripts of their own."""
+"""``slimllm NAME ...``, or ``python -m slimllm NAME ...``."""
 
 from __future__ import annotations
 
@@ -16,23 +16,17 @@ def main(argv=None) -> int:
         print(cli.version())
         return 0
     if name in ("-h", "--help"):
-        print("usage: python -m slimllm COMMAND [arguments]; COMMAND --help says more\n")
+        print("usage: slimllm COMMAND [arguments]; COMMAND --help says more\n")
         for known, command in COMMANDS.items():
             print(f"  {known:20} {command.description}")
         return 0
-    command = COMMANDS.get(name)
+    if name in COMMANDS:
+        return COMMANDS[name].run(name, rest)
 
-    def run():
-        if command is None:
-            raise UserError(f"{name}: not one of {', '.join(COMMANDS)}{nearest(name, COMMANDS)}")
-        parsed = cli.parse(command.parser(name), command.settings_class(), rest)
-        from .utils.memory import memory_errors
+    def unknown():
+        raise UserError(f"{name}: not one of {', '.join(COMMANDS)}{nearest(name, COMMANDS)}")
 
-        work = command.load()
-        with cli.logging_to_console("transformers" in sys.modules), memory_errors(command.advice):
-            return work(parsed)
-
-    return cli.guarded(f"slimllm {name}" if command else "slimllm", run, command.interrupted if command else "nothing was written")
+    return cli.guarded("slimllm", unknown)
 
 
 if __name__ == "__main__":

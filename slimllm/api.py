@@ -42,7 +42,8 @@ _SETTINGS = {
 class PruneResult:
     """A pruned model and how it came about.
 
-    ``model``: pruned, in the class that ``config.runtime`` asks for. ``layers``: one LayerReport each. ``parameters``: counts and the
+    ``model``: the one that was given, pruned, in the class that ``config.runtime`` asks for; whatever changes it later, another
+    :func:`prune` too, changes it here. ``layers``: one LayerReport each. ``parameters``: counts and the
     shares removed. ``info``: the model that was given. ``seconds``: of each phase. ``distillation``: how that went, where there was one.
     """
 
@@ -78,7 +79,8 @@ def prune(
 
     The model is changed when all layers are done: where anything raises before, a callback or Ctrl-C too, it is as it was; while it is
     distilled, it is the pruned one. So its layers are in memory twice for as long as it takes. It is pruned in eval mode, and is in its own
-    mode again afterwards.
+    mode again afterwards. A model that was pruned can be pruned again, and what an earlier call returned then holds a model that it no
+    longer describes: :func:`save` that first, or prune a ``copy.deepcopy`` of the model.
 
     Args:
         model: a causal LM of a supported family, dense or pruned before, as from_pretrained gives it. Of one that torch.compile,
@@ -114,7 +116,7 @@ def prune(
         work.given = given
         stages.go_through(stages.IN_MEMORY, work)
     run, parameters = work.run, stages.parameters_of(work)
-    about = model, tokenizer, run.config, run.samples, work.layers, work.info, parameters
+    about = model, tokenizer, run.config, run.samples, stages.all_layers(work), work.info, parameters
     return PruneResult(*about, run.clock.seconds, work.distillation)
 
 
@@ -123,8 +125,14 @@ def save(result: PruneResult, folder: str | os.PathLike, overwrite: bool = False
 
     It is read again, layer by layer, and compared; ``result`` stays as it is.
     Raises UserError where ``folder`` exists (without ``overwrite``, which replaces only what this function or ``hf_prune.py`` wrote) or
-    cannot be written, RuntimeError where the comparison fails.
+    cannot be written, and where the model was pruned again since, RuntimeError where the comparison fails.
     """
+    count, pruned = result.model.num_parameters(), result.parameters.pruned
+    if count != pruned:
+        raise UserError(
+            f"result: its model has {count} parameters, and had {pruned} when it was pruned: it was changed since; save each result before "
+            "its model is pruned again, or prune a copy (copy.deepcopy)"
+        )
     config, samples = result.config, result.calibration
     inputs = [config.base_model, config.calibration, samples.source, config.plan, config.price_list]
     with atomic_dir(Path(folder), overwrite, "choose another folder", inputs=inputs) as staging, in_eval_mode(result.model):

@@ -8,17 +8,24 @@ import math
 import numbers
 import os
 import re
+import shutil
 import signal
 import sys
+import threading
+import time
 import types
 import typing
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 
-from .errors import UserError, nearest
+from . import plugins
+from .errors import Terminated, UserError, nearest
 
 log = logging.getLogger("slimllm")
+
+FIRST_SAYS = 10  # seconds that the first of several processes has to say what is wrong
 
 
 def check_choice(option_name: str, value: str, allowed) -> None:
@@ -30,7 +37,8 @@ def flag(group: str, help: str, default=None, **kwargs):
     """A dataclass field that is a command-line flag: its group and text in ``--help``, and what argparse is told.
 
     Its type is the field's annotation, and a tuple takes several values. ``choices`` are checked by :func:`check_choices`,
-    ``negatable`` gives a boolean its ``--no_`` form, and a flag with ``positional`` is an argument without a name.
+    ``negatable`` gives a boolean its ``--no_`` form, and a flag with ``positional`` is an argument without a name. The name of a flag that
+    is ``leading`` may be left out; one that is needed ``often`` is shown before the others.
     """
     return field(default=default, metadata={"group": group, "help": help, **kwargs})
 
@@ -94,7 +102,8 @@ def check_range(settings, name: str, low: float, high: float = math.inf, right_o
     if not math.isfinite(value) or not low <= value <= high or (right_open and value == high) or (left_open and value == low):
         least = f"above {low:g}" if left_open else f"at least {low:g}"
         bound = f"a finite number, {least}" if high == math.inf else f"from {low:g} to {'below ' if right_open else ''}{high:g}"
-        raise UserError(f"--{name} {value}: must be {bound if not math.isfinite(value) or high != math.inf else least}")
+        meant = f"; did you mean {value / 100:g}?" if high == 1 and 1 < value <= 100 else ""
+        raise UserError(f"--{name} {value}: must be {bound if not math.isfinite(value) or high != math.inf else least}{meant}")
 
 
 def number_of(name: str, text: str, units: dict[str, float]) -> float:
@@ -136,6 +145,9 @@ def help_text(action: argparse.Action) -> str:
 
 
 class _Formatter(argparse.HelpFormatter):
+    def _fill_text(self, text, width, indent):
+        return "\n".join(super(_Formatter, self)._fill_text(line, width, indent) if line[:1] != " " else line for line in text.split("\n"))
+
     def _expand_help(self, action):
         return help_text(action)
 
@@ -156,17 +168,31 @@ def version() -> str:
     return f"slimllm {slimllm.__version__}"
 
 
-def build_parser(settings: type, prog: str, usage: str, description: str) -> argparse.ArgumentParser:
-    """The parser of a program, one flag for each field of the dataclass ``settings``."""
-    parser = _Parser(prog=prog, usage=usage, description=description, allow_abbrev=False, formatter_class=_Formatter)
+OFTEN = "what most people need"  # the group of flags that a field with ``often`` is shown in, and whose place is first
+
+
+def program() -> str:
+    """How this project's commands begin in the user's shell."""
+    installed = Path(sys.executable).with_name("slimllm")
+    if shutil.which("slimllm"):
+        return "slimllm"
+    return os.path.relpath(installed) if installed.exists() else "python -m slimllm"
+
+
+def build_parser(settings: type, prog: str, usage: str, description: str, examples: tuple[str, ...] = ()) -> argparse.ArgumentParser:
+    """The parser of a program, one flag for each field of the dataclass ``settings``. ``usage``, ``examples``: what follows ``prog``."""
+    shown = "".join(f"\n  {prog} {example}" for example in examples)
+    parser = _Parser(prog=prog, usage=f"{prog} {usage}", description=description + shown, allow_abbrev=False, formatter_class=_Formatter)
     parser.add_argument("--version", action="version", version=version(), help="show the version and exit")
+    parser.add_argument(plugins.FLAG, metavar="FILE", action="append", help=plugins.HELP)
     groups: dict = {}
     annotations = typing.get_type_hints(settings)
-    for f in fields(settings):
-        if "group" not in f.metadata:
-            continue  # not a flag
-        meta = dict(f.metadata)
+    shown_as_flags = [f for f in fields(settings) if "group" in f.metadata]
+    parser.leading = next((f.name for f in shown_as_flags if f.metadata.get("leading")), None)
+    for f in sorted(shown_as_flags, key=lambda f: not f.metadata.get("often")):
+        meta = {key: value for key, value in f.metadata.items() if key not in ("often", "leading")}
         name = meta.pop("group")
+        name = OFTEN if f.metadata.get("often") else name
         group = groups.setdefault(name, parser.add_argument_group(name))
         choices = meta.pop("choices", None)
         if choices:  # checked by the dataclass, which names the nearest
@@ -175,6 +201,8 @@ def build_parser(settings: type, prog: str, usage: str, description: str) -> arg
         element, several = _element_type(annotations[f.name])
         if element is bool:
             negatable = meta.pop("negatable", False)
+            if negatable and default:
+                meta["help"] += f" [on; --no_{f.name}]"
             group.add_argument(f"--{f.name}", action="store_true", default=default, **meta)
             if negatable:
                 group.add_argument(f"--no_{f.name}", dest=f.name, action="store_false", help=argparse.SUPPRESS)
@@ -191,10 +219,16 @@ def build_parser(settings: type, prog: str, usage: str, description: str) -> arg
 
 def parse(parser: argparse.ArgumentParser, settings: Callable, argv=None):
     """What ``settings`` makes of the flags, given by name. Raises UserError, also for an unknown flag (naming the nearest)."""
-    namespace, unknown = parser.parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    namespace, unknown = parser.parse_known_intermixed_args(argv)
+    if parser.leading and unknown and not unknown[0].startswith("-"):
+        if getattr(namespace, parser.leading) is not None:
+            raise UserError(f"{unknown[0]} and --{parser.leading} both name the same: give one of them")
+        setattr(namespace, parser.leading, unknown.pop(0))
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         raise UserError(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], known)}")
+    vars(namespace).pop("plugin", None)  # they are loaded by now
     for name, value in vars(namespace).items():
         for item in value if isinstance(value, list | tuple) else (value,):
             _check_value(name, item)
@@ -202,20 +236,48 @@ def parse(parser: argparse.ArgumentParser, settings: Callable, argv=None):
 
 
 def guarded(prog: str, run, interrupted: str = "nothing was written") -> int:
-    """Runs ``run()``; exit status 0 or what it returns, 2 for a user's mistake (one line on stderr), 130 when interrupted or terminated.
+    """Runs ``run()``; exit status 0 or what it returns, 2 for a user's mistake (one line on stderr), 130 when interrupted, 143 when
+    terminated.
 
     ``interrupted`` is what a user who stops the program is told about what is left on disk.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _terminate)
+    hook, sys.unraisablehook = sys.unraisablehook, _send_again(sys.unraisablehook)
     try:
         return run() or 0
     except UserError as error:
         _say(" ".join(f"{prog}: error: {'; '.join([str(error), *_notes(error)])}".splitlines()))
+        if os.environ.get("RANK", "0") != "0":  # the first one, which says it, would be stopped as soon as this one has ended
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(FIRST_SAYS)
         return 2
-    except KeyboardInterrupt as error:
+    except BrokenPipeError:  # nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (KeyboardInterrupt, Terminated) as error:
         _say(f"{prog}: interrupted; {'; '.join(_notes(error)) or interrupted}")
-        return 130
+        return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+    finally:
+        sys.unraisablehook = hook
+
+
+def _terminate(*_) -> None:
+    raise Terminated
+
+
+def _send_again(hook):
+    """A ``sys.unraisablehook``: Python drops what is raised in a destructor or in the callback of a weak reference, also the
+    interruption that happened to come while one ran. It is sent again then; anything else goes to ``hook``.
+    """
+
+    def dropped(unraisable) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt | Terminated):
+            return hook(unraisable)
+        number = signal.SIGTERM if issubclass(unraisable.exc_type, Terminated) else signal.SIGINT
+        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+
+    return dropped
 
 
 def _say(line: str) -> None:
@@ -228,35 +290,35 @@ def _notes(error: BaseException) -> list[str]:
     return getattr(error, "__notes__", [])
 
 
-class Log:
-    """The program's log: lines on the console, and in files from :meth:`to_file` on."""
+def log_to_file(path) -> None:
+    """Writes the log's lines to a file too, until :func:`logging_to_console` ends."""
+    log.addHandler(logging.FileHandler(path, encoding="utf-8"))
 
-    def __init__(self):
-        self.handlers: list[logging.Handler] = []
-        self._add(logging.StreamHandler(sys.stdout))
 
-    def _add(self, handler: logging.Handler) -> None:
-        log.addHandler(handler)
-        self.handlers.append(handler)
+class _Console(logging.StreamHandler):
+    """Lines on the console, as long as somebody reads them: a run goes on without (``| head``)."""
 
-    def to_file(self, path) -> None:
-        self._add(logging.FileHandler(path, encoding="utf-8"))
+    def handleError(self, record):
+        if not isinstance(sys.exc_info()[1], BrokenPipeError):
+            super().handleError(record)
 
 
 @contextmanager
-def logging_to_console(transformers: bool = True):
-    """Gives a :class:`Log` and closes its handlers afterwards; silences what ``transformers``, where it is used, would print beside it."""
-    if transformers:
+def logging_to_console():
+    """Prints the log's lines, until the block ends; silences what transformers, where it is used, would print beside them."""
+    if "transformers" in sys.modules:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.DEBUG)
     log.propagate = False
-    lines = Log()
+    before, console = list(log.handlers), _Console(sys.stdout)
+    console.setLevel(logging.INFO)
+    log.addHandler(console)
     try:
-        yield lines
+        yield
     finally:
-        for handler in lines.handlers:
+        for handler in [handler for handler in log.handlers if handler not in before]:
             log.removeHandler(handler)
             handler.close()

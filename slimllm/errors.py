@@ -9,6 +9,10 @@ class UserError(ValueError):
     """A user's mistake: one line that names the thing and the way out, and exit status 2."""
 
 
+class Terminated(BaseException):
+    """SIGTERM came: the program ends, also where Ctrl-C would end no more than a part of its work."""
+
+
 def nearest(value: str, allowed) -> str:
     """``"; did you mean 'x'?"`` for the allowed name that ``value`` begins, or is nearest to; or an empty string."""
     allowed, value = list(allowed), str(value)

@@ -7,6 +7,8 @@ import shutil
 
 import torch
 
+from .data import calibration
+from .data.texts import TOKENIZING
 from .errors import UserError
 from .evaluation import perplexity
 from .models.loading import WholeModel
@@ -43,6 +45,8 @@ def footprint(run: Run, plans: list[LayerPlan], stored: torch.dtype | None, save
         WholeModel.peak_bytes(shape.parameters, sizes),
         distillation.peak_bytes(run, plans, sizes),
     )
+    named = [config.calibration, *(config.vocab_text or ())]
+    tokenizing = TOKENIZING * max(map(calibration.characters_of, named), default=0)
     program = PROGRAM + (GGUF_PROGRAM if sizes.gguf else 0) + (CUDA_BUILD if torch.version.cuda else 0)
     kept = shape.parameters - removed_parameters(shape, plans, config)
     largest = max(one.parameters for one in shape.layers)
@@ -59,9 +63,13 @@ def footprint(run: Run, plans: list[LayerPlan], stored: torch.dtype | None, save
     if sizes.on_gpu:
         copied = distillation.kept_bytes(run, plans) // 2  # a step on its way from the GPU to the disk
         return Footprint(
-            program + GPU_CONTEXT + max(embedding, 3 * largest * sizes.stored, copied), peak, temporary, kept * sizes.saved, beside
+            program + GPU_CONTEXT + max(embedding, 3 * largest * sizes.stored, copied, tokenizing),
+            peak,
+            temporary,
+            kept * sizes.saved,
+            beside,
         )
-    return Footprint(program + peak, 0, temporary, kept * sizes.saved, beside)
+    return Footprint(program + max(peak, tokenizing), 0, temporary, kept * sizes.saved, beside)
 
 
 def _beyond_memory(layer_bytes: int, activation_bytes: int, sizes: Sizes) -> int:
@@ -78,7 +86,7 @@ def _evaluated(run: Run, largest: int, sizes: Sizes) -> int:
 def sizes_of(run: Run, stored: torch.dtype | None, saved: torch.dtype) -> Sizes:
     """The sizes of a run: weights ``stored`` in this dtype (None: a .gguf file's), then ``saved`` in that."""
     config = run.config
-    evaluated = 0 if config.eval_data and "none" in config.eval_data else TYPICAL_TEXTS
+    evaluated = TYPICAL_TEXTS if config.measures_texts else 0
     if evaluated and config.eval_limit:
         evaluated = config.eval_limit * config.max_seq_len * (len(config.eval_data) if config.eval_data else 2)
     from_file = (config.calibration or "").endswith(".safetensors")
@@ -91,6 +99,7 @@ def sizes_of(run: Run, stored: torch.dtype | None, saved: torch.dtype) -> Sizes:
         evaluated_tokens=-(-evaluated // processes.expected()),
         generates=config.test_after_train or config.calibration in (None, "self"),
         may_generate=config.distill != "none" or (config.self_share > 0 and not from_file),
+        answers=config.asks,
         free=free_memory(run.eval_device),
         room=activation_room(run.device, 0),
         gguf=stored is None,

@@ -3,12 +3,14 @@
 Each family's classes are made from its stock ones in transformers when they are first asked for: ``SlimLlamaForCausalLM`` is
 LlamaForCausalLM, built layer by layer from the same layer class, each with its own widths.
 
-config.json holds, besides the dense model's own settings, one entry per layer in each of PER_LAYER_SETTINGS: the numbers of query
-heads, KV heads and feed-forward channels, and whether the output projections have a bias. It says the widths once more for vLLM:
-in ``per_layer_config``, which its transformers backend reads, or in ``block_configs``, which its DeciLM reads.
+config.json holds, besides the dense model's own settings, lists with one entry per layer. NAME_per_layer, where NAME is a setting of the
+dense model, holds its value in each layer: the numbers of query heads, KV heads and feed-forward channels. NAME_bias_per_layer, where
+NAME is a layer's output projection, holds whether it has a bias. The config says the widths once more for vLLM: in ``per_layer_config``,
+which its transformers backend reads, or in ``block_configs``, which its DeciLM reads.
 """
 
 import functools
+import inspect
 import threading
 
 import torch
@@ -20,13 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 if int(transformers.__version__.partition(".")[0]) < 5:
     raise ImportError(f"a model whose layers differ in width needs transformers 5 or newer, and this is {transformers.__version__}")
 
-PER_LAYER_SETTINGS = (
-    "num_attention_heads_per_layer",
-    "num_key_value_heads_per_layer",
-    "intermediate_size_per_layer",
-    "o_proj_bias_per_layer",
-    "down_proj_bias_per_layer",
-)
+PER_LAYER, BIAS_PER_LAYER = "_per_layer", "_bias_per_layer"
 
 AUTO_CLASSES = {
     "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -37,14 +33,19 @@ AUTO_CLASSES = {
 }
 
 
+def per_layer_settings(config):
+    """The lists of a config that have one entry per layer, by name."""
+    return {name: values for name, values in vars(config).items() if name.endswith(PER_LAYER) and isinstance(values, (list, tuple))}
+
+
 class LayerConfig:
     """What the modules of one layer see of the model's config: that layer's own widths, and everything else as it is."""
 
     def __init__(self, config, index):
         self._config = config
-        self.num_attention_heads = config.num_attention_heads_per_layer[index]
-        self.num_key_value_heads = config.num_key_value_heads_per_layer[index]
-        self.intermediate_size = config.intermediate_size_per_layer[index]
+        for name, values in per_layer_settings(config).items():
+            if not name.endswith(BIAS_PER_LAYER):
+                setattr(self, name.removesuffix(PER_LAYER), values[index])
 
     def __getattr__(self, name):
         if name.startswith("__") or name == "_config":  # looked up before there is one, by copy and pickle
@@ -52,12 +53,29 @@ class LayerConfig:
         return getattr(self._config, name)
 
 
-def _set_bias(linear, wanted):
+def _set_bias(layer, name, wanted):
+    """Gives the layer's projection of this name a bias, or none."""
+    linear = next(module for path, module in layer.named_modules() if path.endswith(f".{name}"))
     if wanted and linear.bias is None:
         weight = linear.weight
         linear.bias = nn.Parameter(torch.zeros(linear.out_features, device=weight.device, dtype=weight.dtype))
     elif not wanted:
         linear.bias = None
+
+
+def _layer(layer_class, config, index):
+    """A layer with its own widths; some classes are told of what kind it is."""
+    kind = {"layer_type": config.layer_types[index]} if "layer_type" in inspect.signature(layer_class).parameters else {}
+    return layer_class(LayerConfig(config, index), index, **kind)
+
+
+def _keep_buffers(layer, dense):
+    """Gives a layer the buffers that the model, and not the layer's class, gave the dense one: settings that no file holds."""
+    there = dict(layer.named_buffers())
+    for path, buffer in dense.named_buffers():
+        if path not in there:
+            module, _, name = path.rpartition(".")
+            layer.get_submodule(module).register_buffer(name, buffer, persistent=False)
 
 
 class Block(dict):
@@ -72,10 +90,10 @@ class Block(dict):
 
 class SlimConfigMixin:
     def __post_init__(self, **settings):
-        for name in PER_LAYER_SETTINGS:
-            if len(settings.get(name, ())) not in (0, self.num_hidden_layers):
+        for name, values in settings.items():
+            if name.endswith(PER_LAYER) and len(values) not in (0, self.num_hidden_layers):
                 raise ValueError(
-                    f"config.json: {name} has {len(settings[name])} entries, and num_hidden_layers is {self.num_hidden_layers}; "
+                    f"config.json: {name} has {len(values)} entries, and num_hidden_layers is {self.num_hidden_layers}; "
                     "what takes layers away or adds some has to do so in every list that has an entry per layer"
                 )
         super().__post_init__(**settings)
@@ -102,9 +120,16 @@ class SlimModelMixin:
             config._heterogeneity_spec = widths
         layers = self.base_model.layers
         for index, layer in enumerate(layers):
-            layers[index] = type(layer)(LayerConfig(config, index), index)
-            _set_bias(layers[index].self_attn.o_proj, config.o_proj_bias_per_layer[index])
-            _set_bias(layers[index].mlp.down_proj, config.down_proj_bias_per_layer[index])
+            layers[index] = _layer(type(layer), config, index)
+            _keep_buffers(layers[index], layer)
+            for name, wanted in per_layer_settings(config).items():
+                if name.endswith(BIAS_PER_LAYER) and wanted[index] is not None:  # not every layer of a hybrid has each part
+                    _set_bias(layers[index], name.removesuffix(BIAS_PER_LAYER), wanted[index])
+
+    @classmethod
+    def is_custom_code(cls):
+        """No: its modules are those of transformers, which would not set what no file holds (settings in buffers) in another's."""
+        return False
 
 
 _lock = threading.RLock()  # two threads that load models of one family get the same classes

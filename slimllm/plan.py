@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .models.parts import Kept, PartShape, Units
+from .models.parts import Kept, PartShape, Units, units_of_kept
 from .models.shape import LayerShape, ModelShape, limits_of
 from .settings.pruning import PruneConfig
 
@@ -26,8 +26,8 @@ class LayerPlan:
     @classmethod
     def of_kept(cls, kept: dict[str, Kept], layer: LayerShape) -> LayerPlan:
         """The plan of a layer that keeps exactly these units; its ratio is the share that its last part loses."""
-        units = {kind: {sort: len(indices) for sort, indices in by_sort.items()} for kind, by_sort in kept.items()}
-        lost = [1 - units[part.kind][part.sorts[0]] / part.units[part.sorts[0]] for part in layer.parts]
+        units = units_of_kept(kept)
+        lost = [max(1 - units[part.kind][sort] / part.units[sort] for sort in part.sorts) for part in layer.parts]
         return cls(lost[-1], units, kept=kept)
 
 
@@ -37,7 +37,7 @@ class LayerReport:
 
     ``errors``: of each part that lost something, the share of its output projection's variance that is missed on the calibration tokens,
     (before recovery, after). ``cosine``: c_l of Eq. 11, where the plans go by it. ``sensitivity``: what pruning this layer alone costs,
-    where it was measured.
+    where it was measured. ``starved``: how many of its experts saw too few tokens to be fitted anew, and have the weights that they had.
     """
 
     index: int
@@ -48,6 +48,7 @@ class LayerReport:
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     clipped: bool = False
     seconds: float = 0.0
+    starved: int = 0
 
     @classmethod
     def of_whole(cls, index: int, layer: LayerShape, plan: LayerPlan, cosine=None, sensitivity=None) -> LayerReport:
@@ -58,7 +59,7 @@ class LayerReport:
     @property
     def units(self) -> dict[str, Units]:
         """How many units of each sort each part kept."""
-        return {kind: {sort: len(indices) for sort, indices in by_sort.items()} for kind, by_sort in self.kept.items()}
+        return units_of_kept(self.kept)
 
 
 # What a part with these units takes of something: (part, units, whether its inputs and its output have biases) -> a number
@@ -67,14 +68,14 @@ Measure = Callable[[PartShape, Units, bool, bool], float]
 
 def removed(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig, measure: Measure) -> float:
     """What the plans remove of what ``measure`` counts, less the biases that the recovery and the runtime's form of the model add."""
-    new_bias, everywhere = config.adds_bias(shape), biased_everywhere(shape, plans, config)
+    new_bias, flags = config.adds_bias(shape), bias_flags(shape, plans, config)
     gone = 0
     for layer, plan in zip(shape.layers, plans, strict=True):
         for part in layer.parts:
-            units, both = plan.units[part.kind], part.kind in everywhere
-            output_bias = part.output_bias or both or (new_bias and units != part.units)
+            units = plan.units[part.kind]
+            output_bias = part.output_bias or part.output_flag in flags or (new_bias and units != part.units)
             gone += measure(part, part.units, part.input_bias, part.output_bias)
-            gone -= measure(part, units, part.input_bias or both, output_bias)
+            gone -= measure(part, units, part.input_bias or part.input_flag in flags, output_bias)
     return gone
 
 
@@ -88,14 +89,24 @@ def parameters(part: PartShape, units: Units, input_bias: bool, output_bias: boo
     return part.parameters(units, input_bias, output_bias)
 
 
-def biased_everywhere(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig) -> set[str]:
-    """The kinds of parts all of whose projections get a bias, in every layer: those of which some output projection gets or has one."""
+def bias_flags(shape: ModelShape, plans: list[LayerPlan], config: PruneConfig) -> set[str]:
+    """The config's flags that the pruned model sets, each of which gives all projections that go by it a bias, in every layer: those by
+    which some output projection gets or has one.
+    """
     if not limits_of(config.runtime, shape).all_biases:
         return set()
     new_bias, pairs = config.adds_bias(shape), zip(shape.layers, plans, strict=True)
     return {
-        part.kind for layer, plan in pairs for part in layer.parts if part.output_bias or (new_bias and plan.units[part.kind] != part.units)
+        part.output_flag
+        for layer, plan in pairs
+        for part in layer.parts
+        if part.output_flag and (part.output_bias or (new_bias and plan.units[part.kind] != part.units))
     }
+
+
+def is_gone(kept: dict[str, Kept]) -> bool:
+    """Whether nothing is kept of any part of a layer: it is gone whole."""
+    return not any(indices for part in kept.values() for indices in part.values())
 
 
 def by_part(layer: dict) -> dict:

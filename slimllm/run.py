@@ -63,7 +63,10 @@ class Run:
     @classmethod
     def of(cls, config: PruneConfig, model_config, **rest) -> Run:
         """The run of these settings on a model with this config. Raises UserError for what the model cannot be given."""
-        return cls(config.resolved(shape_of(model_config)), model_config, **rest)
+        run = cls(config.resolved(shape_of(model_config)), model_config, **rest)
+        if run.config.drop_layers:
+            run.shape = run.shape.with_fewer_layers(run.config.drop_layers)
+        return run
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -89,9 +92,9 @@ class Run:
         """Where finished layers and the states after them are kept, unless nothing is to be kept that large (``--no_resume``)."""
         return None if self.config.resume is False else self.journal
 
-    def known(self, name: str):
-        """The entry ``name`` that a stopped run left, or None."""
-        return self.journal.get(name) if self.journal else None
+    def known(self, name: str, kind: type = object):
+        """The entry ``name``, of this ``kind``, that a stopped run left, or None."""
+        return self.journal.get(name, kind) if self.journal else None
 
     def keep(self, name: str, value) -> None:
         """Stores an entry for a run that resumes this one; ``value`` is something that JSON can hold."""

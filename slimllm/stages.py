@@ -9,7 +9,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import hashlib
+import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +20,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from . import cli, plugins
 from .data import calibration, texts
 from .data.calibration import Calibration, CalibrationSource
-from .deploy import checkpoint, export_gguf
+from .deploy import checkpoint, export_gguf, whole_model
 from .deploy.runtimes import check_buildable, convert_for_runtime
 from .deploy.sink import CheckpointSink, pruned_skeleton
 from .deploy.weight_files import weight_bytes
 from .errors import UserError
+from .evaluation import answers
 from .evaluation.perplexity import continuations, nats_per_byte, perplexities
 from .models import loading
 from .models.adapter import LayerAdapter
@@ -32,12 +37,12 @@ from .models.gguf_tensors import GgufTensors
 from .models.loading import WholeModel
 from .models.source import ModelSource
 from .plan import LayerPlan, LayerReport
-from .pruning import pipeline, vocabulary
+from .pruning import depth, pipeline, vocabulary
 from .pruning.allocation.inputs import Allocation
 from .pruning.allocation.layer_ratios import without_scores
 from .pruning.allocation.plan_file import read_plan
 from .pruning.allocation.price_list import PriceList
-from .reporting import card, figures, record
+from .reporting import card, figures, page, record
 from .reporting.record import ModelInfo, Parameters, PruningRecord
 from .run import Run
 from .streaming.journal import resuming
@@ -47,7 +52,7 @@ from .training.distillation import Distillation
 from .training.teacher import Teacher
 from .utils import processes
 from .utils.device import evaluation_dtype, name_of, saving_dtype
-from .utils.files import atomic_file
+from .utils.files import atomic_file, file_hash, write_text
 
 log = logging.getLogger("slimllm")
 
@@ -75,6 +80,8 @@ class Work:
     vocabulary: vocabulary.Kept | None = None
     blocks_now: list[torch.Tensor] | None = None  # of the texts in the tokens that stay, where some go
     drawn: calibration.Calibration | None = None  # the samples in the tokens of the model that was given
+    kept_layers: list[int] | None = None  # those that stay, where others go whole
+    cosine: list[float] | None = None  # of all layers, where whole ones go by it
     teacher: Teacher | None = None
     lent: bool = False
     allocation: Allocation | None = None
@@ -82,14 +89,17 @@ class Work:
     distillation: Distillation | None = None
     perplexities: dict[str, list[float]] = field(default_factory=dict)
     nats_per_byte: dict[str, list[float]] = field(default_factory=dict)
+    prompts: list[str] = field(default_factory=list)
+    answers: dict[str, list[dict]] = field(default_factory=dict)
     info: ModelInfo | None = None
     record: PruningRecord | None = None
+    exports: bool = False  # whether llama.cpp has a form for the checkpoint
 
     @property
     def writes(self) -> bool:
         """Whether the pruned model is written at all, to be kept or only to be looked at."""
         config = self.run.config
-        return config.save_model or bool(self.texts) or config.test_after_train or config.distill != "none"
+        return config.save_model or bool(self.texts) or config.test_after_train or bool(self.prompts) or config.distill != "none"
 
     @property
     def checkpoint(self) -> Path:
@@ -99,14 +109,18 @@ class Work:
     @property
     def distillation_finished(self) -> bool:
         """Whether a run that was stopped had come to the end of the distillation."""
-        return self.run.known("distillation") is not None
+        return self.run.known("distillation", dict) is not None
 
 
 Stage = Callable[[Work], None]
 
 
-def go_through(stages: Sequence[Stage], work: Work) -> Work:
+def go_through(stages: Sequence[Stage], work: Work, announce: Callable[[str], None] | None = None) -> Work:
+    """``announce``: called with a line for each stage that has something to do, before it begins."""
+    titles = _titles(work) if announce else {}
     for stage in stages:
+        if stage in titles:
+            announce(f"[{list(titles).index(stage) + 1} of {len(titles)}] {titles[stage]}")
         stage(work)
     return work
 
@@ -127,19 +141,21 @@ def plans_of(run: Run) -> list[LayerPlan] | None:
         if kept is not None:
             without_scores(run)
         return None
-    plans = read_plan(run.config.plan, run.shape, run.config.runtime)
+    run.shape, plans = read_plan(run.config.plan, run.shape, run.config.runtime)
     check_buildable([plan.units for plan in plans])
     return plans
 
 
-def likely_plans(work: Work) -> tuple[list[LayerPlan], str]:
-    """(the plans, or what they will be like, from the model's config alone; where they are from, in words)."""
+def likely_allocation(work: Work) -> tuple[Allocation, str]:
+    """(what is to go, or what that will be like, from the model's config alone; where it is from, in words)."""
     run = work.run
     if work.plans:
-        return work.plans, f"the plan of {run.config.plan}"
+        return Allocation(work.plans), f"the plan of {run.config.plan}"
     if run.config.vocab == "auto":
-        return [LayerPlan(0.0, layer.units) for layer in run.shape.layers], "--vocab auto decides by what it measures: nothing removed yet,"
-    return without_scores(run), "all layers taken to matter the same"
+        whole = [LayerPlan(0.0, layer.units) for layer in run.shape.layers]
+        return Allocation(whole), "--vocab auto decides by what it measures: nothing removed yet,"
+    by = f"the plan of least loss by {run.config.price_list}" if run.config.price_list else "all layers taken to matter the same"
+    return without_scores(run), by
 
 
 def load(work: Work) -> None:
@@ -148,6 +164,7 @@ def load(work: Work) -> None:
     work.texts = texts.load_texts(config.eval_data)
     with run.clock("loading"):
         run.tokenizer = run.tokenizer or loading.load_tokenizer(config.base_model)
+        work.prompts = answers.prompts_of(run.tokenizer, config.prompt) if config.asks else []
         if work.writes and processes.is_first():
             work.checkpoint.mkdir(exist_ok=True)
             if config.vocab == "keep":
@@ -157,9 +174,16 @@ def load(work: Work) -> None:
         run.source = loading.open_source(config.base_model, run.dtype, config=run.model_config)
     size, kind = run.source.model.num_parameters() / 1e6, run.model_config.model_type
     log.info("%s: %s, %d layers, %.1f M parameters, %s", config.base_model, kind, len(run.source), size, run.dtype)
+    if whole_model.is_whole(config.base_model):
+        log.info("that is the text model inside %s; the rest of it is left alone%s", config.base_model, _ways_back(config.runtime))
     sources = (config.calibration, config.plan, config.price_list, *(config.vocab_text or ()))
     identity = record.identity(config, run.source.weights.files, work.texts, sources)
     processes.from_first(lambda: run.journal.check(identity))
+
+
+def _ways_back(runtime: str) -> str:
+    """What to say, where the layers may differ in width, of how the pruned text model gets into the whole again."""
+    return "" if runtime == "transformers" else " (a text model of --runtime transformers can be put back into it)"
 
 
 def calibrate(work: Work) -> None:
@@ -179,11 +203,11 @@ def calibrate(work: Work) -> None:
 def _calibrated(work: Work) -> Calibration:
     """The samples: made, or as a stopped run left them."""
     run = work.run
-    known = run.known("calibration")
+    known = run.known("calibration", dict)
     if known is not None:
         with resuming(work.folder / "calibration.safetensors"):
             return Calibration.read(work.folder, known)
-    with WholeModel(run.source, run.eval_device) as whole:
+    with WholeModel(run.source, run.eval_device, run.progress) as whole:
         samples = calibration.samples_for(run.config, work.given, whole, run.tokenizer)
     if work.folder is not None:
         samples.save(work.folder)
@@ -203,9 +227,56 @@ def _set_numbers_drawn(run: Run) -> None:
         log.info("calibration: %s; %s gives %d, %d of its own", asked, samples.source, len(samples.ids), samples.own)
 
 
+DENSE = "dense.json"  # what the dense model's figures are, for the next run on the calibration samples beside it
+
+
 def measure_dense(work: Work) -> None:
-    """The perplexity of the model that is given."""
-    _measure(work, work.run.source, "dense", work.blocks)
+    """The perplexity of the model that is given, and its answers; as the run measured them whose calibration samples are used."""
+    run, config = work.run, work.run.config
+    alone = processes.count() == 1 and not config.test_after_train and bool(work.blocks or work.prompts)
+    identity = _dense_identity(work) if alone else {}
+    if alone and run.known("dense") is None and (found := _measured_beside(config.calibration, identity)):
+        log.info("the dense model was measured by the run in %s", Path(config.calibration).parent)
+        run.keep("dense", found["perplexities"])
+        run.keep("dense_answers", found["answers"])
+    _measure(work, run.source, "dense", work.blocks)
+    if alone:
+        figures_of = {"perplexities": work.perplexities["dense"], "answers": work.answers.get("dense", [])}
+        write_text(work.folder / DENSE, json.dumps({"identity": identity, **figures_of}))
+
+
+def _dense_identity(work: Work) -> dict:
+    """All that the dense model's figures follow from."""
+    run, environment = work.run, record.environment()
+    files = run.source.weights.files
+    beside = sorted({file for path in files for file in path.parent.glob("*") if file.suffix in (".json", ".jinja", ".model")})
+    texts_read = [hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest() for ids in work.blocks]
+    machine = [str(run.eval_device), name_of(evaluation_dtype(run.source.dtype, run.eval_device))]
+    return {
+        "weights": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
+        "beside": [[path.name, file_hash(path)] for path in beside if files[0].suffix != ".gguf"],
+        "texts": [[*ids.shape, digest] for ids, digest in zip(work.blocks, texts_read)],
+        "prompts": work.prompts,
+        "machine": machine,
+        "program": [environment[name] for name in ("slimllm", "commit", "torch", "transformers")],
+        "plugins": dict(plugins.loaded),
+    }
+
+
+def _measured_beside(source: str | None, identity: dict) -> dict | None:
+    """What the run that made the calibration file ``source`` measured of the dense model, where that follows from the same."""
+    path = Path(source or "").parent / DENSE
+    if not (source or "").endswith(".safetensors") or not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        values, said = found["perplexities"], found["answers"]
+        whole = found["identity"] == identity and len(values) == len(identity["texts"]) and len(said) == len(identity["prompts"])
+        usable = all(type(value) is float and 0 < value < math.inf for value in values)
+        usable &= all(isinstance(answer["text"], str) and isinstance(answer["fault"], str | None) for answer in said)
+        return found if whole and usable else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None  # it only saves time
 
 
 def measure_pruned(work: Work) -> None:
@@ -217,7 +288,7 @@ def measure_pruned(work: Work) -> None:
 
 
 def _measure(work: Work, source: ModelSource, stage: str, blocks: list[torch.Tensor]) -> None:
-    """Prints the continuations that were asked for, and measures the perplexity on each text."""
+    """Prints the continuations that were asked for, measures the perplexity on each text, and asks the model its prompts."""
     run = work.run
 
     def measured() -> list[float]:
@@ -233,10 +304,27 @@ def _measure(work: Work, source: ModelSource, stage: str, blocks: list[torch.Ten
 
     with run.clock("evaluation"):
         work.perplexities[stage] = run.once(stage, measured)
+        if work.prompts and processes.is_first():
+            work.answers[stage] = run.once(f"{stage}_answers", lambda: _answers(work, source))
     tokenizer = run.tokenizer
     work.nats_per_byte[stage] = [nats_per_byte(value, ids, tokenizer) for value, ids in zip(work.perplexities[stage], blocks)]
     for text, value, nats in zip(work.texts, work.perplexities[stage], work.nats_per_byte[stage]):
         log.info("%s: %s perplexity %.3f, %.4f nats per byte", stage, text.name, value, nats)
+
+
+def _answers(work: Work, source: ModelSource) -> list[dict]:
+    """The answers to the prompts; none of a model that is large and that nothing else needs whole."""
+    run = work.run
+    with WholeModel(source, run.eval_device) as whole:
+        if not (whole.is_small or (whole.fits and run.config.self_share)):
+            why = "no answers: the whole model would take %.1f GB, which nothing else in this run needs; slimllm chat asks it"
+            log.info(why, whole.bytes / 1e9)
+            return []
+        try:
+            return answers.answers(whole.model(), run.tokenizer, work.prompts)
+        except UserError as error:  # of a chat template that wants more than a question
+            log.warning("no answers: %s", error)
+            return []
 
 
 def perplexity_held_out(run: Run, source: ModelSource, blocks: torch.Tensor) -> float:
@@ -251,6 +339,7 @@ def trim(work: Work) -> None:
     run = work.run
     if run.config.vocab == "keep":
         return
+    old = run.tokenizer
     with run.clock("vocabulary"):
         measure = functools.partial(perplexity_held_out, run)
         found = run.once("vocabulary", lambda: dataclasses.asdict(vocabulary.chosen(run, measure)))
@@ -262,8 +351,10 @@ def trim(work: Work) -> None:
     if work.writes and processes.is_first():
         checkpoint.write_tokenizer(run.tokenizer, work.checkpoint, run.config.base_model, run.model_config, work.vocabulary.ids)
         vocabulary.write_map(work.checkpoint, work.vocabulary)
-    sizes = run.config.max_seq_len, run.config.eval_limit
-    work.blocks_now = [texts.blocks_of(text, run.tokenizer, run.model_config, *sizes) for text in work.texts]
+    work.blocks_now = [
+        texts.blocks_in_other_tokens(text, blocks, old, run.tokenizer, run.model_config, run.config.eval_limit)
+        for text, blocks in zip(work.texts, work.blocks)
+    ]
 
 
 def teach(work: Work) -> None:
@@ -274,11 +365,26 @@ def teach(work: Work) -> None:
             work.teacher = Teacher(run.source, run.samples.distill_ids, run.device, run.progress, run.config.tmp_dir)
 
 
+def drop(work: Work) -> None:
+    """Whole layers: from here on the model is the one without them, where some are to go."""
+    run = work.run
+    if not run.shape.layers_gone:
+        return
+    with run.clock("pruning"):
+        if work.plans is not None:
+            gone = dict(run.shape.layers_gone)
+            work.kept_layers = [index for index in range(len(run.source)) if index not in gone]
+        else:
+            found = run.once("layers", lambda: depth.least_turning(run))
+            work.kept_layers, work.cosine = found["layers"], found["cosine"]
+        depth.apply(run, work.kept_layers)
+
+
 def allocate(work: Work) -> None:
     """What is to go from each layer (pass 1)."""
     with work.run.clock("pruning"):
         work.allocation = pipeline.allocate(work.run, work.plans)
-    measured = work.run.known("price_list")
+    measured = work.run.known("price_list", dict)
     if measured is not None and processes.is_first():
         PriceList.from_dict(measured).write(work.folder)
 
@@ -296,6 +402,11 @@ def finish(work: Work) -> None:
     """The pruned model in the form that the runtime asks for: the checkpoint closed and compared, or the model in memory itself."""
     run = work.run
     if work.folder is None:
+        if work.kept_layers is not None:
+            adapter = LayerAdapter(work.model.config)
+            layers = adapter.layers(work.model)
+            adapter.set_layers(work.model, torch.nn.ModuleList(layers[index] for index in work.kept_layers))
+            vars(work.model.config).update(vars(run.model_config))
         _take_over(run.source.adapter, run.source.model, work.model)
         convert_for_runtime(work.model, run.config.runtime)
     elif work.writes:
@@ -320,7 +431,7 @@ def distil(work: Work) -> None:
     if work.distillation_finished:
         with resuming(weights):
             student.load_state_dict(load_file(weights), strict=False)
-        work.distillation = Distillation(**run.known("distillation"))
+        work.distillation = Distillation(**run.known("distillation", dict))
     else:
         with run.clock("distillation"):
             work.distillation = _distil(work, student)
@@ -350,11 +461,21 @@ def write_record(work: Work) -> None:
     of_run.predicted_loss = work.allocation.predicted_loss
     of_run.predicted_memory = {"cpu_bytes": work.predicted.host, "gpu_bytes": work.predicted.device}
     if work.writes:
-        of_run.bytes = {"dense": sum(path.stat().st_size for path in run.source.weights.files), "pruned": weight_bytes(work.checkpoint)}
+        of_run.bytes = {"dense": _dense_bytes(run), "pruned": weight_bytes(work.checkpoint)}
     of_run.write(work.folder)
     figures.layer_figure(of_run, work.folder / "figures")
+    work.exports = run.config.save_model and card.exports(work.folder)
+    page.write(work.folder, of_run, str(run.config.folder), cli.program(), work.exports)
     if run.config.save_model:
         card.write(work.folder, of_run)
+
+
+def _dense_bytes(run: Run) -> int:
+    """Bytes of the files of the model to prune; of a text model inside a larger one those that it takes in them."""
+    if whole_model.is_whole(run.config.base_model):
+        stored = loading.stored_dtype(run.config.base_model, run.model_config) or run.dtype
+        return loading.bytes_on_disk(run.config.base_model, stored, run.shape)
+    return sum(path.stat().st_size for path in run.source.weights.files)
 
 
 def record_of(work: Work) -> PruningRecord:
@@ -381,10 +502,29 @@ def record_of(work: Work) -> PruningRecord:
         parameters_of(work),
         evaluation,
         run.clock.seconds,
-        [dataclasses.asdict(layer) for layer in work.layers],
+        [dataclasses.asdict(layer) for layer in all_layers(work)],
         work.distillation and dataclasses.asdict(work.distillation),
+        answers=[
+            {"prompt": prompt, "dense": dense, "pruned": pruned}
+            for prompt, dense, pruned in zip(work.prompts, *(work.answers.get(stage, []) for stage in ("dense", "pruned")))
+        ],
         vocabulary=work.vocabulary and work.vocabulary.described(),
     )
+
+
+def all_layers(work: Work) -> list[LayerReport]:
+    """The reports of the layers of the model that was given, by their numbers in it; of one that is gone whole nothing is kept."""
+    if work.kept_layers is None:
+        return work.layers
+    of_those_kept = iter(work.layers)
+    found = []
+    for index, layer in enumerate(work.run.shape.given_layers):
+        if index in work.kept_layers:
+            report = dataclasses.replace(next(of_those_kept), index=index)
+        else:
+            report = LayerReport(index, None, 1.0, {kind: {sort: [] for sort in units} for kind, units in layer.units.items()})
+        found.append(dataclasses.replace(report, cosine=work.cosine and work.cosine[index]))
+    return found
 
 
 def identify(work: Work) -> None:
@@ -417,7 +557,12 @@ def parameters_of(work: Work) -> Parameters:
     model = work.model
     if model is None:
         model = pruned_skeleton(work.run.source, [layer.units for layer in work.layers], work.run.config)
-    return Parameters.of(shape.dense_parameters, model.num_parameters(), shape.decoder_parameters, shape.parameters_gone)
+    active = None
+    if shape.is_mixture:
+        left = shape.active_parameters([layer.units for layer in work.layers])
+        active = {"dense": shape.active_parameters() + shape.parameters_gone, "pruned": left}
+    decoder = shape.decoder_parameters + shape.layer_parameters_gone
+    return Parameters.of(shape.dense_parameters, model.num_parameters(), decoder, shape.token_parameters_gone, active)
 
 
 def of_model(model, config, tokenizer=None, **rest) -> Work:
@@ -439,12 +584,32 @@ def _twin(model):
 
 
 def _take_over(adapter: LayerAdapter, pruned, model) -> None:
-    """Gives the layers of ``model`` what surgery changed in those of its :func:`_twin`: parameters, numbers and config of each module."""
+    """Gives the layers of ``model`` what surgery changed in those of its :func:`_twin`: parameters, buffers, numbers and config of each
+    module.
+    """
     for source, target in zip(adapter.layers(pruned), adapter.layers(model), strict=True):
         for theirs, own in zip(source.modules(), target.modules(), strict=True):
-            own._parameters = theirs._parameters
+            own._parameters, own._buffers = theirs._parameters, theirs._buffers
             vars(own).update({name: value for name, value in vars(theirs).items() if isinstance(value, int) or name == "config"})
 
 
-ALL = (load, identify, calibrate, measure_dense, trim, teach, allocate, prune, finish, distil, measure_pruned, write_record)
-IN_MEMORY = (identify, calibrate, teach, allocate, prune, finish, distil)
+def _titles(work: Work) -> dict[Stage, str]:
+    """What each stage that has something to do in this run does, in words."""
+    config = work.run.config
+    measures = config.asks or config.measures_texts
+    titles = {
+        calibrate: ("calibration samples", True),
+        measure_dense: ("how good the dense model is", measures),
+        trim: ("which tokens stay", config.vocab != "keep"),
+        drop: ("which layers go whole", bool(work.run.shape.layers_gone)),
+        teach: ("what the dense model says on the samples to distil on", config.distill != "none"),
+        allocate: ("how much goes from each layer", work.plans is None),
+        prune: ("pruning", True),
+        distil: ("distillation", config.distill != "none"),
+        measure_pruned: ("how good the pruned model is", measures),
+    }
+    return {stage: title for stage, (title, holds) in titles.items() if holds}
+
+
+ALL = (load, identify, calibrate, measure_dense, trim, teach, drop, allocate, prune, finish, distil, measure_pruned, write_record)
+IN_MEMORY = (identify, calibrate, teach, drop, allocate, prune, finish, distil)

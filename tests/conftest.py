@@ -21,6 +21,7 @@ from slimllm.data.calibration import Calibration
 from slimllm.deploy import checkpoint, runtimes
 from slimllm.models import loading
 from slimllm.models import shape as shapes
+from slimllm.models.families import FAMILIES
 from slimllm.models.source import ModelSource
 from slimllm.plan import LayerPlan
 from slimllm.pruning import pipeline
@@ -58,7 +59,15 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 GEMMA = dict(query_pre_attn_scalar=16, sliding_window=6, layer_types=["sliding_attention", "full_attention"])
+MAMBA = dict(mamba_expand=1, mamba_n_heads=4, mamba_d_head="auto", mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=8)
+LINEAR = dict(linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4)
 GRANITE = dict(embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.4, logits_scaling=4.0, mlp_bias=True)
+EXPERTS = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16)
+ROUTED = dict(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, n_shared_experts=1, n_group=1, topk_group=1)
+LATENT = dict(head_dim=4, num_key_value_heads=4, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8)
+INDEXER = dict(index_topk=24, index_n_heads=2, index_head_dim=8)  # of attention that looks at so many tokens
+NEMOTRON_H = dict(num_key_value_heads=2, mamba_num_heads=4, mamba_head_dim=8, n_groups=1, ssm_state_size=8, chunk_size=8)
+HYBRID = dict(layer_types=["linear_attention", "full_attention"])
 
 # A model of each family in each of its forms: (model_type, what its config says besides SIZES)
 FAMILY_CASES = {
@@ -98,19 +107,240 @@ FAMILY_CASES = {
     "glm4": ("glm4", dict(num_key_value_heads=2)),
     "olmo2": ("olmo2", dict(num_key_value_heads=4)),
     "olmo3": ("olmo3", dict(num_key_value_heads=2, sliding_window=6, layer_types=GEMMA["layer_types"])),
+    "qwen3_5": ("qwen3_5_text", dict(num_key_value_heads=2, layer_types=["linear_attention", "full_attention"], **LINEAR)),
+    "ernie4_5": ("ernie4_5", dict(num_key_value_heads=2)),
+    "ernie4_5_biases": ("ernie4_5", dict(num_key_value_heads=2, use_bias=True)),
+    "seed_oss": ("seed_oss", dict(num_key_value_heads=2)),
+    "seed_oss_plain": ("seed_oss", dict(num_key_value_heads=2, attention_bias=False)),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", dict(num_key_value_heads=2)),
+    "cwm": ("cwm", dict(num_key_value_heads=2, rope_parameters=LLAMA3, sliding_window=6, layer_types=GEMMA["layer_types"])),
+    "ministral": ("ministral", dict(num_key_value_heads=2, sliding_window=6, layer_types=GEMMA["layer_types"])),
+    "internlm3": ("internlm3", dict(num_key_value_heads=2)),
+    "iquestcoder": ("iquestcoder", dict(num_key_value_heads=2)),
+    "gemma": ("gemma", dict(num_key_value_heads=1)),
+    "vaultgemma": ("vaultgemma", dict(num_key_value_heads=2, final_logit_softcapping=5.0, attn_logit_softcapping=4.0, **GEMMA)),
+    "hyperclovax": (
+        "hyperclovax",
+        dict(num_key_value_heads=2, embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.4, logits_scaling=0.25),
+    ),
+    "granite_swa": (
+        "granite_swa",
+        dict(num_key_value_heads=2, sliding_window=6, layer_types=GEMMA["layer_types"], layer_rope_theta=[10000.0, 0.0], **GRANITE),
+    ),
+    "helium": ("helium", dict(num_key_value_heads=2, head_dim=None)),
+    "olmo": ("olmo", dict(num_key_value_heads=2, clip_qkv=2.0)),
+    "stablelm": ("stablelm", dict(num_key_value_heads=2, head_dim=None)),
+    "stablelm_parallel": (
+        "stablelm",
+        dict(num_key_value_heads=2, head_dim=None, use_parallel_residual=True, qk_layernorm=True, use_qkv_bias=True),
+    ),
+    "arcee": ("arcee", dict(num_key_value_heads=2)),
+    "apertus": ("apertus", dict(num_key_value_heads=2, rope_parameters=LLAMA3)),
+    "nanochat": ("nanochat", dict(num_key_value_heads=2, final_logit_softcapping=5.0)),
+    "jais2": ("jais2", dict(num_key_value_heads=2)),
+    "starcoder2": ("starcoder2", dict(num_key_value_heads=2)),
+    "nemotron": ("nemotron", dict(num_key_value_heads=2)),
+    "cohere": ("cohere", dict(num_key_value_heads=2, logit_scale=0.25)),
+    "cohere_normed": ("cohere", dict(num_key_value_heads=2, logit_scale=0.25, use_qk_norm=True)),
+    "cohere2": ("cohere2", dict(num_key_value_heads=2, logit_scale=0.25, sliding_window=6, layer_types=GEMMA["layer_types"])),
+    "phi": ("phi", dict(num_key_value_heads=2)),
+    "lfm2": ("lfm2", dict(num_key_value_heads=2, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        dict(
+            num_key_value_heads=2,
+            layer_types=["linear_attention", "full_attention"],
+            shared_intermediate_size=48,
+            num_local_experts=0,
+            embedding_multiplier=3.0,
+            attention_multiplier=0.2,
+            residual_multiplier=0.4,
+            logits_scaling=4.0,
+            **MAMBA,
+        ),
+    ),
+    "youtu": ("youtu", dict(pad_token_id=None, **LATENT)),  # its class sets the embedding of such a token to zero
+    "bamba": ("bamba", dict(num_key_value_heads=2, attn_layer_indices=[1], mlp_bias=True, **MAMBA)),
+    "falcon_h1": (
+        "falcon_h1",
+        dict(num_key_value_heads=2, mlp_multipliers=[0.7, 0.4], lm_head_multiplier=0.5, mamba_d_ssm=32, **MAMBA | {"mamba_d_head": 8}),
+    ),
+    "minicpm3": ("minicpm3", dict(scale_depth=1.4, scale_emb=3, dim_model_base=8, **LATENT)),
     "exaone4": ("exaone4", dict(num_key_value_heads=2, sliding_window=None, layer_types=["full_attention"] * 2)),
     "exaone4_window": ("exaone4", dict(num_key_value_heads=4, sliding_window=6, layer_types=GEMMA["layer_types"])),
 }
+MIXTURE_CASES = {  # the same of mixtures of experts, which lose other units than all the others do
+    "qwen3_moe": ("qwen3_moe", dict(num_key_value_heads=2, **EXPERTS)),
+    "qwen3_moe_dense_first": ("qwen3_moe", dict(num_key_value_heads=2, mlp_only_layers=[0], **EXPERTS)),
+    "mixtral": ("mixtral", dict(num_key_value_heads=2, num_local_experts=8)),
+    "olmoe": ("olmoe", dict(num_key_value_heads=2, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True)),
+    "flex_olmo": ("flex_olmo", dict(num_key_value_heads=2, num_experts=8, num_experts_per_tok=2)),
+    "minimax_m2": ("minimax_m2", dict(num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2)),
+    "qwen2_moe": ("qwen2_moe", dict(num_key_value_heads=2, shared_expert_intermediate_size=24, **EXPERTS)),
+    "qwen3_5_moe": (
+        "qwen3_5_moe_text",
+        dict(
+            num_key_value_heads=2,
+            shared_expert_intermediate_size=24,
+            layer_types=["linear_attention", "full_attention"],
+            **EXPERTS,
+            **LINEAR,
+        ),
+    ),
+    "granitemoe": ("granitemoe", dict(num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2, **GRANITE)),
+    "phimoe": ("phimoe", dict(num_key_value_heads=2, num_local_experts=8, lm_head_bias=True, attention_bias=True)),
+    "qwen3_next": (
+        "qwen3_next",
+        dict(num_key_value_heads=2, shared_expert_intermediate_size=24, mlp_only_layers=[0], **HYBRID, **EXPERTS, **LINEAR),
+    ),
+    "glm4_moe": ("glm4_moe", dict(num_key_value_heads=2, first_k_dense_replace=1, use_qk_norm=True, attention_bias=True, **ROUTED)),
+    "dots1": ("dots1", dict(num_key_value_heads=2, **ROUTED)),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        dict(num_key_value_heads=2, use_bias=True, moe_num_experts=8, moe_k=2, moe_intermediate_size=16, moe_layer_start_index=1),
+    ),
+    "exaone_moe": (
+        "exaone_moe",
+        dict(num_key_value_heads=2, sliding_window=6, layer_types=GEMMA["layer_types"], mlp_layer_types=["dense", "sparse"], **EXPERTS),
+    ),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", dict(num_key_value_heads=2, num_experts=8, moe_topk=2, intermediate_size=16)),
+    "solar_open": ("solar_open", dict(num_key_value_heads=2, **ROUTED)),
+    "mellum": ("mellum", dict(num_key_value_heads=2, **EXPERTS)),
+    "hy_v3": ("hy_v3", dict(num_key_value_heads=2, mlp_layer_types=["dense", "sparse"], **EXPERTS)),
+    "kolibri1": (
+        "kolibri1",
+        dict(num_key_value_heads=2, shared_expert_intermediate_size=24, layer_types=["full_attention"] * 2, **EXPERTS),
+    ),
+    "flint": (
+        "flint",
+        dict(num_key_value_heads=2, shared_expert_intermediate_size=24, layer_types=["full_attention"] * 2, mlp_only_layers=[0], **EXPERTS),
+    ),
+    "aria_text": ("aria_text", dict(num_key_value_heads=2, moe_num_experts=8, moe_topk=2, moe_num_shared_experts=1)),
+    "granitemoehybrid_moe": (
+        "granitemoehybrid",
+        dict(num_key_value_heads=2, shared_intermediate_size=24, num_local_experts=8, num_experts_per_tok=2, **HYBRID, **GRANITE, **MAMBA),
+    ),
+    "granitemoeshared": (
+        "granitemoeshared",
+        dict(num_key_value_heads=2, shared_intermediate_size=24, num_local_experts=8, num_experts_per_tok=2, **GRANITE),
+    ),
+    "granitemoe_swa": (
+        "granitemoe_swa",
+        dict(
+            num_key_value_heads=2,
+            shared_intermediate_size=24,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            sliding_window=6,
+            layer_types=GEMMA["layer_types"],
+            **GRANITE,
+        ),
+    ),
+    "lfm2_moe": ("lfm2_moe", dict(num_key_value_heads=2, num_dense_layers=1, layer_types=["conv", "full_attention"], **EXPERTS)),
+    "jamba": (
+        "jamba",
+        dict(
+            num_key_value_heads=2,
+            num_experts=8,
+            num_experts_per_tok=2,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            mamba_d_state=4,
+            mamba_dt_rank=4,
+            use_mamba_kernels=False,
+        ),
+    ),
+    "afmoe": ("afmoe", dict(num_key_value_heads=2, num_dense_layers=1, num_shared_experts=1, **EXPERTS)),
+    "mimo_v2_flash": ("mimo_v2_flash", dict(num_key_value_heads=2, head_dim=8, v_head_dim=6, swa_v_head_dim=6, **ROUTED)),
+    "glm4_moe_lite": ("glm4_moe_lite", dict(**LATENT, **ROUTED)),
+    "deepseek_v2": ("deepseek_v2", dict(first_k_dense_replace=1, **LATENT, **ROUTED)),
+    "deepseek_v3": ("deepseek_v3", dict(first_k_dense_replace=1, **LATENT, **ROUTED)),
+    "deepseek_v3_groups": ("deepseek_v3", dict(first_k_dense_replace=0, **LATENT, **{**ROUTED, "n_group": 2, "topk_group": 1})),
+    "deepseek_v32": ("deepseek_v32", dict(mlp_layer_types=["dense", "sparse"], **LATENT, **INDEXER, **ROUTED)),
+    "axk1": ("axk1", dict(mlp_layer_types=["dense", "sparse"], **LATENT, **ROUTED)),
+    "nemotron_h_moe": (
+        "nemotron_h",
+        dict(
+            num_hidden_layers=4,
+            layer_types=["linear_attention", "moe", "full_attention", "mlp"],
+            moe_shared_expert_intermediate_size=24,
+            moe_latent_size=24,
+            **NEMOTRON_H,
+            **ROUTED,
+        ),
+    ),
+    "cohere2_moe": (
+        "cohere2_moe",
+        dict(
+            num_key_value_heads=2,
+            logit_scale=0.25,
+            mlp_layer_types=["dense", "sparse"],
+            num_shared_experts=1,
+            layer_types=GEMMA["layer_types"],
+            sliding_window=6,
+            **EXPERTS,
+        ),
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        dict(num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2, sliding_window=6, layer_types=GEMMA["layer_types"]),
+    ),
+}
+ODD_CASES = {  # the same of models that the tests of all families do not fit
+    "nemotron_h": ("nemotron_h", dict(num_hidden_layers=4, layer_types=["linear_attention", "mlp", "full_attention", "mlp"], **NEMOTRON_H)),
+    "gemma4": (
+        "gemma4_text",
+        dict(
+            num_key_value_heads=2,
+            global_head_dim=16,
+            num_global_key_value_heads=1,
+            attention_k_eq_v=True,
+            hidden_size_per_layer_input=0,
+            num_kv_shared_layers=0,
+            final_logit_softcapping=5.0,
+            sliding_window=6,
+            layer_types=GEMMA["layer_types"],
+            allow_global_per_layer_attribute_access=True,
+        ),
+    ),
+}
+DISTINCT_CASES = (  # one of each way in which layers are built and computed, for tests that take long
+    *("llama_mha", "llama_gqa", "llama_tied", "llama_biases", "mistral_window", "qwen2", "qwen3", "gemma2", "gemma3", "granite", "phi3"),
+    *(
+        "glm4",
+        "olmo2",
+        "exaone4",
+        "qwen3_5",
+        "lfm2",
+        "granitemoehybrid",
+        "granite_swa",
+        "olmo",
+        "apertus",
+        "starcoder2",
+        "stablelm_parallel",
+    ),
+    *("cohere", "ernie4_5_biases"),
+)
 CORE_CASES = ("llama_mha", "llama_gqa", "qwen3", "gemma3", "phi3", "olmo2")  # one of each kind of layer, for what all have in common
 
 
+def runtimes_of(case):
+    """What --runtime can be for a model of this case."""
+    return [name for name in shapes.RUNTIMES if name != "gguf" or FAMILIES[FAMILY_CASES[case][0]].gguf]
+
+
 def family_config(case, **sizes):
-    """The config of a random model; layer types go on by turns in a deeper one."""
-    model_type, extra = FAMILY_CASES[case]
+    """The config of a random model; what differs from layer to layer goes on by turns in a deeper one. A ``head_dim`` of None is as large
+    as makes the heads fill the hidden size.
+    """
+    model_type, extra = (FAMILY_CASES | MIXTURE_CASES | ODD_CASES)[case]
     settings = {**SIZES, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **extra, **sizes}
-    if "layer_types" in settings:
-        layers = settings["num_hidden_layers"]
-        settings["layer_types"] = (settings["layer_types"] * layers)[:layers]
+    layers = settings["num_hidden_layers"]
+    for name in ("layer_types", "layer_rope_theta"):
+        if name in settings:
+            settings[name] = (settings[name] * layers)[:layers]
+    if extra.get("head_dim", True) is None:
+        settings["head_dim"] = settings["hidden_size"] // settings["num_attention_heads"]
     if settings.get("rope_parameters", {}).get("rope_type") == "longrope":  # a factor for each pair of dimensions
         settings["head_dim"] = settings["hidden_size"] // settings["num_attention_heads"]
         short = [1 + 0.1 * i for i in range(settings["head_dim"] // 2)]
@@ -128,6 +358,9 @@ def make_model(case="llama_gqa", seed=0, **sizes):
                 parameter.uniform_(0.5, 1.5)
             else:
                 parameter.normal_(0, 0.3)
+        for name, buffer in model.named_buffers():
+            if name.endswith(("bias", "layer_scalar")):  # by which a mixture balances its experts; by which a layer multiplies the state
+                buffer.uniform_(0.1, 0.4)
     return model
 
 

@@ -6,7 +6,8 @@ from PIL import Image
 from slimllm.__main__ import main as slim
 from slimllm.experiments import ablation, trials
 from slimllm.reporting import trial_tables
-from tests.conftest import stop_at_fourth_pruning
+from slimllm.settings.pruning import PruneConfig
+from tests.conftest import make_shape, stop_at_fourth_pruning
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def test_every_row_keeps_the_same_parameters_and_a_stopped_run_goes_on(flags, mo
     assert slim(["ablation", *flags]) == 130 and len(rows()) == 3
     assert slim(["ablation", *flags]) == 0
     found = rows()
-    assert len(found) == len(ablation.ROWS) + 4 == len({(r["name"], r["variant"], r["share"]) for r in found})
+    assert len(found) == len(ablation.ROWS) + 5 == len({(r["name"], r["variant"], r["share"]) for r in found})
     assert len(calls) == len(found) + 1  # the one that was stopped ran twice
     channel = 3 * 32 / (2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 64))
     assert all(abs(r["removed"] - r["share"]) <= channel for r in found)
@@ -43,7 +44,7 @@ def test_every_row_keeps_the_same_parameters_and_a_stopped_run_goes_on(flags, mo
 
 def test_the_picture_takes_each_recovery_once():
     names = [trial for trial in ablation.cases((0.2, 0.5)) if trial.name == "recovery"]
-    assert len(names) == 3 * len(ablation.CURVE)
+    assert len(names) == 4 * len(ablation.CURVE)
     base = [trial.share for trial in ablation.cases((0.2, 0.5)) if trial.name == "the paper's method"]
     assert sorted(base) == sorted(ablation.CURVE)
 
@@ -58,3 +59,10 @@ def test_a_missing_figure_is_a_dash():
 def test_mistakes(flags, wrong, said, capsys):
     assert slim(["ablation", *flags, *wrong]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_each_row_of_a_mixture_is_what_a_mixture_can_be_given():
+    shape = make_shape("qwen3_moe")
+    for trial in ablation.cases((0.2,), mixture=True):
+        settings = PruneConfig(base_model="test", target_sparsity=trial.share, **trial.settings).resolved(shape)
+        assert settings.prune in ("experts", "channels", "both") and not any("no effect" in line for line in settings.remarks())

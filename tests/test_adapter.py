@@ -1,16 +1,31 @@
 """The layer adapter, over every family of the table."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from slimllm.models.adapter import LayerAdapter, with_multi_head_attention
-from slimllm.models.families import FAMILIES
+from slimllm.errors import UserError
+from slimllm.models.adapter import LayerAdapter, Mixer, with_multi_head_attention
+from slimllm.models.families import FAMILIES, TEXT_MODELS, family_of
+from slimllm.models.refused import UNSUPPORTED, WRAPPERS
 from slimllm.models.shape import shape_of
-from slimllm.pruning.part_run import PartRun
+from slimllm.pruning.part_run import part_runs
 from slimllm.streaming.runner import LayerRunner
-from tests.conftest import FAMILY_CASES, count, logits, make_config, make_ids, make_model, part_shape, prune
+from tests.conftest import (
+    FAMILY_CASES,
+    MIXTURE_CASES,
+    ODD_CASES,
+    count,
+    logits,
+    make_config,
+    make_ids,
+    make_model,
+    make_shape,
+    part_shape,
+    prune,
+)
 
 
 @pytest.fixture(params=FAMILY_CASES)
@@ -20,7 +35,7 @@ def model(request):
 
 
 def test_the_cases_cover_the_table():
-    assert {make_model(case).config.model_type for case in FAMILY_CASES} == set(FAMILIES)
+    assert {make_model(case).config.model_type for case in (*FAMILY_CASES, *MIXTURE_CASES, *ODD_CASES)} == set(FAMILIES)
 
 
 def test_the_shape_counts_what_the_model_has(model):
@@ -72,11 +87,15 @@ def test_parts_and_head_add_up_to_the_model(model):
     logits(model, ids)
     for hook in hooks:
         hook.remove()
-    states = seen["start"]
+    states, runner = seen["start"], LayerRunner(model, ids)
+    runner.prepare()
     with torch.no_grad():
         for index, layer in enumerate(layers):
-            for part in adapter.parts(layer):
-                states = part.join(states, seen[index, part.kind])
+            for part in (part for step in adapter.steps(layer) for part in step):
+                if isinstance(part, Mixer):
+                    states = part.after(states, runner.arguments[index])
+                else:
+                    states = part.join(states, seen[index, part.kind])
         found = adapter.logits(adapter.head(model), adapter.final_norm(model)(states))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -88,7 +107,7 @@ def test_the_parts_run_one_by_one_are_the_layer(model):
         whole, by_parts = runner.embed(), runner.embed()
         for index, layer in runner.visit():
             for step in runner.adapter.steps(layer):
-                runs = [PartRun(runner, by_parts, part, index) for part in step]
+                runs = part_runs(runner, by_parts, step, index)
                 for run in runs:
                     run.take()
                 for run in runs:
@@ -104,3 +123,25 @@ def test_repeating_kv_heads_leaves_the_logits_unchanged():
     with_multi_head_attention(model)
     torch.testing.assert_close(logits(model, ids), before, rtol=1e-4, atol=1e-4)
     assert part_shape(shape_of(model.config), "attention").kv_heads == 4
+
+
+def test_a_form_of_a_family_that_does_not_fit_is_refused_with_the_reason():
+    with pytest.raises(UserError, match="^model_type hyperclovax with use_post_norm False: .* has not been verified"):
+        make_shape("hyperclovax", use_post_norm=False)
+
+
+def test_every_type_of_transformers_is_pruned_or_refused_with_its_reason():
+    """All causal types, and all that make text of text and images, sound or film."""
+    from transformers.models.auto import modeling_auto as auto
+
+    causal = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    wrappers = auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() | auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.keys()
+    assert not [name for name in (*causal, *sorted(wrappers)) if name not in FAMILIES.keys() | UNSUPPORTED.keys() | WRAPPERS.keys()]
+    assert not FAMILIES.keys() & UNSUPPORTED.keys() and not WRAPPERS.keys() & (FAMILIES.keys() | UNSUPPORTED.keys())
+    assert all(TEXT_MODELS.get(text, text) in FAMILIES or text in UNSUPPORTED for text in WRAPPERS.values())
+
+
+@pytest.mark.parametrize("name, message", [("from_2030", "not known: of a newer transformers"), ("llava", "names no text model")])
+def test_a_type_that_is_in_no_table_is_not_known(name, message):
+    with pytest.raises(UserError, match=f"model_type {name}: .*{message}"):
+        family_of(SimpleNamespace(model_type=name))

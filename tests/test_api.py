@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 import hf_prune
 import slimllm
 from slimllm.deploy import checkpoint
+from slimllm.errors import UserError
 from slimllm.models.shape import shape_of
 from slimllm.pruning.allocation.plan_file import read_plan
 from slimllm.settings import methods
@@ -173,6 +174,20 @@ def test_saving_leaves_the_model_and_the_settings_as_they_are(tmp_path, tiny_tok
     assert again.config.pruned_layers != result.config.pruned_layers and len(again.layers) == 4
 
 
+def test_a_result_whose_model_was_pruned_again_is_not_saved_as_what_it_was(tmp_path, tiny_tokenizer):
+    model, ids = make_model(), make_ids()
+    first = slimllm.prune(model, tiny_tokenizer, target_sparsity=0.3, calibration=ids)
+    copied = copy.deepcopy(model)
+    second = slimllm.prune(model, tiny_tokenizer, target_sparsity=0.2, calibration=ids)
+    assert second.parameters.dense == first.parameters.pruned and second.model is first.model is model
+    with pytest.raises(UserError, match="result: its model has .* it was changed since; save each result before its model is pruned again"):
+        slimllm.save(first, tmp_path / "first")
+    assert not list(tmp_path.iterdir())
+    slimllm.save(second, tmp_path / "second")
+    again = slimllm.prune(copied, tiny_tokenizer, target_sparsity=0.2, calibration=ids)
+    assert torch.equal(logits(again.model, ids), logits(second.model, ids))
+
+
 def test_the_record_says_how_many_samples_there_were(tiny_tokenizer, tmp_path):
     result = slimllm.prune(make_model(), tiny_tokenizer, calibration=make_ids(6), recipe="best", pruning_ratio=0.5)
     config = result.record().config
@@ -269,7 +284,7 @@ def test_a_plan_that_is_none_is_named(layers, said, tmp_path):
 def test_a_part_that_keeps_nothing_is_a_plan_that_cannot_be_built_yet(none, part, tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps({"layers": [EVERYTHING, {**EVERYTHING, **none}]}))
     shape = shape_of(make_model().config)
-    assert sum(count(plan, "channels") == 0 or count(plan, "heads") == 0 for plan in read_plan(str(tmp_path / "plan.json"), shape)) == 1
+    assert sum(count(plan, "channels") == 0 or count(plan, "heads") == 0 for plan in read_plan(str(tmp_path / "plan.json"), shape)[1]) == 1
     with pytest.raises(slimllm.UserError, match=f"^layer 1: nothing of its {part} part stays"):
         slimllm.prune(make_model(), calibration=make_ids(), plan=str(tmp_path / "plan.json"))
 

@@ -12,6 +12,7 @@ PACKAGE = ROOT / "slimllm"
 # From the lowest to the highest; a name stands for a module or a whole sub-package. Those of one line know nothing of each other.
 TIERS = (
     ("errors", "modeling"),
+    ("plugins",),
     ("utils", "cli"),
     ("models",),
     ("settings", "auto_classes"),
@@ -20,7 +21,7 @@ TIERS = (
     ("run",),
     ("pruning", "evaluation", "deploy", "training"),
     ("reporting",),
-    ("footprint",),
+    ("footprint", "forecast"),
     ("stages",),
     ("api",),
     ("experiments",),

@@ -14,7 +14,7 @@ from slimllm.data import calibration, texts
 from slimllm.data.calibration import Calibration
 from slimllm.errors import UserError
 from slimllm.models import hub
-from tests.conftest import TEXT, make_ids, make_model, tiny_tokenizer_of
+from tests.conftest import TEXT, make_config, make_ids, make_model, tiny_tokenizer_of
 
 
 def load(tokenizer, source=None, seed=42):
@@ -62,6 +62,54 @@ def test_self_samples_are_deterministic_and_leave_the_random_state_alone(tiny_to
     assert not set(tiny_tokenizer.all_special_ids) & set(a.ids.flatten().tolist())
 
 
+TEMPLATE = (
+    "S{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>/{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_share_of_what_the_model_writes_is_conversations(tiny_tokenizer):
+    """Before a question, between it and its answer, and after that the template's own words; what ends a turn comes nowhere else."""
+    tiny_tokenizer.chat_template = TEMPLATE
+    model, end = make_model(vocab_size=len(tiny_tokenizer)), tiny_tokenizer.eos_token_id
+    model.generation_config.eos_token_id = end
+    with torch.no_grad():
+        model.lm_head.weight[end] += 0.3 * model.lm_head.weight.abs().mean()  # so that turns end now and then
+    spec = calibration.SampleSpec(24, 96, 3, chat_share=0.75)
+    ids = calibration.sample_from_model(model, tiny_tokenizer, spec)
+    assert ids.shape == (24, 96) and not (ids[:6] == end).any()
+    again = calibration.sample_from_model(model, tiny_tokenizer, spec)
+    assert torch.equal(ids, again)
+    before, after, between = (tiny_tokenizer(text, add_special_tokens=False).input_ids for text in ("S<user>", "/<user>", "/<assistant>"))
+    turns = 0
+    for row in ids[6:].tolist():
+        assert row[: len(before)] == before
+        for number, place in enumerate(i for i, token in enumerate(row) if token == end):
+            forced = after if number % 2 else between
+            assert row[place + 1 : place + 1 + len(forced)] == forced[: len(row) - place - 1]
+            turns += 1
+    assert turns > 4 and not set(tiny_tokenizer.all_special_ids) - {end} & set(ids.flatten().tolist())
+
+
+@pytest.mark.parametrize(
+    "template, seq_len, said",
+    [
+        (None, 64, "--chat_share 0.5: .*no chat template"),
+        ("{{ messages[0]['content'] }}", 64, "--chat_share 0.5: .*does not write a question, an answer and a question in turn"),
+        (
+            "{% for m in messages %}{{ m['role'] }}{{ m['content'] }}{% endfor %}",
+            64,
+            "--chat_share 0.5: .*by one and the same special token",
+        ),
+        (TEMPLATE, 4, "--seq_len 4: the chat template takes 7 tokens before a question begins"),
+    ],
+)
+def test_a_template_by_which_no_conversation_can_be_written_is_refused(template, seq_len, said, tiny_tokenizer):
+    tiny_tokenizer.chat_template = template
+    config = make_config(chat_share=0.5, self_share=0.5, seq_len=seq_len)
+    with pytest.raises(UserError, match=said):
+        calibration.samples_for(config, "self", None, tiny_tokenizer)
+
+
 def test_unnamed_source_falls_back_to_self_and_says_so(tiny_tokenizer, caplog):
     with caplog.at_level("INFO", logger="slimllm"):
         assert load(tiny_tokenizer).source == "self"
@@ -83,21 +131,72 @@ def test_hub_sources_join_rows(name, tiny_tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "name, asked",
+    [
+        ("hub:a/b", dict(path="a/b", column="text", split="train")),
+        ("hub:a/b:story", dict(path="a/b", column="story", split="train")),
+        ("hub:a/b/part:story:train_sft", dict(path="a/b", column="story", split="train_sft", name="part")),
+    ],
+)
+def test_any_data_set_of_the_hub_is_named_with_its_column(name, asked, tiny_tokenizer, monkeypatch):
+    seen = {}
+
+    def rows(path, column, stream, **kwargs):
+        seen.update(path=path, column=column, **kwargs)
+        yield from TEXT.splitlines()
+
+    monkeypatch.setattr(hub, "rows", rows)
+    calibration.check_source(name)
+    assert load(tiny_tokenizer, name).ids.shape == (4, 16) and seen == asked
+
+
+def test_conversations_of_the_hub_are_written_by_the_chat_template(tiny_tokenizer, monkeypatch):
+    tiny_tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    monkeypatch.setattr(hub, "rows", lambda *_, **__: [[{"role": "user", "content": line}] for line in TEXT.splitlines()])
+    text = calibration.text_of("hub:a/b:messages", 0, tiny_tokenizer)
+    assert text == "\n".join(f"user: {line}\n" for line in TEXT.splitlines())
+    assert load(tiny_tokenizer, "hub:a/b:messages").ids.shape == (4, 16)
+    monkeypatch.setattr(hub, "rows", lambda *_, **__: [[{"from": "human", "value": "hello"}]])
+    assert calibration.text_of("hub:a/b:conversations", 0, tiny_tokenizer) == "user: hello\n"
+    for rows, said in (
+        ([["a"]], "holds a list, and not of messages"),
+        ([[{"role": "user"}]], ": message 1 is not one with a role and a content"),
+    ):
+        monkeypatch.setattr(hub, "rows", lambda *_, rows=rows, **__: rows)
+        with pytest.raises(UserError, match=f"--calibration hub:a/b:x: the column x ?{said}"):
+            load(tiny_tokenizer, "hub:a/b:x")
+    monkeypatch.setattr(hub, "rows", lambda *_, **__: [7])
+    with pytest.raises(UserError, match="--calibration hub:a/b:size: the column size holds a int, neither text nor messages"):
+        load(tiny_tokenizer, "hub:a/b:size")
+
+
+def test_a_column_that_a_data_set_of_the_hub_has_not_is_named_with_those_that_it_has(tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    monkeypatch.setattr("datasets.load_dataset", lambda path, **_: iter([{"prompt": "a", "answer": "b"}]))
+    with pytest.raises(UserError, match="hub data set a/b: it has no column text, but prompt, answer"):
+        load(tiny_tokenizer, "hub:a/b")
+
+
+@pytest.mark.parametrize(
     "make, message",
     [
+        (lambda p: "hub:alpaca", "a data set of the hub is hub:OWNER/NAME, then"),
+        (lambda p: "hub:a/b:c:d:e", "a data set of the hub is hub:OWNER/NAME, then"),
+        (lambda p: "hub:a/b", "--calibration hub:a/b: hub data set a/b"),
         (lambda p: "bookcorpus", "--calibration bookcorpus: hub data set"),
         (lambda p: "bookcorpsu", "did you mean 'bookcorpus'"),
         (lambda p: p / "missing.txt", "no such file"),
         (lambda p: p / "empty.txt", "0 tokens are too few"),
         (lambda p: p / "short.txt", "too few for 4 samples of 16"),
         (lambda p: p / "bad.jsonl", "bad.jsonl, line 2: not a JSON object with a text field"),
+        (lambda p: p / "broken.jsonl", r"broken.jsonl, line 3: not JSON \(Expecting ',' delimiter, at character 13\)"),
         (lambda p: p / "number.jsonl", "number.jsonl, line 2: not a JSON object with a text field that is a string"),
         (lambda p: p / "latin.txt", "not UTF-8"),
         (lambda p: p / "utf16.txt", r"utf16.txt: not UTF-8 text \(byte 1 is zero, as in UTF-16 or a binary file\)"),
         (lambda p: p / "bom16.txt", r"bom16.txt: not UTF-8 text \(byte 0\)"),
         (lambda p: p / "blank.txt", "blank.txt: nothing but blanks"),
         (lambda p: p / "half.jsonl", "half.jsonl, line 2: its text holds half of a surrogate pair"),
-        (lambda p: p / "deep.jsonl", "deep.jsonl, line 1: not a JSON object"),
+        (lambda p: p / "deep.jsonl", "deep.jsonl, line 1: not JSON"),
         (lambda p: p / "pipe.txt", "pipe.txt: a pipe or device, not a plain file"),
         (lambda p: p / "pipe.safetensors", "pipe.safetensors: a pipe or device"),
         (lambda p: p / "pipes", "pipes/a.txt: a pipe or device"),
@@ -130,6 +229,7 @@ def test_bad_sources_are_named(make, message, tmp_path, tiny_tokenizer, monkeypa
     (tmp_path / "locked" / "d.txt").write_text(TEXT)
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("a few words")
+    (tmp_path / "broken.jsonl").write_text('{"text": "good"}\n\n{"text": "a"\n')
     (tmp_path / "number.jsonl").write_text('{"text": "good"}\n{"text": 7}\n')
     (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"txet": 1}\n')
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
@@ -229,7 +329,7 @@ def test_of_a_large_file_only_what_is_used_is_read(tmp_path, suffix, monkeypatch
     assert small == [whole[start : start + 500] for start in starts]  # as long as there is room for all of it
     monkeypatch.setattr(texts, "WHOLE_BYTES", 1000)
     if suffix == ".txt":
-        monkeypatch.setattr(texts, "_text_of", lambda path, content, start: found.append(len(content)) or content.decode())
+        monkeypatch.setattr(texts, "_text_of", lambda path, content, start, tokenizer: found.append(len(content)) or content.decode())
     found = []
     for seed in range(40):
         text = texts.read_text(path, 500, random.Random(seed))
@@ -247,6 +347,16 @@ def test_a_large_file_of_one_line_is_read(tmp_path, monkeypatch):
         assert len(text) == 200 and text.replace("\n", " ") in TEXT.replace("\n", " ")
     with pytest.raises(UserError, match=r"bad.txt: not UTF-8 text \(byte [0-9]{4}\)"):
         texts.read_text(tmp_path / "bad.txt", 500, random.Random(1))
+
+
+def test_a_broken_line_in_the_middle_of_a_large_file_is_named_by_its_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "WHOLE_BYTES", 1000)
+    lines = [json.dumps({"text": "the quick fox"}) for _ in range(400)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, "{", *lines]))
+    rng = random.Random(1)
+    rng.randrange = lambda end: 399 * (len(lines[0]) + 1) - 5
+    with pytest.raises(UserError, match="a.jsonl, line 401: not JSON"):
+        texts.read_text(tmp_path / "a.jsonl", 500, rng)
 
 
 @pytest.mark.parametrize("text", ["word " * 1000, "two\nlines"])

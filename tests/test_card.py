@@ -79,6 +79,10 @@ def test_the_card_says_where_the_model_comes_from_and_how_good_it_is(prune):
     assert (found.data.license_name, found.data.license_link) == ("the licence", "https://example.org/LICENSE")
     assert (found.data.language, found.data.base_model) == (["en", "de"], "me/first")
     page, figure = found.text, run["evaluation"][0]
+    (result,) = found.data.eval_results  # what the hub shows beside the card
+    assert (result.dataset_name, result.dataset_split) == (figure["data"], figure["split"])
+    assert result.metric_type == "perplexity" and result.metric_value == pytest.approx(figure["pruned"], abs=1e-3)
+    assert "blocks of 16 tokens" in result.metric_name
     (picture,) = folder.glob("figures/*.png")
     assert f"](figures/{picture.name})" in page and 'target_modules="all-linear"' in page and "pip install slimllm" not in page
     for said in (
@@ -125,7 +129,7 @@ def test_the_card_names_what_made_the_model_and_no_folder_of_this_machine(prune,
         (["hf_prune.py", "--eval_data=wikitext2=/x y/wiki.raw"], "python hf_prune.py --eval_data=wikitext2=wiki.raw"),
         (["hf_prune.py", "--calibration", "~/texts/a b.txt"], "python hf_prune.py --calibration 'a b.txt'"),
         (["hf_prune.py", "--base_model", "org/model", "--ridge", "0.5"], "python hf_prune.py --base_model org/model --ridge 0.5"),
-        (["/venv/lib/slimllm/__main__.py", "verify", "a b"], "python -m slimllm verify 'a b'"),
+        (["/venv/lib/slimllm/__main__.py", "verify", "a b"], "slimllm verify 'a b'"),
     ],
 )
 def test_commands_are_quoted_and_cards_hold_no_local_paths(command, said, monkeypatch):
@@ -169,6 +173,7 @@ NAMED = {  # what the card of a model says that each method made, and no other c
     "llm_pruner": "[LLM-Pruner](https://arxiv.org/abs/2305.11627) (Ma et al. 2023)",
     "flap": "[FLAP](https://arxiv.org/abs/2312.11983) (An et al. 2024)",
     "wanda_sp": "Wanda-sp ([An et al. 2024]",
+    "shortgpt": "[ShortGPT]",
     "magnitude": "magnitude, a baseline",
     "random": "random choice, a baseline",
 }

@@ -1,13 +1,13 @@
 import pytest
 
 import slimllm
+from slimllm.commands import COMMANDS
 from slimllm.errors import UserError
-from slimllm.settings.pruning import parse_args
 from tests.conftest import make_shape
 
 
 def config(*flags):
-    return parse_args(["--base_model", "m", *flags])
+    return COMMANDS["prune"].parsed("prune", ["--base_model", "m", *flags], "hf_prune.py")
 
 
 def test_defaults_are_the_paper_s():
@@ -61,6 +61,20 @@ def test_the_flags_of_the_paper_s_command_lines_are_no_settings_of_their_own():
 def test_flags_are_not_abbreviated():
     with pytest.raises(UserError, match="unknown argument --pruned; did you mean '--pruned_layers'"):
         config("--pruned", "3")
+
+
+@pytest.mark.parametrize("name", ["prune", "train", "chat", "evaluate", "latency", "export-gguf", "ablation", "explore", "compare"])
+def test_the_model_may_come_before_or_after_the_flags(name, tmp_path):
+    needed = {"train": ["--data_path", "x"], "latency": ["--baseline", "d"], "export-gguf": ["--outtype", "f16"]}
+    flags = needed.get(name, ["--device", "cpu"])
+    first, last = (COMMANDS[name].parsed(name, argv) for argv in (["m", *flags], [*flags, "m"]))
+    assert first == last
+
+
+def test_files_may_come_after_a_flag():
+    assert COMMANDS["verify"].parsed("verify", ["m", "--blocks", "1", "a.gguf"]).files == ["a.gguf"]
+    with pytest.raises(UserError, match="unknown argument b"):
+        COMMANDS["prune"].parsed("prune", ["--smaller", "0.2", "a", "b"])
 
 
 def test_the_ridge_falls_with_the_tokens_unless_it_is_given():

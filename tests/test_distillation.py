@@ -16,7 +16,7 @@ from slimllm.training import distillation
 from slimllm.training import teacher as teacher_module
 from slimllm.training.distillation import trained_names
 from slimllm.training.teacher import Teacher
-from tests.conftest import FAMILY_CASES, logits, make_config, make_ids, make_model, make_shape, prune, run_of
+from tests.conftest import DISTINCT_CASES, logits, make_config, make_ids, make_model, make_shape, prune, run_of
 
 
 @pytest.fixture(autouse=True, params=[torch.float32, torch.bfloat16], ids=str)
@@ -43,7 +43,7 @@ def pruned(case="llama_gqa", **settings):
     return model
 
 
-@pytest.mark.parametrize("case", FAMILY_CASES)
+@pytest.mark.parametrize("case", DISTINCT_CASES)
 @pytest.mark.parametrize("mode", ["scales", "all"])
 def test_the_divergence_falls_and_the_parameters_are_those_that_are_named(case, mode):
     dense, model, ids = make_model(case), pruned(case), make_ids(48)
@@ -145,7 +145,7 @@ def test_a_run_stopped_after_the_training_does_not_train_again(tiny_folder, text
     flags += ["--distill_examples", "24", "--num_examples", "8", "--seq_len", "16", "--target_sparsity", "0.3"]
 
     def stop(self, model, names):  # in the middle of writing
-        files = WeightFiles(self.folder, model, self.dtype)
+        files = WeightFiles.of(self.folder, model, self.dtype)
         files.write(names[0], model.get_parameter(names[0]))
         files.close()
         raise KeyboardInterrupt

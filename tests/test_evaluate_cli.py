@@ -10,7 +10,7 @@ from slimllm.data import texts
 from slimllm.deploy import checkpoint
 from slimllm.evaluation import zero_shot
 from slimllm.evaluation.perplexity import perplexity
-from slimllm.reporting import paper_table
+from slimllm.reporting import paper_table, record
 from tests.conftest import make_model, prune_to, tiny_tokenizer_of
 from tests.test_zero_shot import NUMBER, ROWS
 
@@ -45,6 +45,25 @@ def test_a_run_and_its_file(setting, capsys):
     assert figure["perplexity"] == pytest.approx(perplexity(model, blocks), rel=1e-5)
     out = capsys.readouterr().out
     assert "w/o tune" not in out.split("Ratio")[0] and "(2 tasks)" in out and "* limited" in out
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("{", "not JSON (Expecting property name"),
+        ("[" * 100_000, "not JSON ("),
+        ("[1]", "not a record of format"),
+        ('{"format": FORMAT, "config": []}', "not the record of a pruning run (config is a list, not a dict)"),
+        ('{"format": FORMAT}', "not the record of a pruning run ('config')"),
+    ],
+)
+def test_a_broken_record_of_a_pruning_is_named(content, said, tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tiny_folder / "pruning.json").write_text(content.replace("FORMAT", str(record.FORMAT)))
+    assert slim(["evaluate", str(tiny_folder), "--eval_data", "python_manual", "--tasks"]) == 2
+    err = capsys.readouterr().err
+    assert f"pruning.json: {said}" in err and err.endswith("; copy it again, or remove it\n") and len(err.splitlines()) == 1
+    assert not (tmp_path / "eval_log").exists()
 
 
 def test_a_stopped_run_goes_on(setting, monkeypatch, capsys):
@@ -113,7 +132,7 @@ def row(removed=None, tuned=None, model="llama-7b-hf", tasks=(), perplexity=()):
         name: {"metrics": {"acc": value, "acc_norm": value / 2}, "reported": zero_shot.TASKS[name].reported, "limited": False}
         for name, value in tasks
     }
-    texts = [{"data": name, "perplexity": value, "limited": False} for name, value in perplexity]
+    texts = [{"data": name, "seq_len": 128, "perplexity": value, "limited": False} for name, value in perplexity]
     return {"fingerprint": {"model": model, "pruning": pruning, "adapter": tuned}, "tasks": scores, "perplexity": texts}
 
 
@@ -128,6 +147,13 @@ def test_the_paper_s_layout():
     assert len(paper_table.latex([header, *rows]).splitlines()) == 2 + 1 + 1 + 3 + 2 and r"20 \% w/o tune" in paper_table.latex(
         [header, *rows]
     )
+
+
+def test_perplexities_of_blocks_of_two_lengths_have_a_column_each():
+    both = row(None, None, "tiny", (), [("ptb", 22.0)])
+    both["perplexity"].append(both["perplexity"][0] | {"seq_len": 2048, "perplexity": 9.0})
+    header, cells = paper_table.paper_cells([both])
+    assert header[2:4] == ["PTB, 128 tokens", "PTB, 2048 tokens"] and cells[2:4] == ["22.00", "9.00"]
 
 
 def test_the_paper_s_rows_stand_beside_llama_7b():

@@ -1,4 +1,4 @@
-"""``python -m slimllm explore``: what pruning by any share would cost, and the price list that hf_prune.py takes."""
+"""``slimllm explore``: what pruning by any share would cost, and the price list that hf_prune.py takes."""
 
 import json
 
@@ -24,7 +24,7 @@ def test_what_is_explored_can_be_pruned_with_nothing_measured_again(small, tiny_
     rows = [line.split("|") for line in (tmp_path / "out/table.md").read_text().splitlines() if line.startswith("| ")]
     _, _, *rows = rows
     losses = [float(row[5]) for row in rows]
-    assert losses == sorted(losses) and len(rows) == 4 and rows[2][6].strip() and not rows[1][6].strip()
+    assert losses == sorted(losses) and len(rows) == 3 and rows[1][6].strip() and not rows[0][6].strip()
     run = [
         "--base_model",
         str(tiny_folder),
@@ -48,11 +48,30 @@ def test_what_is_explored_can_be_pruned_with_nothing_measured_again(small, tiny_
     assert not (tmp_path / "prune_log/a/price_list.json").exists()
 
 
+def test_the_price_list_of_an_earlier_run_is_replaced_on_request_alone(small, tiny_folder, tmp_path, capsys):
+    def run(*flags):
+        return main(["explore", str(tiny_folder), "--target_sparsity", "0.2", *small, "--output", "out", *flags])
+
+    file = tmp_path / "out/price_list.json"
+    assert run() == 0
+    before = file.read_text()
+    assert run("--seed", "7") == 2 and file.read_text() == before
+    said = "out/price_list.json: an earlier run measured it; plan from it with --price_list out/price_list.json, name another --output, or"
+    assert said in capsys.readouterr().err
+    assert run("--seed", "7", "--price_list", "out/price_list.json") == 0 and file.read_text() == before
+    assert run("--seed", "7", "--overwrite") == 0 and file.read_text() != before
+    file.write_text("[]")
+    assert run("--overwrite") == 2 and file.read_text() == "[]"
+    assert "--overwrite: no run of this program wrote out/price_list.json" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags, said",
     [
         (["--check", "2"], "--check 2.0: must be above 0 and below 1"),
         (["--target_sparsity", "0"], "--target_sparsity 0.0: must be above 0 and below 1"),
+        (["--check", "0.2", "0.99"], "--check 0.99: the layers cannot give up as much; ask for less"),
+        (["--target_sparsity", "0.98", "0.99"], "--target_sparsity 0.98 0.99: the layers cannot give up as much; ask for less"),
         (["--price_list", "none.json"], "--price_list none.json: no such file"),
         (["--output", "mine"], "mine: not empty, and it holds no price_list.json of this program; name another --output"),
         (["--recipe", "paper"], "--recipe paper: not one of best, distilled"),
@@ -63,6 +82,7 @@ def test_mistakes_of_an_exploration(flags, said, small, tiny_folder, tmp_path, c
     (tmp_path / "mine/letter.txt").write_text("mine")
     assert main(["explore", str(tiny_folder), *small, *flags]) == 2
     assert said in capsys.readouterr().err and [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+    assert not (tmp_path / "eval_log").exists()
 
 
 def test_the_curve_in_words():

@@ -22,7 +22,8 @@ from slimllm.deploy.llama_cpp import LlamaCpp
 from slimllm.errors import UserError
 from slimllm.models import loading
 from slimllm.models.families import FAMILIES
-from tests.conftest import FAMILY_CASES, ROOT, TEXT, make_config, make_ids, make_model, make_shape, prune, tiny_tokenizer_of
+from slimllm.models.shape import HEADS_FILL_HIDDEN
+from tests.conftest import FAMILY_CASES, ROOT, TEXT, make_config, make_ids, make_model, make_shape, prune, runtimes_of, tiny_tokenizer_of
 
 VOCAB = 320
 SIZES = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=3)
@@ -111,17 +112,40 @@ def test_a_tensor_has_the_same_values_in_whatever_dtype_it_is_read(case, tmp_pat
         assert torch.equal(rounded.tensor(name, torch.bfloat16), exact.tensor(name, torch.float32).bfloat16()), name
 
 
+BIASED = ("qwen3_biases", "smollm3_biases", "ernie4_5_biases")  # in the output projections, for which their architectures have no place
 NOT_HELD = {  # what llama.cpp has no place for -> why
     **{
         (case, "any"): "differ from the 4 heads.* takes one width for all layers, no biases.*--runtime gguf"
-        for case in ("qwen3", "gemma2", "gemma3", "gemma3_mha", "smollm3", "ministral3", "glm", "glm4", "olmo2", "olmo3", "exaone4")
+        for case in (
+            *("qwen3", "gemma2", "gemma3", "gemma3_mha", "smollm3", "ministral3", "glm", "glm4", "olmo2", "olmo3", "exaone4"),
+            *("ernie4_5", "seed_oss", "seed_oss_plain", "hunyuan_v1_dense", "gemma", "olmo", "stablelm", "arcee", "cohere", "cohere2"),
+        )
     },
+    **{
+        (case, "any"): "differ from the .* takes one width for all layers" for case in ("apertus", "jais2", "starcoder2", "nemotron", "phi")
+    },
+    **{
+        (case, form): f"{FAMILY_CASES[case][0]}: llama.cpp has no architecture that computes it"
+        for case in FAMILY_CASES
+        for form in ("dense", "any", "transformers")
+        if FAMILIES[FAMILY_CASES[case][0]].gguf is None
+    },
+    ("qwen3_5", "any"): "differ from the .* qwen35 takes one width for all layers",
     ("qwen3_tied", "any"): "differ from .*openelm takes no biases of the output projections only",
     ("smollm3", "transformers"): "biases of the output projections",
-    **{(case, form): "biases of the output" for case in ("qwen3_biases", "smollm3_biases") for form in ("dense", "transformers", "gguf")},
-    **{(case, "any"): "differ from" for case in ("qwen3_biases", "smollm3_biases")},
-    **{(case, "transformers"): "2 heads: .* takes .* heads that fill the hidden size only" for case in ("glm", "exaone4")},
+    **{(case, "transformers"): "biases of the output projections" for case in ("ernie4_5", "seed_oss", "seed_oss_plain", "arcee")},
+    **{(case, form): "biases of the output" for case in BIASED for form in ("dense", "transformers", "gguf")},
+    **{(case, "any"): "differ from" for case in BIASED},
+    **{
+        (case, "transformers"): "2 heads: .* takes .*heads that fill the hidden size only"
+        for case in ("glm", "exaone4", "olmo", "starcoder2", "nemotron", "cohere", "cohere2", "phi")
+    },
     **{("exaone4_window", form): "sliding_window: llama.cpp's exaone4" for form in ("dense", "any", "transformers", "gguf")},
+    **{
+        (case, form): "qk_.*norm: .* not written to GGUF"
+        for case in ("stablelm_parallel", "cohere_normed")
+        for form in ("dense", "any", "transformers", "gguf")
+    },
 }
 
 
@@ -129,7 +153,12 @@ NOT_HELD = {  # what llama.cpp has no place for -> why
 @pytest.mark.parametrize("form", ["dense", "any", "transformers", "gguf"])
 def test_llama_cpp_computes_the_same_model(case, form, tmp_path):
     family = FAMILIES[FAMILY_CASES[case][0]]
-    sizes = {**SIZES, "head_dim": 16} if family.gguf in ("chatglm", "olmo2", "exaone4") else SIZES  # heads that fill the hidden size
+    filled = family.gguf in HEADS_FILL_HIDDEN and not family.gguf_free
+    sizes = {**SIZES, "head_dim": 16} if filled else SIZES
+    if form not in ("dense", *runtimes_of(case)):
+        with pytest.raises(UserError, match="--runtime gguf: llama.cpp has no architecture that computes this model"):
+            make_config(shape=make_shape(case, **sizes), runtime=form)
+        return
     folder = save(case, tmp_path, bpe_tokenizer(), form != "dense", sizes, round_to=8, runtime="any" if form == "dense" else form)
     if (case, form) in NOT_HELD:
         with pytest.raises(UserError, match=NOT_HELD[case, form]):
@@ -144,6 +173,41 @@ def test_llama_cpp_computes_the_same_model(case, form, tmp_path):
     allowed = 5e-3 if family.activation != "silu" else 1e-3
     for check in checks(folder, path):
         assert check.measured < allowed, check
+
+
+@pytest.mark.parametrize(
+    "types, held", [("lllf", True), ("llfllf", True), ("lllfl", True), ("fl", False), ("lflffl", False), ("llflf", False)]
+)
+def test_full_attention_has_to_come_in_each_layer_of_a_fixed_number(types, held, tmp_path, monkeypatch):
+    """A graph of llama.cpp's has no list of them; three value heads share a key head here."""
+    kinds = {"l": "linear_attention", "f": "full_attention"}
+    sizes = dict(num_key_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=6)
+    monkeypatch.setitem(FAMILY_CASES, "qwen3_5", ("qwen3_5_text", {**sizes, "layer_types": [kinds[letter] for letter in types]}))
+    folder = save("qwen3_5", tmp_path, bpe_tokenizer(), False, {**SIZES, "num_hidden_layers": len(types)})
+    if not held:
+        with pytest.raises(UserError, match="layer_types: llama.cpp wants full attention in each layer of a fixed number"):
+            export_gguf.export(folder, tmp_path / "x.gguf", "f32")
+        return
+    assert all(check.passed for check in checks(folder, export_gguf.export(folder, tmp_path / "x.gguf", "f32")))
+    assert checks(folder, export_gguf.export(folder, tmp_path / "y.gguf", "q8_0"))[0].passed  # it is loaded, and splits text alike
+
+
+@pytest.mark.parametrize("case, flags", [("starcoder2", {"use_bias": False}), ("jais2", {"mlp_bias": False})])
+def test_an_architecture_that_asks_for_biases_gets_no_model_without_them(case, flags, tmp_path):
+    folder = save(case, tmp_path, bpe_tokenizer(), False, {**SIZES, "head_dim": 16, **flags})
+    with pytest.raises(UserError, match=f"llama.cpp's {case} takes no projection without a bias"):
+        export_gguf.export(folder, tmp_path / "x.gguf", "f32")
+
+
+def test_biases_of_zeros_that_an_architecture_asks_for_are_written(tmp_path):
+    """Those of projections and of norms, as a fresh model has them."""
+    model = make_model("starcoder2", **SIZES, head_dim=16)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.zero_()
+    checkpoint.save(model, bpe_tokenizer(), tmp_path, make_ids(2, vocab=300), "dense")
+    for check in checks(tmp_path, export_gguf.export(tmp_path, tmp_path / "x.gguf", "f32")):
+        assert check.measured < 5e-3, check
 
 
 @pytest.mark.parametrize("case, layers", [("gemma2", 46), ("gemma3", 62), ("exaone4_window", 64)])
@@ -309,6 +373,20 @@ def test_a_full_disk_leaves_no_half_file(tmp_path):
     )
     assert done.returncode == 2 and "cannot be written" in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.glob("*.gguf*")) and not list(tmp_path.glob(".*.partial"))
+
+
+@pytest.mark.parametrize("scale", [4, 10])
+def test_a_sharp_model_is_allowed_what_rounding_does_to_it(scale, tmp_path):
+    """Its log-probabilities are so many times larger, and so is what eight bits change in them."""
+    model, tokenizer = make_model(vocab_size=320, hidden_size=64, intermediate_size=96), bpe_tokenizer()
+    model.lm_head.weight.data *= scale
+    for name in ("sharp", "other"):
+        checkpoint.save(model, tokenizer, tmp_path / name, make_ids(2), "dense")
+        model.model.layers[1].mlp.down_proj.weight.data *= -1
+    path = export_gguf.export(tmp_path / "sharp", tmp_path / "x.gguf", "q8_0")
+    tokens, difference, continuation = checks(tmp_path / "sharp", path, length=48)
+    assert tokens.passed and difference.passed and continuation.passed and difference.allowed > verify.GGUF_TOLERANCE["Q8_0"]
+    assert not checks(tmp_path / "other", path, length=48)[1].passed
 
 
 def run_verify(*arguments):

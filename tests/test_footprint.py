@@ -38,3 +38,11 @@ def test_the_predicted_peak_is_that_of_the_run(name, tmp_path, monkeypatch, caps
 
 def bytes_said(text: str, row: str) -> float:
     return 1e9 * float(re.search(rf"^\| {re.escape(row)} +\| +\| ([\d.]+) GB", text, re.M).group(1))
+
+
+def test_what_tokenizing_a_long_text_takes_is_counted(tiny_folder, tmp_path, capsys):
+    for name, characters in (("short.txt", 10_000), ("long.txt", 4_000_000)):
+        (tmp_path / name).write_text("a b c d e " * (characters // 10))
+        assert hf_prune.main([str(tiny_folder), "--calibration", str(tmp_path / name), "--dry_run"]) == 0
+    short, long = (bytes_said(said, "peak memory of a run, about") for said in capsys.readouterr().out.split("dry run")[1:])
+    assert long >= 0.49e9 + 130 * 4e6 > short

@@ -16,8 +16,9 @@ from transformers import LlamaForSequenceClassification, LlamaModel
 
 import hf_prune
 import slimllm
+from slimllm.commands import COMMANDS
 from slimllm.models.given import check_model
-from slimllm.settings.pruning import PruneConfig, parse_args
+from slimllm.settings.pruning import PruneConfig
 from slimllm.settings.training import TrainConfig
 from tests.conftest import FAMILY_CASES, TEXT, family_config, logits, make_ids, make_model
 
@@ -296,7 +297,7 @@ def test_a_value_that_nothing_can_be_is_named(name, value, said):
         PruneConfig(**{"base_model": "m", name: value})
     items = [str(item) for item in (value if isinstance(value, tuple) else [value])]
     with pytest.raises(slimllm.UserError, match=said):
-        parse_args(["--base_model", "m", f"--{name}", *items])
+        COMMANDS["prune"].parsed("prune", ["--base_model", "m", f"--{name}", *items])
 
 
 def test_a_mistake_is_one_line_whatever_is_in_it(capsys):

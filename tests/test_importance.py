@@ -1,5 +1,6 @@
 import itertools
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -107,6 +108,14 @@ def test_channel_scores_are_the_paper_s_formula():
         direction = np.linalg.norm((s.down[:, c].numpy() @ vectors) * weight) * np.linalg.norm(a[:, c])
         rest = sum(np.linalg.norm(w[c].numpy() * np.linalg.norm(x, axis=0)) for w in (s.gate, s.up))
         assert scores[c].item() == pytest.approx(direction + rest, rel=1e-4)
+
+
+def test_without_a_gate_its_term_is_left_out():
+    s, x, _ = channel_statistics()
+    term = torch.tensor([np.linalg.norm(row * np.linalg.norm(x, axis=0)) for row in s.gate.numpy()])
+    ungated = replace(s, gate=None)
+    for score in ("feature_space", "unweighted"):
+        torch.testing.assert_close(CHANNEL_SCORES[score](ungated), CHANNEL_SCORES[score](s) - term, rtol=1e-4, atol=1e-4)
 
 
 def test_the_other_channel_scores():

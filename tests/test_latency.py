@@ -7,6 +7,7 @@ import torch
 from slimllm.__main__ import main as slim
 from slimllm.errors import UserError
 from slimllm.evaluation import latency
+from slimllm.models.shape import shape_of
 from slimllm.settings.latency import LatencyConfig
 from tests.conftest import FAMILY_CASES, make_ids, make_model, prune_to, tiny_tokenizer_of
 
@@ -25,7 +26,8 @@ def test_macs_are_what_the_modules_multiply(case):
     model(ids)
     heads, width = model.config.num_attention_heads, model.config.head_dim
     pairs = 12 * 13 // 2  # causal: each token with itself and those before it
-    attention = model.config.num_hidden_layers * 2 * heads * width * pairs  # scores, then the weighted sum
+    layers = sum("attention" in units for units in shape_of(model.config).units)
+    attention = layers * 2 * heads * width * pairs  # scores, then the weighted sum
     assert latency.macs(latency.size_of(model), 12) == sum(counted) + attention
 
 

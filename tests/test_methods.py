@@ -9,7 +9,7 @@ from slimllm.pruning.importance.taylor import saliencies
 from slimllm.settings.methods import METHODS
 from slimllm.settings.pruning import PruneConfig
 from slimllm.streaming.runner import LayerRunner
-from tests.conftest import FAMILY_CASES, indices, logits, make_ids, make_model, make_shape, plan, prune
+from tests.conftest import CORE_CASES, DISTINCT_CASES, indices, logits, make_ids, make_model, make_shape, plan, prune
 
 CASES = ("llama_mha", "llama_gqa", "qwen2")
 
@@ -41,9 +41,8 @@ def keep_highest(scores, removed, groups):
     return sorted(kept)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("case", FAMILY_CASES)
-@pytest.mark.parametrize("recovery", [None, "least_squares"])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.whole_layers])
+@pytest.mark.parametrize("case, recovery", [*((case, None) for case in DISTINCT_CASES), *((case, "least_squares") for case in CORE_CASES)])
 def test_every_method_meets_the_sparsity_and_gives_a_model_that_runs(method, case, recovery):
     shape, model = make_shape(case), make_model(case)
     config = PruneConfig(base_model="test", method=method, target_sparsity=0.3, recovery=recovery, **_all_layers(method)).resolved(shape)

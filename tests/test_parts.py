@@ -1,7 +1,6 @@
 """Layers as lists of parts: models whose layers differ, and models that were pruned before."""
 
 import copy
-import dataclasses
 import json
 
 import pytest
@@ -14,15 +13,28 @@ import slimllm
 from slimllm.data.calibration import Calibration
 from slimllm.deploy.runtimes import as_slim_model
 from slimllm.errors import UserError
-from slimllm.models import families, loading
+from slimllm.models import loading
 from slimllm.models.adapter import LayerAdapter
-from slimllm.models.families import ATTENTION, FAMILIES, MLP, Family, in_turn
+from slimllm.models.families import FAMILIES, Family, in_turn
 from slimllm.models.shape import RUNTIMES, limits_of, shape_of
 from slimllm.plan import LayerPlan, LayerReport, removed_parameters
 from slimllm.pruning.importance.taylor import saliencies
+from slimllm.pruning.part_run import part_runs
 from slimllm.reporting.record import PruningRecord
 from slimllm.streaming.runner import LayerRunner
-from tests.conftest import FAMILY_CASES, SIZES, count, logits, make_config, make_ids, make_model, prune, prune_to
+from tests.conftest import (
+    DISTINCT_CASES,
+    ODD_CASES,
+    SIZES,
+    count,
+    logits,
+    make_config,
+    make_ids,
+    make_model,
+    prune,
+    prune_to,
+    runtimes_of,
+)
 
 
 def masked(dense, reports):
@@ -132,29 +144,65 @@ def test_gradients_of_a_model_whose_layers_differ(partly):
 def test_runtimes_that_want_layers_alike_refuse_a_model_that_has_them_not(partly):
     with pytest.raises(UserError, match="--runtime transformers: it needs layers alike, and in this model layers .* differ"):
         prune(partly, make_ids(), make_config(4, shape_of(partly.config), runtime="transformers"))
-    with pytest.raises(UserError, match="layer 1: it has no attention part as other layers do"):
+    with pytest.raises(UserError, match="model_type partly: its class is not one of transformers"):
         slimllm.prune(partly, calibration=make_ids(), pruning_ratio=0.3)
+
+
+@pytest.mark.parametrize("case", ODD_CASES)
+@torch.no_grad()
+def test_the_parts_of_an_odd_layer_run_one_by_one_are_the_layer(case):
+    runner = LayerRunner(make_model(case), make_ids())
+    whole, by_parts = runner.embed(), runner.embed()
+    for index, layer in runner.visit():
+        for step in runner.adapter.steps(layer):
+            [run] = part_runs(runner, by_parts, step, index)
+            run.take()
+            run.join()
+        runner.advance(whole, layer, index)
+        for expected, states in zip(whole, by_parts):
+            torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("runtime", ["any", "transformers"])
+@pytest.mark.parametrize("case", ODD_CASES)
+def test_layers_of_one_part_each_or_with_settings_of_their_own(case, runtime, tmp_path):
+    dense, ids = make_model(case), make_ids(12)
+    shape = shape_of(dense.config)
+    settings = dict(calibration=ids, target_sparsity=0.15, layer_ratio="uniform", pruned_layers=len(shape.layers))
+    assert shape.parameters == dense.num_parameters() and shape.units == LayerAdapter(dense.config).units(dense)
+    assert [list(layer) for layer in shape.units] == [[], ["mlp"], ["attention"], ["mlp"]] or case == "gemma4"
+    result = slimllm.prune(copy.deepcopy(dense), recovery="none", runtime=runtime, **settings)
+    torch.testing.assert_close(logits(result.model, ids), logits(masked(dense, result.layers), ids), rtol=1e-4, atol=1e-4)
+    assert result.parameters.pruned == result.model.num_parameters() < dense.num_parameters()
+    again = slimllm.prune(dense, recovery="least_squares", runtime=runtime, new_bias=False, **settings)
+    assert all(after <= before * (1 + 1e-4) for layer in again.layers for before, after in layer.errors.values())
+    slimllm.save(again, tmp_path / "saved")
+    assert torch.equal(logits(loading.load_model(str(tmp_path / "saved"), torch.float32), ids), logits(again.model, ids))
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=runtime == "any").eval()
+    assert torch.equal(logits(reloaded, ids), logits(again.model, ids))
+    one, other = (reloaded.generate(ids[:1], max_new_tokens=8, do_sample=False, use_cache=use) for use in (True, False))
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("case", ODD_CASES)
+def test_the_program_prunes_odd_layers_from_their_files(case, tmp_path, tiny_tokenizer, text_file, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_model(case).save_pretrained("model")
+    tiny_tokenizer.save_pretrained("model")
+    flags = ["--base_model", "model", "--calibration", str(text_file), "--eval_data", "none", "--num_examples", "4", "--seq_len", "16"]
+    flags += ["--target_sparsity", "0.1", "--output_dir", "out"]
+    assert hf_prune.main([*flags, "--dry_run"]) == 0 and hf_prune.main(flags) == 0
+    assert "the same logits" in capsys.readouterr().out
+    assert PruningRecord.read("out").parameters.pruned == loading.load_model("out", "auto").num_parameters()
 
 
 # parts side by side
 
 
-def test_parts_side_by_side_read_the_same_state(monkeypatch):
+def test_parts_side_by_side_read_the_same_state():
     """Cohere's: one norm, attention and feed-forward part of what it gives, both added to the residual."""
-    row = Family(
-        "cohere",
-        "a test",
-        "command-r",
-        steps=((dataclasses.replace(ATTENTION), dataclasses.replace(MLP, norm="input_layernorm")),),
-        logits_divisor="inverse_scale",
-    )
-    monkeypatch.setitem(FAMILIES, "cohere", row)
-    monkeypatch.delitem(families.UNSUPPORTED, "cohere")
-    torch.manual_seed(0)
-    config = AutoConfig.for_model("cohere", **SIZES, num_key_value_heads=2, pad_token_id=0, logit_scale=0.25, inverse_scale=4.0)
-    dense = AutoModelForCausalLM.from_config(config).eval()
-    for name, parameter in dense.named_parameters():
-        parameter.data.uniform_(0.5, 1.5) if "norm" in name else parameter.data.normal_(0, 0.3)
+    dense = make_model("cohere")
+    config = dense.config
     shape = shape_of(config)
     assert shape.decoder_parameters == decoder_parameters(dense)
     for recovery in ("none", "least_squares"):
@@ -184,7 +232,7 @@ def pruned_before(case, **settings):
     return slimllm.prune(make_model(case, **sizes), calibration=make_ids(), **settings).model
 
 
-@pytest.mark.parametrize("case", FAMILY_CASES)
+@pytest.mark.parametrize("case", DISTINCT_CASES)
 def test_a_pruned_model_is_pruned_again(case, tmp_path, tiny_tokenizer):
     """It is counted from the model given; slicing equals masking; saved, it loads again."""
     before = pruned_before(case)
@@ -220,8 +268,7 @@ def test_a_pruned_model_is_pruned_again_for_a_runtime(runtime):
             slimllm.prune(irregular, calibration=ids, target_sparsity=0.2, runtime=runtime)
 
 
-@pytest.mark.parametrize("runtime", [runtime for runtime in RUNTIMES if runtime != "any"])
-@pytest.mark.parametrize("case", FAMILY_CASES)
+@pytest.mark.parametrize("case, runtime", [(case, name) for case in DISTINCT_CASES for name in runtimes_of(case) if name != "any"])
 def test_biases_of_an_earlier_pruning_that_a_runtime_has_no_place_for_are_refused_before_any_work(case, runtime, tmp_path):
     before = pruned_before(case, runtime="transformers", prune="channels", target_sparsity=0.3, round_to=1, new_bias=False)
     for part in LayerAdapter(before.config).all_parts(before):  # as a recovery without --runtime gives them
@@ -234,7 +281,10 @@ def test_biases_of_an_earlier_pruning_that_a_runtime_has_no_place_for_are_refuse
     shape = shape_of(before.config)
     whole = [LayerReport.of_whole(index, layer, LayerPlan(0.0, layer.units)) for index, layer in enumerate(shape.layers)]
     plan.write_text(json.dumps({"layers": [{"kept": report.kept} for report in whole]}))
-    if shape.foreign_bias and not limits_of(runtime, shape).new_bias:
+    if runtime == "gguf" and shape.gguf is None:
+        with pytest.raises(UserError, match="--runtime gguf: llama.cpp has no architecture"):
+            slimllm.prune(before, **settings)
+    elif shape.foreign_bias and not limits_of(runtime, shape).new_bias:
         for how in (settings, {"calibration": ids, "runtime": runtime, "plan": str(plan)}):
             with pytest.raises(UserError, match="--runtime any"):
                 slimllm.prune(before, **how)
@@ -331,3 +381,26 @@ def test_a_pruned_model_s_config_that_makes_no_sense_is_named(name, change, said
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=said):
         loading.load_config(str(folder))
+
+
+def test_a_width_that_a_class_derives_from_others_stands_in_the_config(tmp_path):
+    """LFM2's feed-forward part is two thirds of what its config says, rounded: pruned models say what they have."""
+    settings = dict(block_auto_adjust_ff_dim=True, block_multiple_of=16, block_ffn_dim_multiplier=1.1, intermediate_size=100)
+    dense = make_model("lfm2", **settings)
+    assert dense.model.layers[0].feed_forward.w1.out_features == 80 and dense.config.intermediate_size == 100
+    dense.save_pretrained(tmp_path / "dense")
+    read = loading.load_config(str(tmp_path / "dense"))
+    assert (read.intermediate_size, read.block_auto_adjust_ff_dim) == (80, False)
+    assert shape_of(read).parameters == dense.num_parameters()
+    ids = make_ids(12)
+    result = slimllm.prune(dense, calibration=ids, target_sparsity=0.3, layer_ratio="uniform")
+    slimllm.save(result, tmp_path / "smaller")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller", trust_remote_code=True).eval()
+    assert torch.equal(logits(again, ids), logits(result.model, ids))
+
+
+@pytest.mark.parametrize("case, kind", [("qwen3_5", "linear_attention"), ("lfm2", "conv"), ("granitemoehybrid", "linear_attention")])
+def test_a_hybrid_without_attention_is_refused_before_any_weight(case, kind, tmp_path):
+    make_model(case, layer_types=[kind] * 2).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="layer_types: none of its layers has attention"):
+        loading.load_config(str(tmp_path))

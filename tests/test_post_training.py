@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import post_training
+from slimllm.commands import COMMANDS, train
 from slimllm.deploy import checkpoint
 from slimllm.errors import UserError
 from slimllm.models import loading
-from slimllm.settings.training import TrainConfig, parse_args
+from slimllm.settings.training import TrainConfig
 from slimllm.training import data, trainer
 from slimllm.training.data import IGNORED
-from slimllm.utils import device as devices
 from slimllm.utils import outputs
 from tests.conftest import ROOT, make_ids, make_model, prune_to
 
@@ -109,7 +109,7 @@ def test_each_row_ends_with_the_end_of_text_where_it_fits(tiny_tokenizer):
     """As in the published recovery stage: without it the model never learns to stop."""
 
     def ends(*flags):
-        return data.tokenize(ROWS[0], tiny_tokenizer, parse_args(["--prune_model", "x", *flags]))["input_ids"][-1]
+        return data.tokenize(ROWS[0], tiny_tokenizer, COMMANDS["train"].parsed("train", ["x", *flags]))["input_ids"][-1]
 
     end = tiny_tokenizer.eos_token_id
     assert ends("--cutoff_len", "400") == end and data.tokenize(ROWS[0], tiny_tokenizer, settings(cutoff_len=400))["labels"][-1] == end
@@ -154,8 +154,12 @@ def test_tokens_are_cached_by_what_the_rows_say(tiny_tokenizer, rows_file, tmp_p
         ("a.json", None, "no such file"),
         ("a.json", "{", "not JSON"),
         ("a.json", "[]", "empty"),
-        ("a.jsonl", '{"text": "a"}\nx\n', "not JSONL"),
+        ("a.jsonl", '{"text": "a"}\n\nx\n', r"a.jsonl, line 3: not JSON \(Expecting value, at character 1\)"),
+        ("a.jsonl", '{"text": "a"}\n\n{"text": 3}\n', "a.jsonl, line 3: without text"),
+        ("a.jsonl", '{"text": "a"}\n\n{"text": "\\ud800"}\n', "a.jsonl, line 3: it holds half of a surrogate pair"),
+        ("a.jsonl", "[" * 100_000, "a.jsonl, line 1: not JSON"),
         ("a.json", '[{"instruction": "a"}]', "row 1: without instruction and output"),
+        ("a.json", '[{"txet": "a"}, {"text": "b"}]', "row 1: without text"),
         ("a.json", '[{"text": "a"}, {"text": 3}]', "row 2: without text"),
         ("a.txt", "text", "not a .json or .jsonl"),
     ],
@@ -181,12 +185,12 @@ def test_rows_come_from_the_hub_by_name(monkeypatch, tmp_path):
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     config = settings()
-    assert data.read_rows(config) == ROWS and asked["path"] == config.data_path and asked["split"] == "train"
+    assert list(data.read_rows(config).values()) == ROWS and asked["path"] == config.data_path and asked["split"] == "train"
 
 
 def test_a_line_of_json_may_hold_any_character(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one\u2028line"}, ensure_ascii=False) + "\n")
-    assert data.read_rows(settings(data_path=str(tmp_path / "a.jsonl"))) == [{"text": "one\u2028line"}]
+    assert data.read_rows(settings(data_path=str(tmp_path / "a.jsonl"))) == {"line 1": {"text": "one\u2028line"}}
 
 
 def test_collate_pads_what_is_not_learned():
@@ -504,7 +508,7 @@ def test_mistakes_are_one_line(pruned_folder, rows_file, tmp_path, here):
         status, _, err = here(*flags)
         assert status == 2 and said in err and len(err.strip().splitlines()) == 1, err
     (tmp_path / "out").mkdir()
-    outputs.seal(tmp_path / "out", post_training.FILES, post_training.PARTS)
+    outputs.seal(tmp_path / "out", train.FILES, train.PARTS)
     (tmp_path / "out" / "log.txt").write_text("old")
     assert here(*quick(pruned_folder, tmp_path / "no.json", "--overwrite"))[0] == 2
     assert (tmp_path / "out" / "log.txt").read_text() == "old"
@@ -518,7 +522,7 @@ def test_what_no_run_wrote_is_not_trained_over(pruned_folder, rows_file, tmp_pat
         path.write_text("{} ")
     status, _, err = here(*quick(pruned_folder, rows_file, *more))
     assert status == 2 and "no run of this program wrote" in err or "holds no finished checkpoint" in err
-    outputs.seal(tmp_path / "out", post_training.FILES, post_training.PARTS)  # a run's folder, in which someone put something
+    outputs.seal(tmp_path / "out", train.FILES, train.PARTS)  # a run's folder, in which someone put something
     if more == ["--overwrite"]:
         status, _, err = here(*quick(pruned_folder, rows_file, *more))
         assert status == 2 and err.count("\n") == 1 and f"no run of this program wrote out/{name.partition('/')[0]}" in err
@@ -530,7 +534,7 @@ def test_the_model_that_is_trained_is_not_deleted(pruned_folder, rows_file, tmp_
     (tmp_path / "out").mkdir()
     outputs.seal(pruned_folder)
     pruned_folder.rename(tmp_path / "out" / "merged")
-    outputs.seal(tmp_path / "out", post_training.FILES, post_training.PARTS)
+    outputs.seal(tmp_path / "out", train.FILES, train.PARTS)
     before = (tmp_path / "out/merged/model.safetensors").read_bytes()
     status, _, err = here(*quick("out/merged", rows_file, "--overwrite"))
     assert status == 2 and "out holds out/merged, which this run reads; choose another --output_dir" in err
@@ -561,7 +565,7 @@ def test_a_run_is_gone_on_with_only_with_its_own_data_and_model(pruned_folder, r
 
 def test_the_perplexity_beside_a_teacher_is_the_text_s_own(pruned_folder, rows_file, tmp_path, here, tiny_folder, monkeypatch):
     monkeypatch.setattr("slimllm.training.teacher.distillation_dtype", lambda dtype, device: torch.float32)
-    monkeypatch.setattr(devices, "training_dtype", lambda device, dtype: torch.float32)
+    monkeypatch.setattr(train, "training_dtype", lambda device, dtype: torch.float32)
     found = {}
     for name, more in (("alone", []), ("taught", ["--teacher", tiny_folder])):
         flags = quick(pruned_folder, rows_file, "--val_set_size", 5, "--num_epochs", 1, *more)
@@ -595,7 +599,7 @@ def test_a_dense_model_can_be_trained_too(tiny_folder, tmp_path, here):
 def test_a_teacher_s_divergence_joins_the_loss(pruned_folder, rows_file, tmp_path, here, tiny_folder, weight, average, monkeypatch):
     """The first loss is the divergence over the learned tokens, plus the weighted ordinary loss; it falls."""
     monkeypatch.setattr("slimllm.training.teacher.distillation_dtype", lambda dtype, device: torch.float32)
-    monkeypatch.setattr(devices, "training_dtype", lambda device, dtype: torch.float32)
+    monkeypatch.setattr(train, "training_dtype", lambda device, dtype: torch.float32)
     flags = quick(pruned_folder, rows_file, "--lora_dropout", 0, "--batch_size", 24, "--micro_batch_size", 12 if average else 24)
     status, out, err = here(*flags, "--teacher", tiny_folder, "--instruction_weight", weight, "--num_epochs", 8)
     assert status == 0, err
@@ -618,7 +622,7 @@ def test_a_teacher_s_divergence_joins_the_loss(pruned_folder, rows_file, tmp_pat
 def test_held_out_rows_are_measured_beside_a_teacher(pruned_folder, rows_file, tmp_path, here, tiny_folder, monkeypatch):
     """``eval_text_loss`` is the ordinary loss, ``eval_loss`` the divergence and its weighted share, both over batches of 3 and 2 rows."""
     monkeypatch.setattr("slimllm.training.teacher.distillation_dtype", lambda dtype, device: torch.float32)
-    monkeypatch.setattr(devices, "training_dtype", lambda device, dtype: torch.float32)
+    monkeypatch.setattr(train, "training_dtype", lambda device, dtype: torch.float32)
     flags = ["--val_set_size", 5, "--teacher", tiny_folder, "--instruction_weight", 0.5, "--num_epochs", 1]
     assert here(*quick(pruned_folder, rows_file, *flags))[0] == 0
     record = json.loads((tmp_path / "out" / "post_training.json").read_text())
@@ -644,10 +648,10 @@ def test_what_the_record_says_of_held_out_rows():
     """Their perplexity before, and after the step whose adapter is kept: the one with the lowest loss that is trained on."""
     found = [(3.0, 2.0), (2.0, 1.5), (2.5, 1.0)]
     history = [{"eval_loss": loss, "eval_text_loss": text} for loss, text in found]
-    assert post_training.losses_of([{"loss": 1.0}, *history])["validation"] == {"before": math.exp(2.0), "after": math.exp(1.5)}
+    assert train.losses_of([{"loss": 1.0}, *history])["validation"] == {"before": math.exp(2.0), "after": math.exp(1.5)}
     alone = [{"eval_loss": loss} for loss, _ in found]
-    assert post_training.losses_of(alone)["validation"] == {"before": math.exp(3.0), "after": math.exp(2.0)}
-    assert post_training.losses_of([{"loss": 1.0}])["validation"] is None
+    assert train.losses_of(alone)["validation"] == {"before": math.exp(3.0), "after": math.exp(2.0)}
+    assert train.losses_of([{"loss": 1.0}])["validation"] is None
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(pruned_folder, rows_file, tmp_path, here, tiny_folder, tiny_tokenizer):

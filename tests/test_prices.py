@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import slimllm
 from slimllm.deploy import export_gguf
 from slimllm.errors import UserError
 from slimllm.models.adapter import LayerAdapter
+from slimllm.models.parts import PRUNED_KINDS
 from slimllm.models.shape import shape_of
 from slimllm.plan import LayerPlan, removed_parameters
 from slimllm.pruning.allocation import budget, prices, solver, timing
@@ -20,7 +22,7 @@ from slimllm.pruning.allocation.inputs import AllocationInputs
 from slimllm.pruning.allocation.price_list import NAME, Price, PriceList, curve
 from slimllm.pruning.allocation.sizing import Sizing
 from slimllm.streaming.journal import Journal
-from tests.conftest import CORE_CASES, FAMILY_CASES, TEXT, count, logits, make_config, make_ids, make_model, make_shape, prune, run_of
+from tests.conftest import CORE_CASES, DISTINCT_CASES, TEXT, count, logits, make_config, make_ids, make_model, make_shape, prune, run_of
 from tests.test_export_gguf import bpe_tokenizer
 
 
@@ -39,7 +41,7 @@ def divergence(dense, model, ids):
     return (p.exp() * (p - logits(model, ids).log_softmax(-1))).sum(-1).mean().item()
 
 
-@pytest.mark.parametrize("case, recovery", [("llama_mha", "none"), *((case, "least_squares") for case in FAMILY_CASES)])
+@pytest.mark.parametrize("case, recovery", [("llama_mha", "none"), *((case, "least_squares") for case in DISTINCT_CASES)])
 def test_streams_measure_the_divergence_that_one_pruned_part_makes(case, recovery):
     dense, ids = make_model(case, num_hidden_layers=3), make_ids(samples=8)
     shape = shape_of(dense.config)
@@ -47,8 +49,10 @@ def test_streams_measure_the_divergence_that_one_pruned_part_makes(case, recover
     before = {name: value.clone() for name, value in dense.state_dict().items()}
     found = prices.measured(inputs_of(dense, ids, config))
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
-    kinds = ("mlp",) if config.prune == "channels" else ("attention", "mlp")
-    assert {(price.layer, price.part) for price in found.prices} == {(i, part) for i in range(3) for part in kinds}
+    kinds = PRUNED_KINDS[config.prune]
+    assert {(price.layer, price.part) for price in found.prices} == {
+        (index, part.kind) for index, layer in enumerate(shape.layers) for part in layer.parts if part.kind in kinds
+    }
     for price in (found.prices[0], found.prices[len(found.prices) // 2], found.prices[-1]):
         plans = [LayerPlan(0.0, layer.units) for layer in shape.layers]
         plans[price.layer].units[price.part] = price.units
@@ -74,7 +78,7 @@ def outputs_and_gradients(model, ids, uniform):
     return {key: (x, y.detach(), g) for (key, (x, y)), g in zip(caught.items(), gradients)}
 
 
-@pytest.mark.parametrize("case", FAMILY_CASES)
+@pytest.mark.parametrize("case", DISTINCT_CASES)
 def test_a_gradient_price_is_half_the_mean_square_of_gradient_times_change(case, monkeypatch):
     dense, ids = make_model(case, num_hidden_layers=3), make_ids(samples=6)
     config = make_config(layers=3, shape=shape_of(dense.config), layer_ratio="auto", recovery="least_squares")
@@ -306,7 +310,7 @@ def bytes_of(layers, shape, context):
         heads, kv_heads, channels = (count(layer, sort) for sort in ("heads", "kv_heads", "channels"))
         size = dense.parts[0].head_dim
         weights = shape.hidden * (2 * heads + 2 * kv_heads) * size + 3 * shape.hidden * channels
-        total += weights * 34 / 32 + 4 * dense.norm_parameters + context * 2 * 2 * kv_heads * size
+        total += weights * 34 / 32 + 4 * dense.uncut_parameters + context * 2 * 2 * kv_heads * size
     return total
 
 
@@ -367,7 +371,7 @@ def test_looking_back_ends_nearer_to_the_dense_model_s_states(case):
     assert looking < plain
 
 
-def test_the_exported_file_and_its_cache_take_what_was_asked_for(tmp_path, monkeypatch):
+def test_the_exported_file_and_its_cache_take_what_was_asked_for(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tokenizer = bpe_tokenizer()
     sizes = dict(hidden_size=64, intermediate_size=256, num_attention_heads=8, vocab_size=len(tokenizer))
@@ -381,3 +385,7 @@ def test_the_exported_file_and_its_cache_take_what_was_asked_for(tmp_path, monke
     kept = json.loads((tmp_path / "prune_log/llama_prune/pruning.json").read_text())["layers"]
     cache = sum(2 * 2 * 8 * 128 * len(layer["kept"]["attention"]["kv_heads"]) for layer in kept)
     assert file.stat().st_size + cache == pytest.approx(450_000, rel=0.01)
+    gone, whole = re.search(
+        r"--fit 450KB: the plan removes ([\d.]+) of the ([\d.]+) MB that the model takes", capsys.readouterr().out
+    ).groups()
+    assert float(whole) - float(gone) == pytest.approx(0.45, abs=0.11)

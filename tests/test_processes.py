@@ -101,6 +101,7 @@ def test_a_mistake_is_said_once(folder, text_file):
     done = subprocess.run(two_processes(*flags(text_file, "two", "--recovery", "liner")), capture_output=True, text=True)
     lines = [line for line in done.stderr.splitlines() if line.startswith("hf_prune.py: error: ")]
     assert done.returncode != 0 and len(lines) == 1 and "did you mean 'linear'?" in lines[0]
+    assert "Terminated" not in done.stderr
 
 
 def test_statistics_of_two_halves_merge_to_those_of_the_whole(monkeypatch):

@@ -81,6 +81,23 @@ def test_least_squares_is_ridge_regression_towards_the_kept_weights():
     torch.testing.assert_close(r.weight.double(), weight[:, keep].double() + delta.T, rtol=1e-3, atol=1e-3)
 
 
+def test_rotation_is_the_orthogonal_procrustes_solution_where_the_ridge_has_no_end():
+    x, y, pruned, weight, b0, keep, covariance, moments = case(False)
+    r, output = recovered_output("rotation", 1e9, x, weight, b0, keep, covariance, moments)
+    centred_y, centred = y - y.mean(0), pruned - pruned.mean(0)
+    u, _, vt = np.linalg.svd((centred_y.T @ centred).double().numpy())
+    turned = torch.from_numpy(u @ vt).float()
+    torch.testing.assert_close(turned @ turned.T, torch.eye(6), atol=1e-4, rtol=0)
+    torch.testing.assert_close(r.weight, turned @ weight[:, keep], rtol=1e-3, atol=1e-3)
+    assert (y - output).square().mean() < (centred_y - centred).square().mean()
+
+
+def test_rotation_and_least_squares_agree_where_there_is_no_ridge():
+    args = case(False)
+    found = [recovered_output(name, 1e-6, args[0], *args[3:])[0] for name in ("rotation", "least_squares")]
+    torch.testing.assert_close(found[0].weight, found[1].weight, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("outlier", [1.0, 1e3])
 def test_one_input_with_an_outlying_variance_does_not_switch_least_squares_off(outlier):
     """The other inputs are recovered as well as without it (LLaMA-2 has an input of 1,400 times the ordinary size)."""

@@ -67,7 +67,9 @@ def test_every_entry_of_the_package_is_there(kind, name):
 def test_what_an_entry_needs_it_is_given_and_nothing_else_is_taken(added, monkeypatch):
     dense, settings = make_model(), dict(calibration=make_ids(), method="mine", target_sparsity=0.3)
     result = slimllm.prune(make_model(), **settings)
-    assert all(value is not None for name in ("heads", "score") for value in vars(added[name]).values()) and added["covariance"]
+    given = vars(added["heads"]) | vars(added["score"])
+    assert given.pop("spectrum") is None  # known beforehand of experts alone
+    assert all(value is not None for value in given.values()) and added["covariance"]
     assert all(layer.mlp.down_proj.bias is None for layer in result.model.model.layers)
     assert result.parameters.decoder_removed == pytest.approx(0.3, abs=3 * 32 / result.parameters.dense_decoder)
     for index, report in enumerate(result.layers):
@@ -112,7 +114,10 @@ def test_pictures_show_an_added_method_and_one_that_is_not_known(added, legends,
     assert slim([*flags, "--methods", "mine", "random"]) == 0
     del methods.METHODS["mine"]
     assert slim([*flags, "--methods", "random"]) == 0
-    assert legends == [["random", "My method", "dense"], ["random", "mine", "dense"]]
+    assert legends == [
+        ["random, as published", "My method, as published", "dense", "dense, in fewer bits"],
+        ["random, as published", "mine, as published", "dense", "dense, in fewer bits"],
+    ]
     assert len({row["name"] for row in json.loads((tmp_path / "out/results.json").read_text())["rows"]}) == 5
 
 
@@ -125,7 +130,7 @@ def test_the_picture_of_recoveries_shows_an_added_one(added, legends, tmp_path):
     figures.recovery_curves(rows, tmp_path)
     del methods.RECOVERIES["my_recovery"]
     figures.recovery_curves(rows, tmp_path)
-    known = ["none", "bias", "linear (the paper)", "least squares"]
+    known = ["none", "bias", "linear (the paper)", "least squares", "rotation"]
     assert legends == [[*known, "My recovery"], [*known, "my_recovery"]]
 
 

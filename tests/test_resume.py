@@ -116,6 +116,18 @@ def test_only_the_layers_that_are_missing_are_pruned_again(folder, text_file, la
     assert contents(Path("prune_log/run")) == whole
 
 
+@pytest.mark.parametrize("name", ["identity", "calibration", "allocation", "layer-00000"])
+def test_an_entry_of_another_kind_is_named(name, folder, text_file, monkeypatch, capsys):
+    monkeypatch.setattr(pipeline, "LayerPruner", stopping_at(2))
+    assert hf_prune.main(flags(text_file)) == 130
+    (entry,) = Path("prune_log").glob(f".run.*.partial/.journal/{name}.json")
+    entry.write_text("[1]")
+    capsys.readouterr()
+    assert hf_prune.main(flags(text_file, "--resume")) == 2
+    err = capsys.readouterr().err
+    assert f"{name}.json, which the stopped run had written, is broken (a list, not a dict); start anew without the flag" in err
+
+
 def stopping_at(layer, seen=None):
     """A LayerPruner for pass 2 that is interrupted before it prunes this layer; ``seen`` gets the layers that it prunes."""
 

@@ -12,7 +12,6 @@ import pytest
 
 from slimllm import cli
 from slimllm.commands import COMMANDS
-from slimllm.settings import pruning, training
 from tests.conftest import ROOT
 
 STAND_IN = """#!/bin/bash
@@ -22,6 +21,7 @@ printf '%q ' "$@" >> calls.txt && echo >> calls.txt
 while [ $# -gt 0 ]; do
     case "$1" in
     --save_ckpt_log_name) made="prune_log/$2" ;;
+    --recipe) recipe="$2" ;;
     --prune_model) made="tune_log/$(basename "$2")" ;;
     esac
     shift
@@ -29,6 +29,7 @@ done
 if [ -n "$made" ]; then
     mkdir -p "$made/merged" "$made/adapter"
     touch "$made/pruning.json" "$made/merged/pruning.json" "$made/post_training.json" "$made/adapter/adapter_config.json"
+    if [ "$recipe" = best ]; then touch "$made/price_list.json"; fi
 fi
 """
 
@@ -59,9 +60,9 @@ def calls(tmp_path, monkeypatch):
 def understand(words):
     """Raises UserError where the program that a command line names does not take it."""
     if words[0] == "hf_prune.py":
-        return pruning.parse_args(words[1:])
+        return COMMANDS["prune"].parsed("prune", words[1:], "hf_prune.py")
     if words[0] == "post_training.py":
-        return training.parse_args(words[1:])
+        return COMMANDS["train"].parsed("train", words[1:])
     assert words[:2] == ["-m", "slimllm"]
     command = COMMANDS[words[2]]
     return cli.parse(command.parser(words[2]), command.settings_class(), words[3:])
@@ -114,17 +115,28 @@ def test_ablation(calls):
     assert words[2:] == ["ablation", "--base_model", "embedded.gguf", "--eval_limit", "3"]
 
 
+def test_evidence(calls):
+    (words,) = calls("evidence", "models/small", "--shares", "0.2", "0.5", "--no_latency")
+    assert words[2:] == ["evidence", "--base_model", "models/small", "--shares", "0.2", "0.5", "--no_latency"]
+
+
 def test_the_first_command_shows_both_recipes_on_the_same_tokens(calls):
     found = calls("llama_prune")
     assert programs(found) == ["hf_prune.py"] * 4 + ["report"]
     assert [(following(words, "--recipe"), following(words, "--target_sparsity")) for words in found[:4]] == [
-        ("paper", "0.2"),
-        ("paper", "0.5"),
         ("best", "0.2"),
         ("best", "0.5"),
+        ("paper", "0.2"),
+        ("paper", "0.5"),
     ]
-    assert following(found[3], "--calibration") == "prune_log/llama_prune_best_20/calibration.safetensors"
-    assert found[-1][3:] == [f"prune_log/llama_prune_{run}" for run in ("paper_20", "paper_50", "best_20", "best_50")]
-    ratios = [following(words, "--pruning_ratio") for words in calls("vicuna_prune", "models/vicuna")[:2]]
-    assert ratios == ["0.25", "0.55"]
+    assert following(found[1], "--calibration") == "prune_log/llama_prune_best_20/calibration.safetensors"
+    assert following(found[1], "--price_list") == "prune_log/llama_prune_best_20/price_list.json"
+    assert found[-1][3:] == [f"prune_log/llama_prune_{run}" for run in ("best_20", "best_50", "paper_20", "paper_50")]
+    vicuna = calls("vicuna_prune", "models/vicuna")
+    assert [(following(words, "--pruning_ratio"), following(words, "--recipe")) for words in vicuna[:2]] == [
+        ("0.25", "best"),
+        ("0.55", "best"),
+    ]
+    paper = calls("vicuna_prune", "models/vicuna", "--recipe", "paper", "--layer_ratio", "uniform")
+    assert all(words.count("--recipe") == 1 for words in paper[:2]) and programs(paper) == ["hf_prune.py"] * 2 + ["report"]
     assert programs(calls("llama_prune", "models/small", "--target_sparsity", "0.3")) == ["hf_prune.py"]

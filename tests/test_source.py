@@ -18,7 +18,7 @@ from slimllm.errors import UserError
 from slimllm.evaluation.perplexity import perplexities, perplexity
 from slimllm.models import loading, tensor_file, weights
 from slimllm.models.source import ModelSource
-from tests.conftest import FAMILY_CASES, family_config, logits, make_config, make_ids, make_model, make_shape, prune
+from tests.conftest import DISTINCT_CASES, FAMILY_CASES, logits, make_config, make_ids, make_model, make_shape, prune
 
 
 def saved(folder, case="llama_gqa", **sizes):
@@ -125,7 +125,7 @@ def test_perplexity_from_files_is_that_of_the_model(case, tmp_path):
 
 
 @pytest.mark.parametrize("runtime", ["any", "vllm", "transformers"])
-@pytest.mark.parametrize("case", FAMILY_CASES)
+@pytest.mark.parametrize("case", DISTINCT_CASES)
 def test_a_streamed_pruning_is_that_of_the_model_in_memory(case, runtime, tmp_path, tiny_tokenizer):
     dense = saved(tmp_path / "dense", case)
     shape = make_shape(case)
@@ -177,19 +177,6 @@ def test_a_model_in_memory_is_its_own_source():
     source = ModelSource.of(model)
     assert ModelSource.of(source) is source and source.whole() is model
     assert [layer for _, layer in source.visit()] == list(model.model.layers)
-
-
-def test_of_a_model_of_text_and_images_the_text_model_is_read(tmp_path):
-    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
-
-    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
-    config = Gemma3Config(text_config=family_config("gemma3").to_dict(), vision_config=vision, mm_tokens_per_image=1)
-    whole = Gemma3ForConditionalGeneration(config).eval()
-    whole.save_pretrained(tmp_path)
-    assert loading.load_config(str(tmp_path)).dtype == torch.float32
-    text = loading.load_model(str(tmp_path), "auto")
-    assert type(text).__name__ == "Gemma3ForCausalLM"
-    assert torch.equal(logits(text, make_ids()), logits(whole, make_ids()))
 
 
 @pytest.mark.parametrize("refusal", [AttributeError, errno.EOPNOTSUPP, errno.EINVAL])

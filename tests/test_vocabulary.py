@@ -2,7 +2,9 @@
 
 import copy
 import json
+import math
 import pydoc_data.topics
+import re
 
 import pytest
 import torch
@@ -133,7 +135,7 @@ def test_what_is_used_stays_before_what_was_learned_early_and_other_scripts_go_f
 @pytest.mark.parametrize("case", FAMILY_CASES)
 def test_the_model_predicts_as_before_among_the_tokens_that_stay(case, tmp_path):
     model = make_model(case)
-    model.config.eos_token_id, model.config.pad_token_id = [5, 90], 4
+    model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id = 5, [5, 90], 4
     generation = model.generation_config
     generation.eos_token_id, generation.suppress_tokens, generation.begin_suppress_tokens = [5, 90], [7, 91], [91]
     generation.bad_words_ids, generation.sequence_bias = [[5], [6, 91], [6, 7]], [[[8], -5.0], [[91], 1.0]]
@@ -241,6 +243,7 @@ def test_amounts_of_the_whole_model_count_the_tokens_that_go(folder, capsys):
     assert hf_prune.main([*flags, "--smaller", "0.1", "--vocab", "0.4", "--save_ckpt_log_name", "c"]) == 0
     record = PruningRecord.read("prune_log/c")  # the tokens alone are more than what is asked for
     assert record.parameters.decoder_removed == 0 and record.parameters.removed > 0.1
+    capsys.readouterr()
     assert hf_prune.main([*flags, "--smaller", "0.4", "--vocab", "0.6", "--dry_run"]) == 0
     rows = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines()]
     assert ["", "tokens of the vocabulary", "1536", "922", ""] in rows
@@ -248,6 +251,17 @@ def test_amounts_of_the_whole_model_count_the_tokens_that_go(folder, capsys):
     assert float(lost.split("(")[1].split("%")[0]) == pytest.approx(40, abs=0.5)
     assert hf_prune.main([*FLAGS, "--smaller", "0.4", "--vocab", "auto"]) == 2
     assert "--vocab auto: it goes by a price list; add --recipe best or --layer_ratio auto" in capsys.readouterr().err
+
+
+def test_auto_tries_the_most_tokens_that_are_enough_without_the_layers(folder, capsys):
+    flags = [*FLAGS, "--eval_data", "none", "--recipe", "best", "--self_share", "0", "--num_examples", "4"]
+    assert hf_prune.main([*flags, "--smaller", "0.26", "--vocab", "auto"]) == 0
+    tried = re.findall(r"vocabulary: ([\d,]+) tokens: predicted loss ([\d.]+) .*, ([\d.-]+) of them", capsys.readouterr().out)
+    alone = [int(tokens.replace(",", "")) for tokens, loss, of_tokens in tried if loss == of_tokens]
+    record, model = PruningRecord.read("prune_log/llama_prune"), make_model(vocab_size=1536, num_hidden_layers=4)
+    row = model.config.hidden_size * (1 if model.config.tie_word_embeddings else 2)
+    most = 1536 - math.ceil(0.26 * record.parameters.dense / row)
+    assert alone[-1] == max(alone) and most - 2 <= alone[-1] <= most, (alone, most)
 
 
 def test_a_stopped_run_goes_on_with_the_same_tokens(folder, monkeypatch):
@@ -337,3 +351,31 @@ def test_nats_per_byte_do_not_depend_on_the_tokens():
     assert nats_per_byte(value, ids, tokenizer) == pytest.approx(2.0 * (ids.shape[1] - 1) / len(rest), rel=1e-5)
     begun = torch.cat([torch.tensor([[tokenizer.convert_tokens_to_ids("<s>")]]), ids], 1)  # now all are
     assert nats_per_byte(value, begun, tokenizer) == pytest.approx(2.0 * ids.shape[1] / len(text), rel=1e-5)
+
+
+def test_compare_shows_models_of_other_tokens_per_byte_of_the_same_text(folder):
+    for name, tokens in (("a", "700"), ("b", "900")):
+        flags = [*FLAGS, "--eval_data", "none", "--vocab", tokens, "--target_sparsity", "0.2", "--save_ckpt_log_name", name]
+        assert hf_prune.main(flags) == 0
+    flags = ["--base_model", "model", "--calibration", "text.txt", "--eval_data", "t=text.txt", "--eval_limit", "3", "--output", "out"]
+    flags += ["--methods", "none", "--recipes", "none", "--tasks", "none"]
+    assert slimllm_main(["compare", *flags, "--also", "fewer=prune_log/a", "fewer=prune_log/b"]) == 0
+    rows = json.loads((folder / "out/results.json").read_text())["rows"]
+    dense, small = next(row for row in rows if row["name"] == "dense"), next(row for row in rows if row.get("folder") == "prune_log/a")
+    assert small["other_tokens"] and not dense["other_tokens"]
+    table = (folder / "out/table.md").read_text()
+    assert "nats per byte, since not all models have the same tokens" in table and "More than dense" in table
+    [found] = small["perplexity"]
+    text = AutoTokenizer.from_pretrained("model").decode(AutoTokenizer.from_pretrained("model")(MANUAL[:5_000]).input_ids[: 3 * 128])
+    made, model = (kind.from_pretrained("prune_log/a", trust_remote_code=True) for kind in (AutoTokenizer, AutoModelForCausalLM))
+    ids = torch.tensor(made(text, add_special_tokens=False).input_ids)
+    blocks = ids[: len(ids) // 128 * 128].view(-1, 128)
+    assert len(blocks) == 4 and found["blocks"] == 3  # the text of the dense model's three blocks, in smaller tokens
+    loss = model(blocks, labels=blocks).loss * blocks[:, 1:].numel() / len("".join(made.batch_decode(blocks[:, 1:])))
+    assert found["nats_per_byte"] == pytest.approx(loss.item(), rel=1e-3)
+    more = found["nats_per_byte"] / dense["perplexity"][0]["nats_per_byte"] - 1
+    assert any(f"{100 * more:.1f} %" in line for line in table.splitlines() if "| a " in line)
+    flags = [*flags, "--also", "fewer=prune_log/a", "fewer=prune_log/b"]
+    assert slimllm_main(["compare", *flags]) == 0  # nothing to do
+    (folder / "prune_log/a/config.json").write_text((folder / "prune_log/a/config.json").read_text() + "\n")
+    assert slimllm_main(["compare", *flags]) == 2

@@ -1,4 +1,4 @@
-"""``python -m slimllm evaluate MODEL``: perplexity and the paper's zero-shot tasks of a checkpoint, kept in one JSON file."""
+"""``slimllm evaluate MODEL``: perplexity and the paper's zero-shot tasks of a checkpoint, kept in one JSON file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from ..data.texts import blocks_of, load_texts
 from ..errors import UserError, first_line
-from ..evaluation import zero_shot
+from ..evaluation import generation, zero_shot
 from ..evaluation.perplexity import nats_per_byte, perplexities
 from ..models import loading
 from ..models.checked import warn_of_length
@@ -46,18 +46,21 @@ def _evaluate(config: EvalConfig, output: Path) -> dict:
     model_config = loading.load_config(config.model, "MODEL")
     warn_of_length(model_config, max_seq_len=config.max_seq_len)
     results = record.continued(output, _identity(config, model_config, device), config.overwrite)
-    results |= {"tasks": results.get("tasks", {}), "perplexity": results.get("perplexity", [])}
+    results |= {name: results.get(name, {}) for name in ("tasks", "generation")} | {"perplexity": results.get("perplexity", [])}
     texts = load_texts(config.eval_data)
     missing = [name for name in config.tasks if name not in results["tasks"]]
+    asked = {name: results["generation"].get(name, {}).get("chat_template") for name in config.generation}
+    unwritten = [name for name, template in asked.items() if template is not config.apply_chat_template]
     known = {(f["data"], f["sha256"], f["seq_len"], f["blocks"]) for f in results["perplexity"]}
     tokenizer = loading.load_tokenizer(config.model, "MODEL")
     wanted = [(text, blocks_of(text, tokenizer, model_config, config.max_seq_len, config.eval_limit)) for text in texts]
     wanted = [(text, ids) for text, ids in wanted if (text.name, text.sha256, config.max_seq_len, len(ids)) not in known]
-    log.info("%s: %d tasks and %d texts to do, %d results at hand", output, len(missing), len(wanted), len(known) + len(results["tasks"]))
-    if missing or wanted:
+    at_hand = len(known) + len(results["tasks"]) + len(results["generation"])
+    log.info("%s: %d tasks and %d texts to do, %d results at hand", output, len(missing) + len(unwritten), len(wanted), at_hand)
+    if missing or unwritten or wanted:
         model = source = loading.open_source(config.model, getattr(torch, results["fingerprint"]["dtype"]), "MODEL")
         results["parameters"] = source.model.num_parameters()
-        if missing or config.adapter:  # tasks need it whole; without them its layers come one at a time
+        if missing or unwritten or config.adapter:  # tasks need it whole; without them its layers come one at a time
             model = source.whole(device=device)
             model = (_adapted(model, config.adapter) if config.adapter else model).to(device)
         for some in [[one] for one in wanted] if model is not source else [wanted] if wanted else []:
@@ -75,6 +78,12 @@ def _evaluate(config: EvalConfig, output: Path) -> dict:
             reported, seconds = scores["reported"], round(time.perf_counter() - started, 1)
             results["tasks"][name] = {**scores, "data": source, "seconds": seconds}
             log.info("%s: %s %.4f (%d questions, %.0f s)", name, reported, scores["metrics"][reported], scores["questions"], seconds)
+            _save(results, output)
+        for name in unwritten:
+            started = time.perf_counter()
+            scores = generation.score(model, tokenizer, name, config)
+            results["generation"][name] = {**scores, "seconds": round(time.perf_counter() - started, 1)}
+            log.info("%s: %s (%d questions)", name, generation.shown(scores), scores["questions"])
             _save(results, output)
     return results
 
@@ -107,7 +116,10 @@ def _pruning_of(folder: Path) -> dict | None:
     """How the checkpoint in ``folder`` was pruned, from its record; None for a dense model."""
     if not (folder / record.PruningRecord.FILE).is_file():
         return None
-    found = record.PruningRecord.read(folder)
+    try:
+        found = record.PruningRecord.read(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{first_line(error)}; copy it again, or remove it") from None
     settings = ("method", "recipe", "recovery", "layer_ratio", "distill")
     return {
         "of": found.model.name,

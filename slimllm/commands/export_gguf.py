@@ -1,4 +1,4 @@
-"""``python -m slimllm export-gguf DIR``: writes a checkpoint, dense or pruned, as GGUF files for llama.cpp."""
+"""``slimllm export-gguf DIR``: writes a checkpoint, dense or pruned, as GGUF files for llama.cpp."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m slimllm flags``: every flag of every program as Markdown, which is docs/flags.md."""
+"""``slimllm flags``: every flag of every program as Markdown, which is docs/flags.md."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 
 from .. import cli
 from ..cli import NoSettings
-from ..settings import pruning, training
 from . import COMMANDS
 
 log = logging.getLogger("slimllm")
@@ -15,7 +14,7 @@ log = logging.getLogger("slimllm")
 
 def parsers() -> list[argparse.ArgumentParser]:
     """The parser of each program."""
-    return [pruning.build_parser(), training.build_parser(), *(command.parser(name) for name, command in COMMANDS.items())]
+    return [command.parser(name) for name, command in COMMANDS.items()]
 
 
 def flags_page() -> str:
@@ -23,7 +22,7 @@ def flags_page() -> str:
     parts = [
         "# Flags",
         "Every flag of every program. In brackets at the end: what holds without the flag, where that is not simply off. "
-        "A mistyped flag or value is answered with the nearest one. This page is the output of `python -m slimllm flags`.",
+        "A mistyped flag or value is answered with the nearest one. This page is the output of `slimllm flags`.",
     ]
     for parser in parsers():
         parts += [f"## `{parser.usage}`", parser.description]

@@ -1,4 +1,4 @@
-"""``python -m slimllm latency DIR --baseline DENSE``: how fast and how large a model is, beside the dense one it came from."""
+"""``slimllm latency DIR --baseline DENSE``: how fast and how large a model is, beside the dense one it came from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
-from ..evaluation.latency import PARTS, macs, measure, milliseconds, size_of
+from ..evaluation.latency import macs, measure, milliseconds, size_of
 from ..models import loading
 from ..reporting import record
 from ..reporting.tables import aligned
@@ -26,6 +26,7 @@ def tables_of(sizes: dict, entries: list[dict], baseline: str | None) -> list[st
         cells = [f"{size['parameters'] / 1e6:.1f} M", f"{size['weight_bytes'] / 1e6:.1f} MB", f"{size['kv_bytes_per_token']} bytes"]
         rows.append([name, *cells, f"{macs(size, 128) / 1e9:.2f} G"])
     lines = [*aligned(rows), ""]
+    kinds = list(dict.fromkeys(kind for entry in entries for kind in entry["prefill_parts"]))
     rows = [
         [
             "batch",
@@ -35,7 +36,7 @@ def tables_of(sizes: dict, entries: list[dict], baseline: str | None) -> list[st
             "tokens/s",
             "decode per step",
             "tokens/s",
-            "of prefill: " + " / ".join(PARTS),
+            "of prefill: " + " / ".join(kinds),
             "peak memory",
         ]
     ]
@@ -57,7 +58,7 @@ def tables_of(sizes: dict, entries: list[dict], baseline: str | None) -> list[st
             base = of[baseline, e["batch_size"], e["length"]]
             cells.append(f"{statistics.median(base['prefill']) / first:.2f} x")
             later.append(f"{statistics.median(base['decode']) / step:.2f} x")
-        parts = " / ".join(f"{1000 * seconds:.0f}" for seconds in e["prefill_parts"].values()) + " ms"
+        parts = " / ".join(f"{1000 * e['prefill_parts'].get(kind, 0.0):.0f}" for kind in kinds) + " ms"
         rows.append([*cells, *later, parts, f"{e['peak_bytes'] / 1e9:.2f} GB"])
     return [*lines, *aligned(rows)]
 

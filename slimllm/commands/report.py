@@ -1,4 +1,4 @@
-"""``python -m slimllm report``: tables from the records of runs."""
+"""``slimllm report``: tables from the records of runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def run(config: ReportConfig) -> None:
         if all(path.endswith(".json") for path in config.records):
             results = [record.read_json(path) for path in config.records]
             if any("fingerprint" not in result for result in results):
-                raise ValueError("not results of python -m slimllm evaluate")
+                raise ValueError("not results of slimllm evaluate")
             log.info("%s", "\n".join(paper_table.paper_table(results)))
             if config.output:
                 paper_table.write_paper_table(results, Path(config.output))

@@ -1,13 +1,15 @@
-"""``python -m slimllm verify DIR [FILE.gguf ...]``: proves that a checkpoint, and files made from it, are the model that was pruned."""
+"""``slimllm verify DIR [FILE.gguf ...]``: proves that a checkpoint, and files made from it, are the model that was pruned."""
 
 from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 import torch
 
 from ..data.texts import blocks_of, load_texts
+from ..deploy import whole_model
 from ..deploy.verify import GREEDY_TOKENS, Check, checks_of_bytes, checks_of_file, checks_of_folder, checks_of_vllm
 from ..errors import UserError
 from ..models import loading
@@ -40,6 +42,8 @@ def checks(config: VerifyConfig) -> list[Check]:
     length = min(config.seq_len, model.config.max_position_embeddings - GREEDY_TOKENS - 1)
     blocks = blocks_of(text, tokenizer, model.config, max(4, length), config.blocks)
     found += checks_of_folder(config.folder, model, tokenizer, blocks)
+    if whole_model.is_whole(config.folder):
+        found.append(Check("the whole in its own class: logits of text", *whole_model.compare(Path(config.folder))))
     for path in config.files:
         found += checks_of_file(path, model, tokenizer, text.text, blocks)
     if config.vllm:

@@ -1,4 +1,4 @@
-"""``python -m slimllm vllm-speed DENSE PRUNED ...``: how fast vLLM reads a prompt and generates with each model folder."""
+"""``slimllm vllm-speed DENSE PRUNED ...``: how fast vLLM reads a prompt and generates with each model folder."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from ..settings.samples import SampleSpec
 from ..utils.device import name_of
 from ..utils.files import atomic_file, check_plain
 from ..utils.memory import return_free_memory
+from .conversations import FIELDS, Turns, as_text, messages_of, turns_of
 from .texts import check_vocabulary, first_token, in_blocks, is_encodable, read_text, token_ids
 
 log = logging.getLogger("slimllm")
@@ -37,6 +38,7 @@ HUB_SOURCES = {
     "c4": dict(path="allenai/c4", data_files="en/c4-train.00000-of-01024.json.gz", split="train", column="text", stream=True),
     "wikitext2": dict(path="Salesforce/wikitext", name="wikitext-2-raw-v1", split="train", column="text"),
 }
+HUB = "hub:"  # what any other data set's name begins with
 TEXT_SUFFIXES = (".txt", ".jsonl")
 MAX_CHARACTERS = 8_000_000  # enough for over ten thousand samples of 128 tokens; more is not read
 SELF_SAMPLE_BATCH = 32  # samples that are made at once, at least
@@ -111,7 +113,7 @@ def load(source: str | None, model, tokenizer, spec: SampleSpec) -> Calibration:
         return Calibration(sample_from_model(model, tokenizer, spec), "self", spec.seed, own=spec.num_examples)
     if source.endswith(".safetensors"):
         return _from_file(source, model.config.vocab_size)
-    if source in HUB_SOURCES:
+    if _hub_source(source):
         try:
             return _drawn_from(source, tokenizer, spec, config)
         except OSError as error:
@@ -128,7 +130,7 @@ def from_text(text: str, name: str, tokenizer, spec: SampleSpec, config) -> Cali
 
 def check_source(name: str | None) -> None:
     """Raises UserError early, before a model is read, where ``--calibration`` names nothing that exists or can be read."""
-    if name is None or name in CALIBRATION_NAMES:
+    if name is None or name in CALIBRATION_NAMES or _hub_source(name):
         return
     if len(name) > LONGEST_PATH or "\n" in name:
         raise UserError(f"calibration: a text of {len(name)} characters in place of a name; give texts as a list, or in a file")
@@ -158,19 +160,27 @@ def _from_file(path: str, vocab_size: int) -> Calibration:
     return Calibration(tensors["calibration_ids"], path, distill_ids=tensors.get("distill_ids"))
 
 
-def text_of(name: str, seed: int, option: str = "--calibration") -> str:
+def text_of(name: str, seed: int, tokenizer, option: str = "--calibration") -> str:
     """The text that ``--calibration NAME`` draws samples from, at most MAX_CHARACTERS of it: of the hub, of a file or a folder of them.
+
+    Conversations are written with the chat template of ``tokenizer``.
 
     Raises UserError for files that cannot be read, OSError for a hub that is out of reach.
     """
-    if name not in HUB_SOURCES:
+    source = _hub_source(name)
+    if source is None:
         files = text_files(name, option)
         rng, share = random.Random(seed), MAX_CHARACTERS // len(files)
-        return "\n".join(read_text(file, share, rng) for file in files)
-    source = dict(HUB_SOURCES[name])
+        return "\n".join(read_text(file, share, rng, tokenizer) for file in files)
     column = source.pop("column")
     parts, size = [], 0
     for text in hub.rows(source.pop("path"), column, **source):
+        if text is None or text == []:
+            continue  # a row without it
+        if isinstance(text, list):
+            text = _written(text, f"{option} {name}: the column {column}", tokenizer)
+        if not isinstance(text, str):
+            raise UserError(f"{option} {name}: the column {column} holds a {type(text).__name__}, neither text nor messages; name another")
         parts.append(text)
         size += len(text) + 1
         if size >= MAX_CHARACTERS:
@@ -178,8 +188,44 @@ def text_of(name: str, seed: int, option: str = "--calibration") -> str:
     return "\n".join(parts)
 
 
+def _written(messages: list, where: str, tokenizer) -> str:
+    """A column's list of messages by the chat template. Raises UserError, naming ``where`` it is from, for a list of anything else."""
+    field = next((name for name, (role, _) in FIELDS.items() if messages and isinstance(messages[0], dict) and role in messages[0]), None)
+    if field is None:
+        raise UserError(f"{where} holds a list, and not of messages; name another")
+    try:
+        return as_text(tokenizer, messages_of({field: messages}))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _hub_source(name: str) -> dict | None:
+    """Where on the hub the text that a flag names is: its data set, config, split and column; None for what is no data set.
+
+    Any data set is ``hub:OWNER/NAME[/CONFIG][:COLUMN[:SPLIT]]``. Raises UserError for a name that begins like this and is none.
+    """
+    if not name.startswith(HUB):
+        return dict(HUB_SOURCES[name]) if name in HUB_SOURCES else None
+    path, *more = name.removeprefix(HUB).split(":")
+    owner, data, config = [*path.split("/", 2), "", ""][:3]
+    column, split = [*more, "", ""][:2]
+    if len(more) > 2 or not owner or not data:
+        raise UserError(f"{name}: a data set of the hub is {HUB}OWNER/NAME, then /CONFIG, :COLUMN and :SPLIT where they are needed")
+    found = dict(path=f"{owner}/{data}", split=split or "train", column=column or "text", stream=True)
+    return found | ({"name": config} if config else {})
+
+
 def _drawn_from(name: str, tokenizer, spec: SampleSpec, config) -> Calibration:
-    return from_text(text_of(name, spec.seed), name, tokenizer, spec, config)
+    return from_text(text_of(name, spec.seed, tokenizer), name, tokenizer, spec, config)
+
+
+def characters_of(name: str | None) -> int:
+    """How many characters :func:`text_of` would give, at most; 0 for what is no text. Raises UserError as :func:`text_files` does."""
+    if name is None or name == "self" or name.endswith(".safetensors"):
+        return 0
+    if _hub_source(name):
+        return MAX_CHARACTERS
+    return min(MAX_CHARACTERS, sum(file.stat().st_size for file in text_files(name, "--calibration")))
 
 
 def text_files(name: str, option: str) -> list[Path]:
@@ -263,14 +309,36 @@ def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(below, uniform * below[:, -1:], right=True).clamp_max(below.shape[1] - 1)
 
 
-def _drawn_alone(never: torch.Tensor, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Logits [samples, V] in which one token, drawn from the softmax of ``logits`` without the ids ``never``, is all there is.
+def _next_ids(never: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Ids [samples, 1], drawn from the softmax of ``logits`` [samples, V] without the ids ``never``.
 
     By one random number per row: one per token, as ``generate`` takes them, costs more than the model.
     """
     probabilities = logits.float().index_fill(1, never, -math.inf).softmax(-1)
-    drawn = draw(probabilities, torch.rand(len(logits), 1, device=logits.device))
-    return torch.zeros_like(logits).scatter(1, drawn, 1.0)
+    return draw(probabilities, torch.rand(len(logits), 1, device=logits.device))
+
+
+class _Conversations:
+    """Draws the next token of conversations: the words from the model, and once it ends a question or an answer what the template
+    has there.
+
+    ``never``: ids of which none but the one that ends a turn is drawn. ``rows``: how many conversations there are.
+    """
+
+    def __init__(self, turns: Turns, never: torch.Tensor, rows: int):
+        self._turns, self._never = turns, never[never != turns.between[0]]
+        self._asking, self._forced = [True] * rows, [[] for _ in range(rows)]
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """As :func:`_next_ids`."""
+        chosen = _next_ids(self._never, logits)[:, 0].tolist()
+        for row, forced in enumerate(self._forced):
+            if forced:
+                chosen[row] = forced.pop(0)
+            elif chosen[row] == self._turns.between[0]:
+                forced += (self._turns.between if self._asking[row] else self._turns.after)[1:]
+                self._asking[row] = not self._asking[row]
+        return torch.tensor(chosen, device=logits.device)[:, None]
 
 
 @torch.no_grad()
@@ -278,30 +346,54 @@ def sample_from_model(model, tokenizer, spec: SampleSpec) -> torch.Tensor:
     """Samples [num_examples, seq_len] from the model at temperature 1, each from a random first token. Same seed, same ids.
 
     Special tokens are never sampled, and nothing of the model's generation config applies (end tokens, penalties, top-k), so
-    that every sample is plain text of the model's own distribution from end to end.
+    that every sample is plain text of the model's own distribution from end to end. The ``chat_share`` of them are conversations: the model
+    writes questions and answers, and its chat template what stands before, between and after them.
     """
     from transformers import GenerationConfig
 
+    progress = model.progress if isinstance(model, WholeModel) else lambda *_: None
     model = model.model() if isinstance(model, WholeModel) else model
     device, vocab = model.device, model.config.vocab_size
     special = _never_sampled(tokenizer, model.generation_config, vocab)
     words = torch.tensor(sorted(set(range(vocab)) - set(special)))
-    cache = shape_of(model.config).cache_numbers() * spec.seq_len * model.dtype.itemsize
+    shape = shape_of(model.config)
+    numbers = shape.cache_numbers() or 2 * shape.hidden * len(shape.layers)  # no more than attention that is no part of it keeps
+    cache = numbers * spec.seq_len * model.dtype.itemsize
     begin = first_token(tokenizer, model.config)
     settings = GenerationConfig(do_sample=False, max_length=spec.seq_len, pad_token_id=0)  # what is drawn is the only choice left
-    draw = functools.partial(_drawn_alone, torch.tensor(special, dtype=torch.long, device=device))
+    never = torch.tensor(special, dtype=torch.long, device=device)
+    chats = round(spec.chat_share * spec.num_examples)
+    written, total = 0, spec.num_examples * spec.seq_len
+
+    def write(start: torch.Tensor, drawn: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """What the model goes on with after the ids ``start``, the next of each row ``drawn`` from its logits: all that is left of them."""
+
+        def next_token(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            nonlocal written
+            written += len(ids)
+            progress("the model writes, tokens", written, total)
+            return torch.zeros_like(logits).scatter(1, drawn(logits), 1.0)
+
+        mask = torch.ones_like(start)
+        return model.generate(start, attention_mask=mask, generation_config=settings, logits_processor=[next_token])
+
     original_config, model.generation_config = model.generation_config, GenerationConfig()  # what `settings` leaves open is taken from it
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices):
             torch.manual_seed(spec.seed)
-            first = in_blocks(words[torch.randint(len(words), (spec.num_examples,))], 1 if begin is None else 2, begin).to(device)
-            parts = [
-                model.generate(start, attention_mask=torch.ones_like(start), generation_config=settings, logits_processor=[draw])
-                for start in first.split(max(SELF_SAMPLE_BATCH, SELF_SAMPLE_CACHE // cache))
-            ]
+            rows = max(SELF_SAMPLE_BATCH, SELF_SAMPLE_CACHE // cache)
+            words = words[torch.randint(len(words), (spec.num_examples - chats,))]
+            first = in_blocks(words, 1 if begin is None else 2, begin).to(device)
+            parts = [write(start, functools.partial(_next_ids, never)) for start in first.split(rows) if len(start)]
+            if chats:
+                turns = turns_of(tokenizer)
+                bos = [begin] if begin is not None and turns.before[0] != begin else []
+                opening = torch.tensor([bos + turns.before], device=device).expand(chats, -1)
+                parts += [write(start, _Conversations(turns, never, len(start))) for start in opening.split(rows)]
     finally:
         model.generation_config = original_config
+        progress("the model writes, tokens", total, total)
     return_free_memory()
     return torch.cat(parts).cpu()
 
@@ -323,6 +415,8 @@ def samples_for(
     does not fit, the text of ``source`` takes the place of that.
     Raises UserError for a source that cannot be had or is too short, and where a tokenizer is needed and not there.
     """
+    if config.chat_share and tokenizer is not None:
+        _check_room(config, tokenizer)
     samples = _to_prune_from(config, source, model, tokenizer)
     if config.distill != "none" and samples.distill_ids is None:
         spec, named = config.distill_samples, samples.source if source is None else source  # what it was in the end
@@ -337,6 +431,16 @@ def samples_for(
             text, _ = with_own(text, DISTILL_SELF_SHARE, model, tokenizer, spec)
         samples.distill_ids = torch.cat([reused, text])
     return samples
+
+
+def _check_room(config: PruneConfig, tokenizer) -> None:
+    """Raises UserError where the model cannot write conversations: by its chat template, or by the length of the samples."""
+    try:
+        before = turns_of(tokenizer).before
+    except UserError as error:
+        raise UserError(f"--chat_share {config.chat_share}: {error}") from None
+    if len(before) >= config.seq_len:
+        raise UserError(f"--seq_len {config.seq_len}: the chat template takes {len(before)} tokens before a question begins; give more")
 
 
 def _to_prune_from(

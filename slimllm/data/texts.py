@@ -9,21 +9,24 @@ import os
 import platform
 import pydoc_data.topics
 import random
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from ..errors import UserError, nearest
+from ..errors import UserError, first_line, nearest
 from ..models import hub
 from ..models.families import family_of
 from ..utils.files import check_plain
 from ..utils.memory import return_free_memory
+from .conversations import as_text, has_messages, messages_of
 
 log = logging.getLogger("slimllm")
 
 UTF8_BYTES = 4  # of one character, at most
+TOKENIZING = 130  # bytes of memory that tokenizing takes per character of text, at most, as measured
 WHOLE_BYTES = 32_000_000  # a file up to this size is read whole even where only a part of it is used
 
 EVAL_NAMES = ("wikitext2", "ptb", "python_manual", "none")
@@ -52,8 +55,8 @@ class EvalText:
         return {**source, "seq_len": blocks.shape[1], "blocks": len(blocks), "limited": limit is not None, **values}
 
 
-def read_text(path: Path, characters: int | None = None, rng: random.Random | None = None) -> str:
-    """A .txt file as it is, or the ``text`` fields of a .jsonl file, one per line.
+def read_text(path: Path, characters: int | None = None, rng: random.Random | None = None, tokenizer=None) -> str:
+    """A .txt file as it is, or the ``text`` fields of a .jsonl file, one per line; with a ``tokenizer`` conversations by its chat template.
 
     With ``characters`` it is at most so many of them from a random place, by ``rng``; of a file too large for its characters to be
     counted, no more than these are read. Raises UserError, naming file and line, for what is no text.
@@ -63,11 +66,11 @@ def read_text(path: Path, characters: int | None = None, rng: random.Random | No
         with Path(path).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if characters is None or size <= WHOLE_BYTES:
-                text = _text_of(path, file.read())
+                text = _text_of(path, file.read(), tokenizer=tokenizer)
                 start = 0 if characters is None else rng.randrange(max(1, len(text) - characters + 1))
                 return text if characters is None else text[start : start + characters]
             file.seek(rng.randrange(size - UTF8_BYTES * characters + 1))
-            return _text_of(path, *_piece(file, UTF8_BYTES * characters, Path(path).suffix == ".jsonl"))[:characters]
+            return _text_of(path, *_piece(file, UTF8_BYTES * characters, Path(path).suffix == ".jsonl"), tokenizer)[:characters]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
 
@@ -91,33 +94,73 @@ def _piece(file, size: int, lines: bool) -> tuple[bytes, int]:
     return content[skipped:], start + skipped
 
 
-def _text_of(path: Path, content: bytes, start: int = 0) -> str:
+def _text_of(path: Path, content: bytes, start: int = 0, tokenizer=None) -> str:
     """The text in ``content``, which begins at byte ``start`` of the file ``path``."""
+    text = decoded(content, str(path), start)
+    if Path(path).suffix != ".jsonl":
+        return text
+
+    def where(number: int) -> str:
+        return f"{path}, line {_lines_before(path, start) + number}"
+
+    rows = []
+    for number, entry in json_lines(text, where):
+        try:
+            rows.append(_row_text(entry, tokenizer))
+        except UserError as error:
+            raise UserError(f"{where(number)}: {error}") from None
+    return "\n".join(rows)
+
+
+def _row_text(entry, tokenizer) -> str:
+    """The text of a row of a .jsonl file. Raises UserError for a row that has none."""
+    row = entry.get("text") if isinstance(entry, dict) else None
+    if tokenizer is not None and has_messages(entry):
+        row = as_text(tokenizer, messages_of(entry))
+    if not isinstance(row, str) and tokenizer is None and has_messages(entry):
+        raise UserError("a row of messages, where perplexity is measured on plain text; give rows with a text field, or a .txt file")
+    if not isinstance(row, str):
+        raise UserError("not a JSON object with a text field that is a string, or with messages or conversations")
+    if not is_encodable(row):
+        raise UserError("its text holds half of a surrogate pair (\\ud800 to \\udfff), which is no character; remove it")
+    return row
+
+
+def _lines_before(path: Path, end: int) -> int:
+    """How many lines of a file end before byte ``end``."""
+    with Path(path).open("rb") as file:
+        return sum(piece.count(b"\n") for piece in iter(lambda: file.read(min(WHOLE_BYTES, end - file.tell())), b""))
+
+
+def decoded(content: bytes, where: str, start: int = 0) -> str:
+    """The text of a file, or of a piece of it that begins at byte ``start``, with plain newlines. Raises UserError, beginning with
+    ``where``, for what is no text.
+    """
     nul = content.find(b"\0")
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {start + error.start})") from None
+        raise UserError(f"{where}: not UTF-8 text (byte {start + error.start})") from None
     if nul >= 0:
-        raise UserError(f"{path}: not UTF-8 text (byte {start + nul} is zero, as in UTF-16 or a binary file)")
-    text = text.replace("\r\n", "\n").replace("\r", "\n")  # as files that are opened as text have it
-    if Path(path).suffix != ".jsonl":
-        return text
-    rows = []
+        raise UserError(f"{where}: not UTF-8 text (byte {start + nul} is zero, as in UTF-16 or a binary file)")
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # as files that are opened as text have it
+
+
+def json_lines(text: str, where: Callable[[int], str]) -> Iterator[tuple[int, object]]:
+    """(the number of a line, what it holds) for each line of a .jsonl file that is not blank.
+
+    Raises UserError, beginning with ``where`` of its number, for one that is not JSON.
+    """
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        where = f"{path}, line {number}" + (f" from byte {start}" if start else "")
         try:
-            row = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            row = None
-        if not isinstance(row, str):
-            raise UserError(f"{where}: not a JSON object with a text field that is a string")
-        if not is_encodable(row):
-            raise UserError(f"{where}: its text holds half of a surrogate pair (\\ud800 to \\udfff), which is no character; remove it")
-        rows.append(row)
-    return "\n".join(rows)
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where(number)}: not JSON ({error.msg}, at character {error.colno})") from None
+        except (ValueError, RecursionError) as error:  # a number of too many digits, lists in lists without end
+            raise UserError(f"{where(number)}: not JSON ({first_line(error)})") from None
+        yield number, entry
 
 
 def is_encodable(text: str) -> bool:
@@ -245,6 +288,19 @@ def blocks_of(text: EvalText, tokenizer, config, seq_len: int, limit: int | None
         raise UserError(f"{text.name}: it is too short for one block of {seq_len} tokens")
     check_vocabulary(blocks[:limit], config.vocab_size, text.name)
     return blocks[:limit]
+
+
+def blocks_in_other_tokens(text: EvalText, blocks: torch.Tensor, old, tokenizer, config, limit: int | None = None) -> torch.Tensor:
+    """Token ids [blocks, seq_len] of the text for a model with another ``tokenizer`` and ``config``.
+
+    ``blocks`` are the text's in the tokens of ``old``. Where they are the first ``limit`` of it, the same part of the text is taken,
+    however many blocks that is now: figures per byte of two vocabularies are of one text.
+    """
+    if limit is not None:
+        begin = 0 if first_token(old, config) is None else 1
+        part = old.decode(blocks[:, begin:].flatten(), clean_up_tokenization_spaces=False)
+        text = replace(text, text=part)
+    return blocks_of(text, tokenizer, config, blocks.shape[1])
 
 
 def in_blocks(ids: torch.Tensor, seq_len: int, first: int | None) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from ..models.skeleton import in_float32
 from ..models.source import ModelSource, stored_tensors
 from ..models.weights import round_to
 from ..streaming.runner import LayerRunner
@@ -24,10 +25,10 @@ def load(folder: str | os.PathLike, dtype: torch.dtype | str = "auto", **kwargs)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **kwargs).eval()
 
 
-def round_module(module: nn.Module, dtype: torch.dtype, prefix: str = "") -> None:
-    """Gives what a checkpoint holds of ``module``, in place, the values that ``dtype`` can hold."""
+def round_module(module: nn.Module, dtype: torch.dtype, exact: frozenset[str], prefix: str = "") -> None:
+    """Gives what a checkpoint holds of ``module``, in place, the values that ``dtype`` can hold, but for the tensors named in ``exact``."""
     for name, tensor in stored_tensors(module).items():
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and prefix + name not in exact:
             round_to(dtype, tensor.data, prefix + name)
 
 
@@ -40,9 +41,9 @@ def save(model, tokenizer, folder: Path, ids: torch.Tensor, base_model: str, dty
     """
     if dtype not in (None, model.dtype):
         model = copy.deepcopy(model)
-        round_module(model, dtype)
+        round_module(model, dtype, in_float32(model.config, dtype))
     write_config(model, folder, dtype)
-    files = WeightFiles(folder, model, dtype)
+    files = WeightFiles.of(folder, model, dtype)
     for name, tensor in stored_tensors(model).items():
         files.write(name, tensor)
     files.close()

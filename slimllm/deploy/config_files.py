@@ -15,7 +15,12 @@ from ..utils.device import name_of
 from ..utils.files import file_hash
 
 # SHA-256 of older forms of modeling.py, which lie beside the checkpoints of their time
-OLDER_MODELING = ("16db1e1d776b4a2d6079276b4b174a209179bff5c186f3ca7eedc3f25b467309",)
+OLDER_MODELING = (
+    "16db1e1d776b4a2d6079276b4b174a209179bff5c186f3ca7eedc3f25b467309",
+    "0b5a7063dff8ab694862987b7f76c560969da10b39680597535c7cbe9bf65174",
+    "caca9c70c496d5c8e6ba03ee52f8f1cb77487e00ad479840e9aeb777f690c7e0",
+)
+FULL_ROPE = ("olmo3",)  # families whose settings in transformers 4 were those of the layers without a window
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 
 
@@ -29,7 +34,7 @@ def complete_config(folder: Path, config, dtype: torch.dtype) -> None:
         written["dtype"] = name_of(dtype)
         if hasattr(config, "block_configs"):  # transformers goes by auto_map, vLLM by this
             written["architectures"] = ["DeciLMForCausalLM"]
-        return written | older_rope(config)
+        return written | older_rope(config) | counts_of_experts(config)
 
     rewrite(folder / CONFIG, complete)
 
@@ -50,6 +55,9 @@ def complete_tokenizer_config(folder: Path, context: int) -> None:
 def older_rope(config) -> dict:
     """The rotary settings as transformers 4 had them, at the top of config.json; 5 reads the same from them as from its own."""
     family, rope = family_of(config), rope_of(config)
+    by_kind = any(isinstance(settings, dict) for settings in (getattr(config, "rope_parameters", None) or {}).values())
+    if "rope_theta" not in rope or (by_kind and not family.local_rope and family.model_type not in FULL_ROPE):
+        return {}  # there are none, or of each kind of layer its own, which 4 had no common way to write
     kind = rope.get("rope_type", "default")
     scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
     older = {"rope_theta": rope["rope_theta"]}
@@ -63,6 +71,13 @@ def older_rope(config) -> dict:
     if kind != "default":
         older["rope_scaling"] = scaling
     return older
+
+
+def counts_of_experts(config) -> dict:
+    """The number of experts under all names that transformers has for it: 5 writes one, 4 and other programs may read another."""
+    names = {name for row in family_of(config).parts if row.kind == "experts" for name in row.sizes}
+    pairs = [pair for pair in (getattr(config, "attribute_map", None) or {}).items() if names & set(pair)]
+    return {name: getattr(config, name) for pair in pairs for name in pair}
 
 
 def brings_only_our_code(folder: Path) -> bool:

@@ -14,19 +14,21 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import UserError
-from ..models.loading import open_source, skeleton_of
+from ..models.loading import open_source
+from ..models.skeleton import skeleton_of
 from ..models.source import stored_tensors
 from ..settings.common import OUTTYPES
 from ..utils.files import atomic_file
 from ..utils.outputs import GGUF_MARK
-from . import checkpoint, gguf_tokenizer
-from .gguf_architecture import Arrangement, add_settings, architecture_of, rope_factors
+from . import checkpoint, gguf_linear_attention, gguf_tokenizer
+from .gguf_architecture import BIASES_ASKED, Arrangement, add_activation, add_settings, architecture_of, rope_factors
 
 log = logging.getLogger("slimllm")
 
 OF_A_TENSOR = 96  # bytes beside its name that a tensor takes at most: its entry in the list, and what fills its last 32 bytes
 F16 = gguf.GGMLQuantizationType.F16
-FILE_TYPES = {name: gguf.LlamaFileType[f"{'ALL' if name == 'f32' else 'MOSTLY'}_{name.upper()}"] for name in OUTTYPES}
+TYPES = (*OUTTYPES, "q4_0")  # the last for comparisons: other programs make better files of four bits
+FILE_TYPES = {name: gguf.LlamaFileType[f"{'ALL' if name == 'f32' else 'MOSTLY'}_{name.upper()}"] for name in TYPES}
 
 
 def export(folder: str | os.PathLike, target: Path, outtype: str = "f16", arch: str = "auto") -> Path:
@@ -94,6 +96,7 @@ def _writer(path: Path | None, folder: Path, source, arch: str, outtype: str) ->
     writer.add_file_type(FILE_TYPES[outtype])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_settings(writer, source.config)
+    add_activation(writer, source)
     gguf_tokenizer.add(writer, folder, source.config.vocab_size)
     return writer
 
@@ -106,15 +109,17 @@ def _write_tensors(writer, source, arch: str, quantization) -> None:
     stored = list(stored_tensors(source.model))
     arrangement = Arrangement(config, arch, {name: tensors.shape(name) for name in stored})
     for name in arrangement.pieces:
-        stem, _, suffix = name.rpartition(".")
-        if suffix == "bias" and not arrangement.value(name, tensors).any():
+        of_norm = source.adapter.family.is_norm(name.replace(".bias", ".weight"))
+        optional = name.endswith(".bias") and arch not in BIASES_ASKED and not of_norm
+        if optional and not arrangement.value(name, tensors).any():
             continue  # a bias of zeros is none
-        place, shape = places.get_name(stem), arrangement.shape(name)
+        place, shape = places.get_name(gguf_linear_attention.renamed(name), (".weight", ".bias")), arrangement.shape(name)
         if place is None:
             raise UserError(f"tensor {name}: the architecture {arch} has no place for it")
-        kind = _kind(shape, quantization)
+        float32 = gguf_linear_attention.LINEAR in name and name.endswith(gguf_linear_attention.ALWAYS_FLOAT32)
+        kind = gguf.GGMLQuantizationType.F32 if float32 else _kind(shape, quantization)
         size = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
-        writer.add_tensor_info(f"{place}.{suffix}", shape, np.dtype(np.float32), size, kind)
+        writer.add_tensor_info(place, shape, np.dtype(np.float32), size, kind)
         listed.append((name, kind))
     _log_what_stayed([name for name, kind in listed if kind == F16 != quantization], arrangement, quantization)
     for name, values in factors.items():

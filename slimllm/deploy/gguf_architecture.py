@@ -16,12 +16,16 @@ from ..models.gguf_settings import SCALAR_OF_HIDDEN, llama3_factors
 from ..models.gguf_tensors import ROPE_IN_PAIRS, in_pairs
 from ..models.parts import head_dim_of
 from ..models.shape import HEADS_FILL_HIDDEN, free_architecture_of, irregular, rope_of, units_of, window_of
+from . import gguf_linear_attention
 
 PER_LAYER = ("deci", "openelm")  # architectures that read the widths of each layer
-OUTPUT_BIASES = ("llama", "deci", "granite")  # those that have biases in the output projections
-OWN_WINDOWS = ("gemma2", "gemma3", "olmo2", "exaone4")  # those whose layers may look back only so far
+# those that have biases in the output projections
+OUTPUT_BIASES = ("llama", "deci", "granite", "starcoder2", "jais2", "nemotron", "apertus", "phi2")
+BIASES_ASKED = ("starcoder2", "jais2", "phi2")  # those that take no projection without one
+OWN_WINDOWS = ("gemma2", "gemma3", "olmo2", "exaone4", "cohere2")  # those whose layers may look back only so far
 EXAONE_WINDOWS = (64, 4)  # layers of the one model to which exaone4's graph gives windows, and their period
 SPARSE_ROPE = 4  # smollm3's graph leaves out the rotary embeddings of every fourth layer, and exaone4's of layers without a window
+XIELU, XIELU_MODULE = ("alpha_n", "alpha_p", "beta", "eps"), "act_fn"  # the numbers that apertus' graph reads as settings
 ROPE_SETTINGS = {  # rope types, and what of each llama.cpp computes as transformers does
     "default": (),
     "linear": ("factor",),
@@ -29,7 +33,8 @@ ROPE_SETTINGS = {  # rope types, and what of each llama.cpp computes as transfor
     "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
     "longrope": ("short_factor", "long_factor", "factor", "original_max_position_embeddings"),
 }
-NEUTRAL = {"partial_rotary_factor", "rope_theta", "rope_type", "type"}  # settings that every type may have
+# settings that every type may have; in a text all axes of an image's places are the same
+NEUTRAL = {"partial_rotary_factor", "rope_theta", "rope_type", "type", "mrope_section", "mrope_interleaved"}
 
 
 def architecture_of(config, biased: bool, requested: str = "auto") -> str:
@@ -39,7 +44,10 @@ def architecture_of(config, biased: bool, requested: str = "auto") -> str:
     the layers in question and the flag that would have avoided it.
     """
     family, units = family_of(config), units_of(config)
-    stock, free, heads = family.gguf, free_architecture_of(config), units[0]["attention"]["heads"]
+    stock, free = family.gguf, free_architecture_of(config)
+    if stock is None:
+        raise UserError(f"model_type {family.model_type}: llama.cpp has no architecture that computes it")
+    heads = next((layer["attention"]["heads"] for layer in units if "attention" in layer), 0)
     if (activation := getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", family.activation)) != family.activation:
         raise UserError(f"hidden_act {activation}: llama.cpp computes {family.activation} for {family.model_type}")
     if reason := _difference_of_graph(config):
@@ -57,8 +65,9 @@ def architecture_of(config, biased: bool, requested: str = "auto") -> str:
         return stock
     if free in OUTPUT_BIASES or (free and not biased):
         return free
-    what = irregular(units) or ("biases of the output projections" if biased else f"{heads} heads")
-    needs = ["one width for all layers"] * (not free) + ["no biases of the output projections"]
+    unbiased = (free or stock) not in OUTPUT_BIASES
+    what = irregular(units) or ("biases of the output projections" if biased and unbiased else f"{heads} heads")
+    needs = ["one width for all layers"] * (not free) + ["no biases of the output projections"] * unbiased
     needs += ["heads that fill the hidden size"] * (stock in HEADS_FILL_HIDDEN and not free)
     raise UserError(f"{what}: llama.cpp's {free or stock} takes {', '.join(needs)} only; prune with --runtime gguf")
 
@@ -78,6 +87,13 @@ def _difference_of_graph(config) -> str | None:
         return "attn_logit_softcapping, final_logit_softcapping: llama.cpp's gemma2 computes both, and this model has one or none"
     if family.gguf == "gemma3" and getattr(config, family.logits_softcap):
         return "final_logit_softcapping: llama.cpp's gemma3 does not compute it"
+    if family.gguf == "qwen35" and (reason := gguf_linear_attention.difference(config)):
+        return reason
+    without = [row.output_bias for row in family.parts if isinstance(row.output_bias, str) and not getattr(config, row.output_bias)]
+    if family.gguf in BIASES_ASKED and without:
+        return f"{' and '.join(dict.fromkeys(without))}: llama.cpp's {family.gguf} takes no projection without a bias"
+    if (flag := family.part("attention").qk_norm_flag) and getattr(config, flag):
+        return f"{flag}: the norms of queries and keys have weights for each head, which are not written to GGUF"
     if getattr(config, "use_bidirectional_attention", False):
         return "use_bidirectional_attention: llama.cpp reads from left to right"
     return None
@@ -93,7 +109,7 @@ def _period(config) -> int | None:
 def add_settings(writer: gguf.GGUFWriter, config) -> None:
     """Adds what llama.cpp reads of a config besides the tokenizer and the tensors."""
     units, family, arch = units_of(config), family_of(config), writer.arch
-    heads, kv_heads = ([layer["attention"][sort] for layer in units] for sort in ("heads", "kv_heads"))
+    heads, kv_heads = ([layer["attention"][sort] for layer in units if "attention" in layer] for sort in ("heads", "kv_heads"))
     channels = [layer["mlp"]["channels"] for layer in units]
     if arch not in PER_LAYER:
         heads, kv_heads, channels = heads[0], kv_heads[0], channels[0]
@@ -113,8 +129,11 @@ def add_settings(writer: gguf.GGUFWriter, config) -> None:
     writer.add_head_count_kv(kv_heads)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    rotary = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    writer.add_rope_dimension_count(rotary)
+    if arch == "qwen35":
+        gguf_linear_attention.add_settings(writer, config, rotary)
+    _add_norm_epsilon(writer, config, family.norm_epsilon)
     writer.add_vocab_size(config.vocab_size)
     _add_rope(writer, config, rope)
     if arch != family.gguf:
@@ -124,11 +143,28 @@ def add_settings(writer: gguf.GGUFWriter, config) -> None:
         (family.attention_multiplier, writer.add_attention_scale),
         (family.residual_multiplier, writer.add_residual_scale),
         (family.logits_divisor, writer.add_logit_scale),
+        (family.logits_multiplier, writer.add_logit_scale),
+        (family.attention_clip, writer.add_clamp_kqv),
         (family.attention_softcap, writer.add_attn_logit_softcapping),
         (family.logits_softcap, writer.add_final_logit_softcapping),
     ):
         if name and getattr(config, name) is not None:
             add(float(getattr(config, name)))
+
+
+def add_activation(writer, source) -> None:
+    """Adds the numbers of an activation that has some of its own, one of each for every layer. ``source``: a ModelSource."""
+    if writer.arch != "apertus":
+        return
+    module, adapter, layers = source.adapter.family.part("mlp").module, source.adapter, range(len(source))
+    for number in XIELU:
+        values = [float(source.weights[f"{adapter.layer_name(index)}{module}.{XIELU_MODULE}.{number}"]) for index in layers]
+        getattr(writer, f"add_xielu_{number}")(values)
+
+
+def _add_norm_epsilon(writer, config, epsilon: str | float) -> None:
+    value = getattr(config, epsilon) if isinstance(epsilon, str) else epsilon
+    (writer.add_layer_norm_rms_eps if epsilon == "rms_norm_eps" else writer.add_layer_norm_eps)(value)
 
 
 def _add_rope(writer, config, rope: dict) -> None:
@@ -205,13 +241,16 @@ class Arrangement:
         piece = self.pieces[name]
         rows = sum(self._shapes[source][0] for source in piece.sources)
         stop = rows if piece.stop is None else piece.stop
-        return [stop - piece.start, *self._shapes[piece.sources[0]][1:]]
+        shape = [stop - piece.start, *self._shapes[piece.sources[0]][1:]]
+        return gguf_linear_attention.shape(name, shape) if gguf_linear_attention.LINEAR in name else shape
 
     def value(self, name: str, tensors) -> torch.Tensor:
         """A tensor of the file, float32; ``tensors``: the checkpoint's, by name."""
         piece = self.pieces[name]
         parts = [tensors[source].float() for source in piece.sources]
         tensor = (parts[0] if len(parts) == 1 else torch.cat(parts))[piece.start : piece.stop]
+        if gguf_linear_attention.LINEAR in name:
+            return gguf_linear_attention.value(name, tensor, self.config)
         if self.arch in ROPE_IN_PAIRS and (heads := self._split.rotary_heads(name, self.units)):
             tensor = in_pairs(tensor, heads)
         if self.family.is_norm(name):
@@ -222,6 +261,8 @@ class Arrangement:
     def _pieces_of(self, name: str) -> dict[str, Piece]:
         stem, _, suffix = name.rpartition(".")
         block, _, part = stem.rpartition(".")
+        if part == XIELU_MODULE:
+            return {}
         split, fused = ({row.kind: row.inputs for row in FAMILIES[name].parts} for name in ("llama", "phi3"))
         if self.arch == "openelm" and part in split["attention"]:
             sources = tuple(f"{block}.{one}.{suffix}" for one in split["attention"])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import statistics
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -43,12 +46,15 @@ class LlamaCpp:
             self._server = xllamacpp.Server(settings)
         except RuntimeError as error:
             raise UserError(f"{path}: llama.cpp cannot load it ({error})") from None
-        self.address = self._server.listening_address
+        self.address, self._computed = self._server.listening_address, False
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
+        if not self._computed:  # a server that is stopped before it began to compute never ends
+            with contextlib.suppress(RuntimeError, OSError):
+                self.ask("/completion", prompt=[0], n_predict=1)
         del self._server
 
     def ask(self, path: str, **body) -> dict:
@@ -56,7 +62,9 @@ class LlamaCpp:
         request = urllib.request.Request(self.address + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=600) as answer:
-                return json.load(answer)
+                found = json.load(answer)
+                self._computed |= path == "/completion"
+                return found
         except urllib.error.HTTPError as error:
             raise RuntimeError(f"llama.cpp: {path}: {error.read().decode(errors='replace')[:300]}") from None
 
@@ -89,3 +97,26 @@ class LlamaCpp:
             "timings"
         ]
         return timings["prompt_per_second"], timings["predicted_per_second"]
+
+
+def speeds(files: Sequence[str | Path], prompt_tokens: int, new_tokens: int, repeats: int, threads: int | None = None) -> list[dict]:
+    """For each .gguf file its name, size in bytes and the medians of prompt and generation speed in tokens per second.
+
+    Raises UserError where a model takes no prompt of that length.
+    """
+
+    def once(path):
+        with LlamaCpp(path, prompt_tokens + new_tokens + 8, threads, exact=False) as server:
+            try:
+                server.speed(prompt_tokens, new_tokens)  # warms up
+                return server.speed(prompt_tokens, new_tokens)
+            except RuntimeError as error:
+                raise UserError(f"{path}: {error}") from None
+
+    # in turns, so that all see the same machine, and one server at a time: idle ones would take part of it
+    runs = [[once(path) for path in files] for _ in range(repeats)]
+    medians = [[statistics.median(values) for values in zip(*of_file)] for of_file in zip(*runs)]
+    return [
+        {"name": Path(path).name, "bytes": Path(path).stat().st_size, "prompt": prompt, "generation": generation}
+        for path, (prompt, generation) in zip(files, medians)
+    ]

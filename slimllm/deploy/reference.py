@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -57,9 +58,14 @@ def _outputs(runner: LayerRunner, states: ActivationStore) -> dict[str, torch.Te
     """
     norm, head = runner.output_modules()
     rows = torch.cat(list(states))
+    return _of_logits(runner.ids, (runner.adapter.logits(head, norm(row)) for row in rows))
+
+
+def _of_logits(samples: torch.Tensor, logits_of: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those outputs for ``samples`` [samples, length], from each one's logits [length, vocabulary]."""
     outputs = {"log_probabilities": [], "last_logits": []}
-    for ids, row in zip(runner.ids, rows):
-        logits = runner.adapter.logits(head, norm(row)).cpu()
+    for ids, logits in zip(samples, logits_of):
+        logits = logits.cpu()
         outputs["log_probabilities"].append(log_probabilities(logits[None], ids[None])[0])
         outputs["last_logits"].append(logits[-1])
     return {name: torch.stack(values) for name, values in outputs.items()}
@@ -96,8 +102,21 @@ def compare_with_reference(model, folder: str | os.PathLike, device: torch.devic
         raise UserError(f"{folder}: {REFERENCE} is of a model with another vocabulary; restore the folder, or write it again")
     runner = LayerRunner(source, reference["ids"], device or source.home, split=False)
     outputs = _outputs(runner, runner.last_states())
+    return _difference(outputs, reference, tolerance(runner.dtype, computed_on == runner.device.type))
+
+
+@torch.no_grad()
+def compare_stock_with_reference(model, folder: str | os.PathLike) -> tuple[float, float]:
+    """:func:`compare_with_reference` of a model of any class of transformers, whole in the machine's memory."""
+    reference, _, computed_on = _reference(folder)
+    ids = reference["ids"]
+    outputs = _of_logits(ids, (model(input_ids=row[None], use_cache=False).logits[0].float() for row in ids))
+    return _difference(outputs, reference, tolerance(model.dtype, computed_on == "cpu"))
+
+
+def _difference(outputs: dict, reference: dict, share: float) -> tuple[float, float]:
     difference = float(torch.stack([(outputs[name] - reference[name]).abs().max() for name in outputs]).max())  # not a number stays none
-    return difference, tolerance(runner.dtype, computed_on == runner.device.type) * float(reference["last_logits"].abs().max())
+    return difference, share * float(reference["last_logits"].abs().max())
 
 
 def covered_rows(source: ModelSource, folder: str | os.PathLike) -> tuple[int, int]:

@@ -5,21 +5,16 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import UserError
-from ..modeling import PER_LAYER_SETTINGS, slim_models
+from ..modeling import per_layer_settings, slim_models
 from ..models.adapter import LayerAdapter
-from ..models.families import family_of
-from ..models.parts import KINDS, Units
-from ..models.shape import irregular, limits_of, shape_of
+from ..models.families import family_of, is_pruned
+from ..models.parts import KINDS, Units, has_bias, value_in_layer
+from ..models.shape import irregular, limits_of, shape_of, units_of
 
 
 def check_buildable(units: list[dict[str, Units]]) -> None:
     """Raises UserError for a layer, by what each of its parts keeps, that no class can be made of."""
-    kinds = {kind for layer in units for kind in layer}
     for index, layer in enumerate(units):
-        if missing := kinds - set(layer):
-            raise UserError(
-                f"layer {index}: it has no {KINDS[min(missing)].title} part as other layers do, and no such model can be built yet"
-            )
         for kind, counts in layer.items():
             if not all(counts.values()):
                 raise UserError(
@@ -34,10 +29,22 @@ def convert_for_runtime(model, runtime: str = "any"):
     that DeciLMForCausalLM reads. Otherwise ours. Raises UserError for a model whose layers are not alike enough.
     """
     check_buildable(LayerAdapter(model.config).units(model))
+    if runtime == "any" and _is_stock(model):
+        return model
     limits = limits_of(runtime, shape_of(model.config))
     if limits.same_channels:
         return as_stock_model(model)
     return _as_deci_model(model) if limits.same_heads else as_slim_model(model)
+
+
+def _is_stock(model) -> bool:
+    """Whether a model of its family's own class is as its config says: whole layers may have gone, and nothing of those that stay."""
+    if is_pruned(model.config):
+        return False
+    adapter = LayerAdapter(model.config)
+    biased = [part.row for part in adapter.projected_parts(model) if part.output.bias is not None]
+    foreign = not all(has_bias(model.config, row.output_bias) for row in biased)
+    return not foreign and adapter.units(model) == units_of(model.config)
 
 
 def as_slim_model(model):
@@ -46,24 +53,32 @@ def as_slim_model(model):
     A model that is not sliced becomes one whose layers happen to be equal.
     """
     family, adapter = family_of(model.config), LayerAdapter(model.config)
-    classes = slim_models(family.model_type)
+    try:
+        classes = slim_models(family.model_type)
+    except AttributeError:
+        raise UserError(
+            f"model_type {family.model_type}: its class is not one of transformers, and no class with widths per layer can be made of it"
+        ) from None
     slim = classes["AutoModelForCausalLM"]
     layers = [adapter.parts(layer) for layer in adapter.layers(model)]
     config = model.config  # one object, shared by all modules
     config.__class__, model.__class__ = slim.config_class, slim
     config.head_dim = adapter.head_dim
     config.__dict__.pop("block_configs", None)
+    config.__dict__.pop("model_type", None)  # that of the class counts, which some configs read from a file repeat
     widths = [{name: count for part in parts for name, count in zip(part.row.sizes, part.units.values())} for parts in layers]
-    for name in widths[0]:
-        setattr(config, f"{name}_per_layer", [counts[name] for counts in widths])
     for row in family.parts:
-        biases = [part.output.bias is not None for parts in layers for part in parts if part.kind == row.kind]
-        setattr(config, f"{row.output}_bias_per_layer", biases)
+        for name in row.sizes:  # a layer without the part is built from the dense model's number
+            setattr(config, f"{name}_per_layer", [counts.get(name, value_in_layer(config, name, i)) for i, counts in enumerate(widths)])
+        own = [next((part for part in parts if part.kind == row.kind), None) for parts in layers]
+        setattr(config, f"{row.output}_bias_per_layer", [part and part.output.bias is not None for part in own])  # None: it has none
     config.auto_map = {auto: f"modeling.{made.__name__}" for auto, made in classes.items()}  # saving adds AutoConfig
     config.per_layer_config = dict(enumerate(widths))
     config.allow_global_per_layer_attribute_access = True
     if family.logits_divisor:  # vLLM's transformers backend has it by another name, inverted
         config.logit_scale = 1 / getattr(config, family.logits_divisor)
+    if family.logits_multiplier:
+        config.logit_scale = getattr(config, family.logits_multiplier)
     return model
 
 
@@ -77,7 +92,7 @@ def as_stock_model(model):
     way = "prune with --runtime transformers"
     if odd := irregular(adapter.units(model)):
         raise UserError(f"{type(model).__name__}: {odd}; a stock model needs one width: {way}")
-    first = adapter.parts(adapter.layers(model)[0])
+    first = list({part.kind: part for part in reversed(adapter.all_parts(model))}.values())
     heads = next((part.units["heads"] for part in first if "heads" in part.units), 1)
     if family.heads_divide_hidden and config.hidden_size % heads:
         raise UserError(f"{heads} heads do not divide the hidden size {config.hidden_size}, which {family.model_type} asks for: {way}")
@@ -85,35 +100,39 @@ def as_stock_model(model):
     if isinstance(model, slim):
         config.per_layer_config = None
         for name in (
-            *PER_LAYER_SETTINGS,
+            *per_layer_settings(config),
             "auto_map",
             "per_layer_config",
             "allow_global_per_layer_attribute_access",
-            "logit_scale",
             "block_configs",
+            *(["logit_scale"] if family.logits_multiplier != "logit_scale" else []),
         ):
             config.__dict__.pop(name, None)
         config.__class__, model.__class__ = slim.config_class.__bases__[-1], slim.__bases__[-1]
     for part in first:
         for name, count in zip(part.row.sizes, part.units.values()):
             setattr(config, name, count)
+            if name in vars(model):  # by which a mixture balances its experts in training
+                setattr(model, name, count)
     config.head_dim = adapter.head_dim
+    config.__class__ = type(model).config_class  # some families have a config of their own and no class: theirs is Llama's
     _fill_biases(model, way)
     return model
 
 
 def _fill_biases(model, way: str) -> None:
     """Where an output projection has a bias that the family's class has by a flag only: sets the flag, and zeros where there is none."""
-    family, parts = family_of(model.config), LayerAdapter(model.config).all_parts(model)
-    for row in family.parts:
-        of_kind, flag = [part for part in parts if part.kind == row.kind], row.output_bias
-        if all(part.output.bias is None for part in of_kind) or flag is True:
-            continue
-        if not isinstance(flag, str):
-            raise UserError(f"{family.model_type} has no place for the biases that the recovery gave: {way}")
+    family, parts = family_of(model.config), LayerAdapter(model.config).projected_parts(model)
+    flags = {part.row.output_bias for part in parts if part.output.bias is not None}
+    if False in flags:
+        raise UserError(f"{family.model_type} has no place for the biases that the recovery gave: {way}")
+    for flag in flags - {True}:
         setattr(model.config, flag, True)
-        for linear in (linear for part in of_kind for linear in part.linears if linear.bias is None):
-            linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
+    for part in parts:
+        for linear in part.linears:
+            flag = part.row.output_bias if linear is part.output else part.row.input_bias
+            if linear.bias is None and isinstance(flag, str) and flag in flags:
+                linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
 
 
 def _as_deci_model(model):

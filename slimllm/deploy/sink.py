@@ -10,6 +10,7 @@ from torch import nn
 
 from ..models.parts import Units
 from ..models.shape import shape_of
+from ..models.skeleton import in_float32
 from ..models.slicing import slice_skeleton
 from ..models.source import ModelSource, stored_tensors
 from ..models.weights import Rounded, round_to
@@ -35,7 +36,9 @@ class CheckpointSink:
     def __init__(self, folder: Path, source: ModelSource, config: PruneConfig, ids: torch.Tensor, device, dtype: torch.dtype | None = None):
         self.folder, self.source, self.config, self.dtype = Path(folder), source, config, dtype or source.dtype
         self._rounds = self.dtype != source.dtype
-        self._saved = ModelSource(source.model, Rounded(source.weights, self.dtype), source.dtype) if self._rounds else source
+        self._exact = in_float32(source.config, self.dtype)
+        rounded = Rounded(source.weights, self.dtype, self._exact)
+        self._saved = ModelSource(source.model, rounded, source.dtype) if self._rounds else source
         self._runner = LayerRunner(self._saved, ids, device, split=False)
 
     def begin(self, units: list[dict[str, Units]], done: int, journal: Journal | None) -> None:
@@ -43,7 +46,7 @@ class CheckpointSink:
         self.model = pruned_skeleton(self.source, units, self.config)
         if not done:
             write_config(self.model, self.folder, self.dtype)
-        self._files = WeightFiles(self.folder, self.model, self.dtype)
+        self._files = WeightFiles.of(self.folder, self.model, self.dtype)
         if done:
             self._runner.prepare()
             self._states = journal.restore(done - 1, "reference", self._runner.store(), self._runner.device)
@@ -59,7 +62,7 @@ class CheckpointSink:
         prefix = self.source.adapter.layer_name(index)
         if self._rounds:
             layer = copy.deepcopy(layer)
-            round_module(layer, self.dtype, prefix)
+            round_module(layer, self.dtype, self._exact, prefix)
         tensors = stored_tensors(layer)
         for name, (dtype, shape) in self._files.layout.items():
             if name.startswith(prefix):  # a bias that only the runtime asks for is zero
@@ -89,10 +92,11 @@ class CheckpointSink:
 
         They are rounded in ``model`` to what is written.
         """
-        files = WeightFiles(self.folder, model, self.dtype)
+        files = WeightFiles.of(self.folder, model, self.dtype)
         for name in names:
             parameter = model.get_parameter(name).data
-            round_to(self.dtype, parameter, name)
+            if name not in self._exact:
+                round_to(self.dtype, parameter, name)
             files.write(name, parameter)
         files.close()
         runner = LayerRunner(model, self._runner.ids, ModelSource.of(model).home, split=False)

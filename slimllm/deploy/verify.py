@@ -7,6 +7,7 @@ vLLM, against the checkpoint in transformers: tokens, log-probabilities of real 
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from tqdm.auto import tqdm
 from ..errors import UserError, first_line
 from ..models.loading import open_source
 from ..models.parts import Units
-from ..plan import by_part
+from ..plan import by_part, is_gone
+from ..settings.common import OUTTYPES
 from ..utils import outputs
 from . import reference, vllm
 from .llama_cpp import LlamaCpp
@@ -26,9 +28,12 @@ from .llama_cpp import LlamaCpp
 log = logging.getLogger("slimllm")
 
 PLAN = "pruning.json"  # the record of a pruning run: what it kept of each layer
-# Mean |difference| of a token's log-probability, in nats, that the type of a GGUF file's weights explains.
+# Mean |difference| of a token's log-probability, in nats, that the type of a GGUF file's weights explains in any model; where it is more,
+# what the type does to this model is measured.
 GGUF_TOLERANCE = {"F32": 1e-3, "F16": 2e-2, "BF16": 2e-1, "Q8_0": 2e-1}
 OTHER_TOLERANCE = 0.5  # smaller types
+ROUNDED = 3.0  # times what rounding the weights alone does: a runtime rounds what it multiplies them by, too
+LEAST = -80.0  # nats: below that a probability in float32, which llama.cpp takes the logarithm of, has few digits or is 0
 VLLM_TOLERANCE = 1e-3
 GREEDY_TOKENS = 24
 
@@ -88,14 +93,18 @@ def planned_units(folder: Path) -> list[dict[str, Units]] | None:
     """What each part of each layer kept by the run's record; None where the folder has none. Raises UserError for a broken one."""
     try:
         layers = json.loads((folder / PLAN).read_text(encoding="utf-8"))["layers"]
-        return [
-            {kind: {sort: len({int(i) for i in kept}) for sort, kept in part.items()} for kind, part in by_part(layer)["kept"].items()}
-            for layer in layers
-        ]
+        parts = [by_part(layer)["kept"] for layer in layers]
+        staying = [layer for layer in parts if not is_gone(layer)]
+        return [{kind: {sort: _different(kept) for sort, kept in own.items()} for kind, own in layer.items()} for layer in staying]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder / PLAN}: not the record of a pruning run ({first_line(error)})") from None
+
+
+def _different(indices: list) -> int:
+    """How many different units these are; of the channels of experts, listed by expert, the least of them."""
+    return min(map(_different, indices)) if indices and isinstance(indices[0], list) else len({int(i) for i in indices})
 
 
 def checks_of_folder(folder: str, model, tokenizer, blocks: torch.Tensor) -> list[Check]:
@@ -146,9 +155,28 @@ def checks_of_file(path: str, model, tokenizer, text: str, blocks: torch.Tensor)
                 values.append(llama.log_probabilities(block))
                 bar.update(len(block))
         continuation = llama.greedy(questions.prompt.tolist(), questions.new_tokens, questions.banned)
-    allowed = GGUF_TOLERANCE.get(kind, OTHER_TOLERANCE)
-    answers = Answers(tokens, values, continuation)
+    answers, allowed = Answers(tokens, values, continuation), GGUF_TOLERANCE.get(kind, OTHER_TOLERANCE)
+    found = questions.compared(Path(path).name, answers, model, tokenizer, allowed)
+    if all(check.passed for check in found) or kind.lower() not in OUTTYPES:
+        return found
+    allowed = max(allowed, ROUNDED * _rounding(model, questions.blocks, kind.lower()))
     return questions.compared(Path(path).name, answers, model, tokenizer, allowed)
+
+
+@torch.no_grad()
+def _rounding(model, blocks: torch.Tensor, outtype: str) -> float:
+    """Mean |difference| of the log-probabilities of ``blocks`` [n, length] that rounding the weights to ``outtype`` makes, in nats."""
+    from .export_gguf import quantized_bytes
+
+    rounded = copy.deepcopy(model)
+    quantized_bytes(rounded, outtype)
+    return float((_of_blocks(rounded, blocks) - _of_blocks(model, blocks)).abs().mean())
+
+
+@torch.no_grad()
+def _of_blocks(model, blocks: torch.Tensor) -> torch.Tensor:
+    """The log-probabilities of ``blocks`` [n, length], [n, length - 1], as far as a runtime can tell them."""
+    return reference.log_probabilities(model(blocks, use_cache=False).logits.float(), blocks).clamp_min(LEAST)
 
 
 def checks_of_vllm(
@@ -198,8 +226,8 @@ class Questions:
         """What the runtime ``name`` answered against ``model`` in transformers."""
         expected = tokenizer(self.text).input_ids
         differing = sum(a != b for a, b in zip(expected, answers.tokens)) + abs(len(expected) - len(answers.tokens))
-        in_transformers = reference.log_probabilities(model(self.blocks, use_cache=False).logits.float(), self.blocks)
-        difference = (torch.tensor(answers.log_probabilities) - in_transformers).abs()
+        theirs, ours = torch.tensor(answers.log_probabilities).clamp_min(LEAST), _of_blocks(model, self.blocks)
+        difference = (theirs - ours).abs()[torch.maximum(theirs, ours) != LEAST]  # the others say nothing; without any there is no proof
         continuation = greedy(model, self.prompt, self.new_tokens, self.banned)
         lost = _lost(model, self.prompt, continuation, answers.continuation)
         return [

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from ..models.families import family_of
+from ..models.skeleton import in_float32
 from ..models.source import stored_tensors
+from ..models.stored_names import stored_pieces
 from ..models.tensor_file import TensorFile
 from ..models.weights import INDEX
 
@@ -25,17 +29,26 @@ def _written(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
 
 
+def _layout(model, dtype: torch.dtype | None) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    """(dtype, shape) of what is written of a model; what transformers keeps in float32 it finds so."""
+    exact = in_float32(model.config, dtype or model.dtype)
+    tensors = stored_tensors(model).items()
+    return {name: (_written(tensor, torch.float32 if name in exact else dtype), tensor.shape) for name, tensor in tensors}
+
+
 class WeightFiles:
     """The weights of a checkpoint, written one tensor at a time: one file, or several where it is large, and their index.
 
-    The tensors are those of ``model``, which may be without weights. ``dtype``: what they are written in, the model's by default.
+    ``layout``: name -> (dtype, shape) of the tensors. ``pieces``: of those that are stored as several, the names of these, and the place
+    of each in the whole.
     """
 
-    def __init__(self, folder: Path, model, dtype: torch.dtype | None = None):
+    def __init__(self, folder: Path, layout: dict[str, tuple[torch.dtype, torch.Size]], pieces: dict | None = None):
         folder.mkdir(parents=True, exist_ok=True)
-        self.layout = {name: (_written(tensor, dtype), tensor.shape) for name, tensor in stored_tensors(model).items()}
+        self.layout, pieces = layout, pieces or {}
+        self._pieces = {name: pieces.get(name, {name: ()}) for name in self.layout}
         shards, size, total = [{}], 0, 0
-        for name, (dtype, shape) in self.layout.items():
+        for name, (dtype, shape) in self._stored():
             tensor_bytes = dtype.itemsize * shape.numel()
             if size and size + tensor_bytes > SHARD_BYTES:
                 shards, size = [*shards, {}], 0
@@ -47,9 +60,24 @@ class WeightFiles:
             self._index["weight_map"] |= dict.fromkeys(layout, name)
         self._folder = folder
 
+    @classmethod
+    def of(cls, folder: Path, model, dtype: torch.dtype | None = None) -> WeightFiles:
+        """Files for the tensors of ``model``, which may be without weights; of experts that it holds stacked a tensor for each is written,
+        under the names that transformers gives them. ``dtype``: what they are written in, the model's by default.
+        """
+        return cls(folder, _layout(model, dtype), stored_pieces(model) if family_of(model.config).is_mixture else {})
+
+    def _stored(self) -> Iterator[tuple[str, tuple[torch.dtype, torch.Size]]]:
+        """What the files hold: (name, (dtype, shape))."""
+        for name, (dtype, shape) in self.layout.items():
+            whole = torch.empty(shape, device="meta")
+            for stored, place in self._pieces[name].items():
+                yield stored, (dtype, whole[place].shape)
+
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Writes one tensor, whose values the dtype that it is written in can hold."""
-        self._files[name].write(name, tensor.to(self.layout[name][0]))
+        """Writes one tensor of the model, whose values the dtype that it is written in can hold."""
+        for stored, place in self._pieces[name].items():
+            self._files[stored].write(stored, tensor[place].to(self.layout[name][0]))
 
     def sync(self) -> None:
         """Returns once all that was written is on the disk."""

@@ -11,26 +11,34 @@ from contextlib import contextmanager
 
 import torch
 
-from ..models.adapter import LayerAdapter
-from ..models.parts import KINDS
+from ..models.adapter import Experts, LayerAdapter
+from ..models.parts import KINDS, ExpertsShape
 from ..models.shape import shape_of
 from ..utils.device import synchronise
 from ..utils.memory import peak_since_reset, reset_peak, return_free_memory
 
 log = logging.getLogger("slimllm")
-PARTS = (*(kind.title for kind in KINDS.values()), "output head")
 
 
 def size_of(model) -> dict[str, int]:
-    """Parameters, bytes of weights, KV-cache bytes per token, MACs per token of all Linears, attention's MACs per pair of tokens."""
+    """Parameters, bytes of weights, KV-cache bytes per token, MACs per token of all Linears and of the experts that it is routed to,
+    attention's MACs per pair of tokens.
+
+    What linear attention and state spaces multiply besides their Linears is not counted.
+    """
     shape = shape_of(model.config)
-    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+    experts = [part for part in LayerAdapter(model.config).all_parts(model) if isinstance(part, Experts)]
+    routed = {id(module) for part in experts for inside in (part.router, part.experts) for module in inside.modules()}
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and id(module) not in routed]
+    parts = [part for layer in shape.layers for part in layer.parts]
+    linear = sum(linear.weight.numel() for linear in linears)
+    linear += sum(part.active_parameters() - part.fixed for part in parts if isinstance(part, ExpertsShape))
     return {
         "parameters": model.num_parameters(),
         "weight_bytes": sum(p.nbytes for p in model.parameters()),
         "kv_bytes_per_token": shape.cache_numbers() * model.dtype.itemsize,
         "linear_macs": linear,  # the output head included, tied or not
-        "attention_macs": sum(part.pair_multiplications() for layer in shape.layers for part in layer.parts),
+        "attention_macs": sum(part.pair_multiplications() for part in parts),
     }
 
 
@@ -64,8 +72,11 @@ def decode(model, cache, token, count: int) -> float:
 
 @contextmanager
 def timed_parts(model):
-    """Gives a dict that collects the seconds spent in the attention, feed-forward and output-head modules."""
-    seconds, hooks = dict.fromkeys(PARTS, 0.0), []
+    """Gives a dict that collects the seconds spent in the modules of each kind of part, and in the output head."""
+    adapter, hooks = LayerAdapter(model.config), []
+    parts = adapter.all_parts(model)
+    titles = [kind.title for kind in KINDS.values() if any(part.kind == kind.kind for part in parts)]
+    seconds = dict.fromkeys([*titles, "output head"], 0.0)
 
     def watch(module, part):
         started = []
@@ -80,8 +91,7 @@ def timed_parts(model):
 
         hooks.extend([module.register_forward_pre_hook(before), module.register_forward_hook(after)])
 
-    adapter = LayerAdapter(model.config)
-    for part in adapter.all_parts(model):
+    for part in parts:
         watch(part.module, KINDS[part.kind].title)
     watch(adapter.head(model), "output head")
     try:

@@ -86,7 +86,8 @@ def of_loss(mean: float) -> float:
 def nats_per_byte(value: float, blocks: torch.Tensor, tokenizer) -> float:
     """What a perplexity of these token ids [blocks, seq_len] is per byte of their text in UTF-8, which other tokens spell as well.
 
-    So models of two vocabularies can be compared, whose perplexities per token cannot.
+    So models of two vocabularies can be compared, whose perplexities per token cannot. It is the text that the tokens decode to: of a
+    tokenizer that changes it (lowercases or normalizes it), that has other bytes than the text that was given.
     """
     predicted = blocks[:, 1:]
     texts = tokenizer.batch_decode(predicted, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -22,6 +22,7 @@ from ..data.texts import check_vocabulary
 from ..errors import UserError, first_line
 from ..models import hub
 from ..models.adapter import LayerAdapter
+from ..models.families import family_of
 from ..models.shape import window_of
 from ..settings.tasks import TASKS
 from ..streaming.runner import LOGIT_ROWS
@@ -131,13 +132,18 @@ def harness_model(model, tokenizer):
 
     class SharedContext(HFLM):
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
-            longest = min(self.max_length, window_of(self.config) or self.max_length)
             pairs = [(tuple(context), tuple(continuation)) for _, context, continuation in requests]
-            if self.config._attn_implementation != "sdpa" or any(len(c) + len(a) > longest for c, a in pairs):
+            longest = min(self.max_length, window_of(self.config) or self.max_length)
+            if not shares_contexts(self.config) or any(len(c) + len(a) > longest for c, a in pairs):
                 return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)  # one request, one row
             return score_shares(self.model, pairs, longest, bar=not disable_tqdm)
 
     return SharedContext(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=16, softmax_dtype=torch.float32)
+
+
+def shares_contexts(config) -> bool:
+    """Whether a mask alone keeps several answers to one context apart: not where states run through the tokens of a row."""
+    return config._attn_implementation == "sdpa" and not family_of(config).is_hybrid
 
 
 def score_shares(model, pairs: list[tuple[tuple, tuple]], longest: int, bar: bool = False) -> list[tuple[float, bool]]:

@@ -1,10 +1,12 @@
-"""Each ingredient of the method off or changed in turn, at equal kept parameters: ``python -m slimllm ablation --base_model M``."""
+"""Each ingredient of the method off or changed in turn, at equal kept parameters: ``slimllm ablation --base_model M``."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
 
+from ..models import loading
+from ..models.families import family_of
 from ..reporting.figures import recovery_curves
 from ..reporting.trial_tables import ablation_table
 from ..settings.ablation import AblationConfig
@@ -28,6 +30,7 @@ ROWS = (
     ("recovery", "none", {"recovery": "none"}),
     ("recovery", "bias", {"recovery": "bias"}),
     ("recovery", "least_squares", {"recovery": "least_squares"}),
+    ("recovery", "rotation", {"recovery": "rotation"}),
     ("layer ratio", "alpha 5", {"alpha": 5.0}),
     ("layer ratio", "alpha 20", {"alpha": 20.0}),
     ("layer ratio", "uniform", {"layer_ratio": "uniform"}),
@@ -39,12 +42,28 @@ ROWS = (
     ("recovery and samples", "least_squares, 128, half own", {"recovery": "least_squares", "num_examples": 128, "self_share": 0.5}),
     ("the best recipe", "", {"recipe": "best"}),
 )
+MIXTURE_ROWS = (  # the same of a mixture of experts
+    ("the paper's method", "", {}),
+    ("expert score", "REAP", {"expert_score": "reap"}),
+    ("expert score", "frequency", {"expert_score": "frequency"}),
+    ("expert score", "random", {"expert_score": "random"}),
+    ("recovery", "none", {"recovery": "none"}),
+    ("recovery", "least_squares", {"recovery": "least_squares"}),
+    *(
+        (f"recovery least_squares, {what} go", variant, {"recovery": "least_squares", "num_examples": 192, "prune": prune, **change})
+        for what, prune in (("experts", "experts"), ("channels", "channels"), ("both", "both"))
+        for variant, change in (("192 samples", {}), ("192 samples, look_back 0.3", {"look_back": 0.3}))
+    ),
+    ("recovery none, channels go", "", {"recovery": "none", "prune": "channels"}),
+    ("recovery none, both go", "", {"recovery": "none", "prune": "both"}),
+)
 CURVE = (0.2, 0.35, 0.5)  # shares removed at which every recovery is measured for the picture
 
 
-def cases(shares: tuple) -> list[Trial]:
+def cases(shares: tuple, mixture: bool = False) -> list[Trial]:
     """Every pruning: the rows at each share, and the recoveries along CURVE."""
-    found = [Trial(ingredient, variant, share, change) for share in shares for ingredient, variant, change in ROWS]
+    rows = MIXTURE_ROWS if mixture else ROWS
+    found = [Trial(ingredient, variant, share, change) for share in shares for ingredient, variant, change in rows]
     for share in CURVE:
         for name in RECOVERIES:
             same = name == PruneConfig(base_model="x").recovery
@@ -55,7 +74,8 @@ def cases(shares: tuple) -> list[Trial]:
 
 def run(config: AblationConfig) -> None:
     """Measures, then writes and prints table and picture."""
-    rows = measure(config, cases(config.target_sparsity))["rows"]
+    mixture = family_of(loading.load_config(config.base_model)).is_mixture
+    rows = measure(config, cases(config.target_sparsity, mixture))["rows"]
     folder = Path(config.output)
     lines = ablation_table(rows, config.target_sparsity)
     write_text(folder / "table.md", "\n".join(lines) + "\n")

@@ -1,4 +1,4 @@
-"""How much faster the package prunes than a plain transcription of the paper's equations: ``python -m slimllm benchmark``.
+"""How much faster the package prunes than a plain transcription of the paper's equations: ``slimllm benchmark``.
 
 Two cases on the CPU, both opponents in the same process on the same model and tokens, run in turn: a whole small
 model, and one layer of LLaMA-7B's shape with random weights. For orientation the floor is timed too: two forward passes, the
@@ -132,7 +132,7 @@ def write_random_model(folder: Path, sizes: dict, model_type: str = "llama", dev
     config.save_pretrained(folder)
     _byte_tokenizer().save_pretrained(folder)
     generator = torch.Generator(device).manual_seed(0)
-    files = WeightFiles(folder, model)
+    files = WeightFiles.of(folder, model)
     for name, (dtype, shape) in tqdm(files.layout.items(), desc="random weights", unit="tensor", leave=False, disable=None):
         tensor = torch.ones(shape) if len(shape) == 1 else torch.empty(shape, device=device).normal_(0, 0.02, generator=generator)
         files.write(name, tensor.to(dtype))

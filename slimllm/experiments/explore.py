@@ -1,4 +1,4 @@
-"""What pruning a model by any share would cost, before it is pruned: ``python -m slimllm explore MODEL``.
+"""What pruning a model by any share would cost, before it is pruned: ``slimllm explore MODEL``.
 
 The price list is measured once; each share is then planned from it in a moment, and ``--check`` prunes some of them for good.
 """
@@ -10,9 +10,11 @@ import dataclasses
 import functools
 import logging
 import math
+import os
+import shlex
 from pathlib import Path
 
-from .. import stages
+from .. import cli, stages
 from ..data import calibration
 from ..errors import UserError
 from ..models import loading
@@ -43,19 +45,26 @@ BEND = 2.0  # where each further per cent costs so many times what the first one
 def run(config: ExploreConfig) -> None:
     """Measures or reads the price list, writes it, and prints and draws what each share costs."""
     calibration.check_source(config.calibration)
-    folder = Path(config.output)
-    record.results_in(folder, price_list.NAME)
+    file = record.results_in(Path(config.output), price_list.NAME)
+    continues = config.price_list is not None and file.exists() and file.samefile(config.price_list)
+    way = "name another --output, or replace it with --overwrite"
+    if os.path.lexists(file) and not continues and not config.overwrite:
+        raise UserError(f"{file}: an earlier run measured it; plan from it with --price_list {file}, {way}")
+    with record.results_at(file, config.overwrite and not continues, ours=price_list.is_list):
+        _explore(config, file.parent)
+
+
+def _explore(config: ExploreConfig, folder: Path) -> None:
     run = Run.of(config.pruning(0.1), loading.load_config(config.base_model))
     if config.vocab != "keep":
         run.tokenizer, run.config = loading.load_tokenizer(config.base_model), config.with_tokens(0.1).resolved(run.shape)
         vocabulary.check(run)
+    _check_shares(run, config)
     found = _price_list(run, config)
     folder.mkdir(parents=True, exist_ok=True)
     found.write(folder)
     sizes = _vocabularies(run, config)
     points = [point for share in config.target_sparsity if (point := _point(run, found, config, share))]
-    if not points:
-        raise UserError(f"--target_sparsity {' '.join(map(str, config.target_sparsity))}: the layers cannot give up as much; ask for less")
     if config.check:
         for row in _checked(config, folder / price_list.NAME):
             dense = {figure["data"]: figure["pruned"] for figure in row["dense"]}
@@ -63,12 +72,24 @@ def run(config: ExploreConfig) -> None:
             points.append(_point(run, found, config, row["share"]) | {"measured": nats})
     for point in points if sizes else []:
         point |= _with_tokens(run, found, config, point["smaller"], sizes)
-    points.sort(key=lambda point: (point["share"], "measured" in point))
+    measured = {point["share"] for point in points if "measured" in point}
+    points = [point for point in points if "measured" in point or point["share"] not in measured]
+    points.sort(key=lambda point: point["share"])
     lines = [*table(points), "", *said(points)]
     write_text(folder / "table.md", "\n".join(lines) + "\n")
     loss_against_size(points, Path(config.base_model).name, GENTLE, folder)
-    command = f"hf_prune.py --recipe {config.recipe} --target_sparsity SHARE --price_list {folder / price_list.NAME}"
-    log.info("\n%s\n\neverything lies in %s/; %s prunes from it, with no price measured again", "\n".join(lines), folder, command)
+    words = [config.base_model, "--recipe", config.recipe, "--price_list", str(folder / price_list.NAME), "--target_sparsity", "0.2"]
+    words += ["--calibration", config.calibration] if config.calibration else []
+    log.info("\n%s\n\neverything lies in %s/; this prunes from it, with no price measured again:", "\n".join(lines), folder)
+    log.info("  %s prune %s", cli.program(), shlex.join(words))
+
+
+def _check_shares(run: Run, config: ExploreConfig) -> None:
+    """Raises UserError before anything is measured where the layers cannot give up a share that is to be checked, or any at all."""
+    alike = PriceList.alike(run.shape, run.config)  # what can go is the same whatever it costs
+    for option, shares in (("target_sparsity", config.target_sparsity), *(("check", (share,)) for share in config.check)):
+        if not any(_point(run, alike, config, share) for share in shares):
+            raise UserError(f"--{option} {' '.join(map(str, shares))}: the layers cannot give up as much; ask for less")
 
 
 def _price_list(run: Run, config: ExploreConfig) -> PriceList:

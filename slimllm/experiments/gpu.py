@@ -1,4 +1,4 @@
-"""Everything that a GPU changes, once, on random models made on the spot: ``python -m slimllm gpu``, which script/gpu.sh starts.
+"""Everything that a GPU changes, once, on random models made on the spot: ``slimllm gpu``, which script/gpu.sh starts.
 
 Each step is a program as a user runs it, in a process of its own; what it took is read from the record that it wrote, beside what
 was predicted before it began. The table is kept as one JSON file, written anew after each step.

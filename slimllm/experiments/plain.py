@@ -1,7 +1,7 @@
 """A plain transcription of the paper's equations for multi-head attention: per-token head sums, np.polyfit for each
 output dimension, no covariance tricks. It is slow and needs memory in proportion to tokens x heads x hidden size.
 
-Tests hold the package against it, and ``python -m slimllm benchmark`` measures how much faster the package is.
+Tests hold the package against it, and ``slimllm benchmark`` measures how much faster the package is.
 """
 
 import numpy as np

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from .. import stages
 from ..data import calibration
-from ..data.texts import blocks_of, load_texts
+from ..data.texts import blocks_in_other_tokens, blocks_of, load_texts
+from ..errors import UserError
 from ..evaluation import zero_shot
-from ..evaluation.perplexity import perplexity
+from ..evaluation.perplexity import nats_per_byte, perplexity
 from ..models import loading
 from ..models.adapter import LayerAdapter
 from ..models.loading import WholeModel
@@ -95,16 +96,29 @@ class Bench:
         """The share of the dense decoder's parameters that ``model`` lacks."""
         return 1 - sum(parameter.numel() for parameter in self.adapter.layers(model).parameters()) / self.shape.decoder_parameters
 
-    def figures(self, model) -> list[dict]:
-        """Perplexities, one entry per text."""
-        with loading.placed_for_evaluation(model, self.device):
-            values = [perplexity(model, ids, text.name) for text, ids in zip(self.texts, self.blocks)]
-        return [text.figure(ids, self.config.eval_limit, pruned=v) for text, ids, v in zip(self.texts, self.blocks, values)]
+    def figures(self, model, tokenizer=None) -> list[dict]:
+        """Perplexities and nats per byte, one entry per text; with the model's own ``tokenizer``, where it is not the dense one's.
 
-    def scores(self, model, data_dir: str | None, tasks: tuple[str, ...], limit: int | None) -> dict:
-        """Zero-shot results, by task."""
+        The number of blocks that an entry gives is that of the dense model's, whose text it is.
+        """
+        blocks, limit = self.blocks, self.config.eval_limit
+        if tokenizer is not None:
+            old = self.tokenizer
+            blocks = [blocks_in_other_tokens(t, ids, old, tokenizer, model.config, limit) for t, ids in zip(self.texts, blocks)]
         with loading.placed_for_evaluation(model, self.device):
-            return {name: zero_shot.score(model, self.tokenizer, name, data_dir, limit) for name in tasks}
+            values = [perplexity(model, ids, text.name) for text, ids in zip(self.texts, blocks)]
+        nats = [nats_per_byte(value, ids, tokenizer or self.tokenizer) for value, ids in zip(values, blocks)]
+        return [t.figure(ids, limit, pruned=v, nats_per_byte=n) for t, ids, v, n in zip(self.texts, self.blocks, values, nats)]
+
+    def scores(self, model, tokenizer, data_dir: str | None, tasks: tuple[str, ...], limit: int | None) -> dict:
+        """Zero-shot results, by task; with the model's own ``tokenizer``, where it is not the dense one's."""
+        with loading.placed_for_evaluation(model, self.device):
+            return {name: zero_shot.score(model, tokenizer or self.tokenizer, name, data_dir, limit) for name in tasks}
+
+    def other_tokenizer(self, folder: str):
+        """The tokenizer of a checkpoint, or None where its tokens are the dense model's."""
+        found = loading.load_tokenizer(folder, "--also")
+        return None if found.get_vocab() == self.tokenizer.get_vocab() else found
 
     def prune(self, trial: Trial):
         """(the pruned model, its entry of the results without the measurements).
@@ -118,7 +132,7 @@ class Bench:
         self._last = (None, None, 0.0)
         if before != start:
             work = self._work(copy.deepcopy(self.model), settings)
-            stages.go_through((stages.allocate, stages.prune, stages.finish), work)
+            stages.go_through((stages.drop, stages.allocate, stages.prune, stages.finish), work)
             model, seconds = work.model, work.run.clock.seconds["pruning"]
         if settings.distill == "none":
             self._last = (start, copy.deepcopy(model), seconds)
@@ -142,41 +156,60 @@ class Bench:
 
 def _kind_of_samples(settings: PruneConfig) -> tuple:
     """What decides which calibration samples a pruning of one model takes, given source and seed."""
-    return settings.num_examples, settings.self_share, settings.distill_examples
+    return settings.num_examples, settings.self_share, settings.chat_share, settings.distill_examples
+
+
+def state_of_model(name: str) -> list:
+    """What tells a model from another of its name: of a folder or file its name, and the size and date of its config and weights."""
+    path = Path(name)
+    files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.name == "config.json" or "model" in file.name)
+    return [path.name, *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file())]
 
 
 def measure(
     config: TrialsConfig,
     trials: list[Trial],
-    also: Callable[[Bench, object, dict], None] = lambda bench, model, row: None,
+    also: Callable[[Bench, object, object, dict], None] = lambda bench, model, tokenizer, row: None,
     unpruned: Callable[[Bench, Trial], tuple] | None = None,
     identity: dict | None = None,
+    finish: Callable[[TrialsConfig, list[dict]], bool] = lambda config, rows: False,
 ) -> dict:
     """All ``trials`` that the results file does not hold yet; it is written anew after each. Returns the results.
 
-    ``also(bench, model, row)`` may measure more of each model; ``identity``: what its outcome depends on. ``unpruned(bench, trial)``
-    gives model and entry where the share is 0.
+    ``also(bench, model, tokenizer, row)`` may measure more of each model; ``identity``: what its outcome depends on.
+    ``unpruned(bench, trial)`` gives model and entry where the share is 0, with its ``folder`` where it has one. ``finish(config, rows)``
+    adds to the rows, once all are there, and says whether it did.
     """
     device = device_of("device", config.device)
     model_config = loading.load_config(config.base_model)
     dtype = pruning_dtype(config.dtype, device, loading.own_dtype(config.base_model, model_config))
-    fingerprint = {"model": Path(config.base_model).name, "dtype": name_of(dtype), "calibration": config.calibration}
+    fingerprint = {"model": state_of_model(config.base_model), "dtype": name_of(dtype), "calibration": config.calibration}
     fingerprint |= {"seed": config.seed, "eval_data": config.eval_data, "eval_limit": config.eval_limit, **(identity or {})}
     file = record.results_in(Path(config.output), "results.json")
     with record.results_at(file, config.overwrite):
         results = record.continued(file, fingerprint, config.overwrite)
         rows = results.setdefault("rows", [])
+        for row in rows:
+            if "folder" in row and row.get("files") != state_of_model(row["folder"]):
+                raise UserError(f"{file}: {row['folder']} was written anew since it was measured; name another --output, or --overwrite")
         done = {(row["name"], row["variant"], row["share"]) for row in rows}
         missing = [trial for trial in trials if trial.key not in done]
         log.info("%s: %d prunings to do, %d at hand", file, len(missing), len(done))
         bench = Bench(config, dtype, device, missing) if missing else None
         for trial in missing:
             model, row = bench.prune(trial) if trial.share else unpruned(bench, trial)
-            row["perplexity"] = bench.figures(model)
-            also(bench, model, row)
+            tokenizer = None
+            if "folder" in row:
+                tokenizer, row["files"] = bench.other_tokenizer(row["folder"]), state_of_model(row["folder"])
+            row["other_tokens"] = tokenizer is not None
+            row["perplexity"] = bench.figures(model, tokenizer)
+            also(bench, model, tokenizer, row)
             del model
             rows.append(row)
             shown = ", ".join(f"{figure['data']} {figure['pruned']:.1f}" for figure in row["perplexity"])
-            log.info("%.0f %%, %s %s: %s (%.0f s)", 100 * trial.share, trial.name, trial.variant, shown, row["seconds"])
+            took = f" ({row['seconds']:.0f} s)" if row["seconds"] else ""
+            log.info("%.0f %%, %s %s: %s%s", 100 * trial.share, trial.name, trial.variant, shown, took)
+            record.save_results(results, file)
+        if finish(config, rows):
             record.save_results(results, file)
         return results

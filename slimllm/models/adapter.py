@@ -7,6 +7,7 @@ residual stream, what the final norm and the head make of the last states.
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import nn
@@ -23,23 +24,19 @@ def blocks_of_columns(blocks: torch.Tensor, width: int) -> torch.Tensor:
 class Part:
     """One part of one layer, with its modules.
 
-    ``kind``: as in :mod:`parts`. ``output``: the projection whose input columns belong to units. ``norm`` comes before ``module``,
-    ``post_norm`` after it, and ``multiplier`` scales what is added to the residual stream.
+    ``kind``: as in :mod:`parts`. ``norm`` comes before ``module``, ``post_norm`` after it, and ``multiplier`` scales what is added to the
+    residual stream.
     """
 
     def __init__(self, row: PartRow, layer: nn.Module, head_dim: int, multiplier: float):
-        self.row, self.kind, self.head_dim, self.multiplier = row, row.kind, head_dim, multiplier
-        self.module = getattr(layer, row.module)
-        self.output: nn.Linear = getattr(self.module, row.output)
+        self.row, self.kind, self.head_dim = row, row.kind, head_dim
+        self.module: nn.Module = getattr(layer, row.module)
+        self.multiplier = multiplier if row.scale is None else multiplier * getattr(self.module, row.scale)
         self.norm, self.post_norm = (None if name is None else getattr(layer, name) for name in (row.norm, row.post_norm))
 
     def read(self, states: torch.Tensor) -> torch.Tensor:
         """What ``module`` is given for the residual stream ``states`` [..., D]."""
         return states if self.norm is None else self.norm(states)
-
-    def run(self, inputs: torch.Tensor, arguments: dict) -> None:
-        """Calls ``module``. ``arguments``: what the layer is called with besides the states."""
-        self.module(inputs)
 
     def join(self, states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """The residual stream after this part, whose output projection gave ``output`` [..., D]."""
@@ -47,6 +44,23 @@ class Part:
         if self.post_norm is not None:
             output = self.post_norm(output)
         return states + (output if self.multiplier == 1 else output * self.multiplier)
+
+    @property
+    def units(self) -> Units:
+        """How many units of each sort it has, from its modules."""
+        raise NotImplementedError
+
+
+class ProjectedPart(Part):
+    """A part that ends in a projection, ``output``, whose input columns belong to units."""
+
+    def __init__(self, row: PartRow, layer: nn.Module, head_dim: int, multiplier: float):
+        super().__init__(row, layer, head_dim, multiplier)
+        self.output: nn.Linear = getattr(self.module, row.output)
+
+    def run(self, inputs: torch.Tensor, arguments: dict) -> None:
+        """Calls ``module``. ``arguments``: what the layer is called with besides the states."""
+        self.module(inputs)
 
     @property
     def linears(self) -> list[nn.Linear]:
@@ -68,11 +82,6 @@ class Part:
 
     # of each kind
 
-    @property
-    def units(self) -> Units:
-        """How many units of each sort it has, from its modules."""
-        raise NotImplementedError
-
     def rows(self, kept: Kept) -> list[tuple[nn.Linear, torch.Tensor]]:
         """(projection, its rows that belong to these units), for each of ``inputs``."""
         raise NotImplementedError
@@ -92,7 +101,7 @@ class Part:
         raise NotImplementedError
 
 
-class Attention(Part):
+class Attention(ProjectedPart):
     """Query heads that share KV heads in equal groups."""
 
     def run(self, inputs: torch.Tensor, arguments: dict) -> None:
@@ -104,13 +113,18 @@ class Attention(Part):
         """{"heads": query heads, "kv_heads": KV heads}, from the widths of the projections."""
         heads = self.output.in_features // self.head_dim
         rows = sum(linear.out_features for linear in self.inputs)
-        return {"heads": heads, "kv_heads": (rows // self.head_dim - heads) // 2}
+        return {"heads": heads, "kv_heads": (rows - heads * self._query_rows) // self.head_dim // 2}
+
+    @property
+    def _query_rows(self) -> int:
+        """Rows of the query projection that each query head has."""
+        return self.head_dim * (2 if self.row.output_gate else 1)
 
     def rows(self, kept: Kept) -> list[tuple[nn.Linear, torch.Tensor]]:
         """Rows of the query projection that belong to kept query heads; of key and value projections those of kept KV heads."""
-        before = self.units
-        queries, pairs = (blocks_of_columns(torch.as_tensor(kept[sort]), self.head_dim) for sort in ("heads", "kv_heads"))
-        return self._split([queries, pairs, pairs], [before[sort] * self.head_dim for sort in ("heads", "kv_heads")])
+        before, widths = self.units, {"heads": self._query_rows, "kv_heads": self.head_dim}
+        queries, pairs = (blocks_of_columns(torch.as_tensor(kept[sort]), width) for sort, width in widths.items())
+        return self._split([queries, pairs, pairs], [before[sort] * width for sort, width in widths.items()])
 
     def columns(self, kept: Kept, device=None) -> torch.Tensor:
         """Columns of kept query heads: [heads * head size]."""
@@ -119,9 +133,9 @@ class Attention(Part):
     def unit_sums(self, rows: torch.Tensor, columns: torch.Tensor) -> dict[str, torch.Tensor]:
         """A query head has its rows of queries and its columns of the output, a KV head its rows of keys and of values."""
         units = self.units
-        queries, keys, values = rows.split([units[sort] * self.head_dim for sort in ("heads", "kv_heads", "kv_heads")])
-        sums = {"heads": queries + columns, "kv_heads": keys + values}
-        return {sort: of_rows.view(units[sort], -1).sum(1) for sort, of_rows in sums.items()}
+        pairs = units["kv_heads"] * self.head_dim
+        queries, keys, values = (part.view(-1, self.head_dim).sum(1) for part in rows.split([len(rows) - 2 * pairs, pairs, pairs]))
+        return {"heads": queries.view(units["heads"], -1).sum(1) + columns.view(-1, self.head_dim).sum(1), "kv_heads": keys + values}
 
     def note_units(self, units: Units) -> None:
         """Sets the size of a group, and of a fused projection what it is split by."""
@@ -133,8 +147,8 @@ class Attention(Part):
             self.module.num_key_value_heads = kv_heads
 
 
-class Mlp(Part):
-    """A feed-forward part whose channels are scaled by a gate."""
+class Mlp(ProjectedPart):
+    """A feed-forward part, whose channels may be scaled by a gate."""
 
     @property
     def units(self) -> Units:
@@ -142,9 +156,9 @@ class Mlp(Part):
         return {"channels": self.output.in_features}
 
     def rows(self, kept: Kept) -> list[tuple[nn.Linear, torch.Tensor]]:
-        """The same rows of gate and up projection."""
+        """The same rows of gate, where there is one, and up projection."""
         channels = torch.as_tensor(kept["channels"])
-        return self._split([channels, channels], [self.units["channels"]])
+        return self._split([channels, channels], [self.units["channels"]]) if self.row.gate else [(self.inputs[0], channels)]
 
     def columns(self, kept: Kept, device=None) -> torch.Tensor:
         """The kept channels themselves."""
@@ -155,17 +169,141 @@ class Mlp(Part):
         self.module.intermediate_size = units["channels"]
 
     def unit_sums(self, rows: torch.Tensor, columns: torch.Tensor) -> dict[str, torch.Tensor]:
-        """A channel has one row of gate, one of up and one column of down."""
-        return {"channels": columns + rows.view(2, -1).sum(0)}
+        """A channel has one row of gate, where there is one, one of up and one column of down."""
+        return {"channels": columns + rows.view(-1, len(columns)).sum(0)}
 
-    def gate_and_up(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights [I, D] of the gate and the up projection, float32."""
+    def gate_and_up(self) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Weights [I, D] of the gate, None where there is none, and the up projection, float32."""
         weights = [linear.weight.float() for linear in self.inputs]
+        if not self.row.gate:
+            return None, weights[0]
         gate, up = weights if len(weights) == 2 else weights[0].chunk(2)
         return gate, up
 
 
-_PARTS = {"attention": Attention, "mlp": Mlp}
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # attributes in which modules keep how many there are
+_WIDTHS = ("intermediate_dim", "intermediate_size")  # the same of the channels of each
+
+
+class Experts(Part):
+    """A router and its experts: ``experts`` is called with (states [T, D], the experts of each token [T, k], their weights [T, k])."""
+
+    def __init__(self, row: PartRow, layer: nn.Module, head_dim: int, multiplier: float):
+        super().__init__(row, layer, head_dim, multiplier)
+        self.router: nn.Module = getattr(self.module, row.inputs[0])
+        self.experts: nn.Module = getattr(self.module, row.output)
+
+    @property
+    def units(self) -> Units:
+        """{"experts": experts, "channels": channels of each}, from their weights, which are stacked."""
+        shape = getattr(self.experts, self.row.stacked[1]).shape
+        return {"experts": shape[0], "channels": shape[1 if self.row.transposed else 2]}
+
+    @property
+    def channel_parameters(self) -> int:
+        """Parameters of one channel of one expert; 0 where channels cannot go."""
+        return 0 if not self.row.fits else sum(tensor.numel() for _, tensor, _, _ in self.by_channel()) // math.prod(self.units.values())
+
+    def by_channel(self) -> list[tuple[str, torch.Tensor, int, int]]:
+        """(name, tensor, its axis along the channels, how many rows there each channel has) of the experts' parameters that have one."""
+        inputs, output = self.row.stacked
+        gate, down = (2, 1) if self.row.transposed else (1, 2)
+        found = [(inputs, getattr(self.experts, inputs), gate, 2), (output, getattr(self.experts, output), down, 1)]
+        bias = getattr(self.experts, f"{inputs}_bias", None)
+        return found if bias is None else [*found, (f"{inputs}_bias", bias, 1, 2)]
+
+    def rows_of(self, channels: torch.Tensor) -> torch.Tensor:
+        """The rows [E, 2 n] of the stacked gates and ups that belong to ``channels`` [E, n] of each expert."""
+        if self.row.transposed:
+            return torch.stack([2 * channels, 2 * channels + 1], -1).flatten(1)
+        return torch.cat([channels, self.units["channels"] + channels], 1)
+
+    def gate_and_up(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights [I, D] of an expert's gate and up projections, float32."""
+        weight = getattr(self.experts, self.row.stacked[0]).data[expert].float()
+        return (weight.T[::2], weight.T[1::2]) if self.row.transposed else weight.chunk(2)
+
+    def activations(self, expert: int, states: torch.Tensor) -> torch.Tensor:
+        """The inputs [T, I] of an expert's output projection for what it reads, ``states`` [T, D]."""
+        name = self.row.stacked[0]
+        weight, bias = getattr(self.experts, name)[expert], getattr(self.experts, f"{name}_bias", None)
+        weight = weight.T if self.row.transposed else weight
+        return self.experts._apply_gate(nn.functional.linear(states, weight, None if bias is None else bias[expert]))
+
+    def projection(self, expert: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(weight [D, I], bias [D] or None) of an expert's output projection, which may be changed in place."""
+        name = self.row.stacked[1]
+        weight, bias = getattr(self.experts, name).data[expert], getattr(self.experts, f"{name}_bias", None)
+        return weight.T if self.row.transposed else weight, None if bias is None else bias.data[expert]
+
+    def give(self, states: torch.Tensor) -> torch.Tensor:
+        """What the part makes of the residual stream ``states`` [..., D], before it joins it."""
+        given = self.module(self.read(states))
+        return given[0] if isinstance(given, tuple) else given
+
+    def tensors(self) -> list[tuple[nn.Module, str, torch.Tensor, int | None]]:
+        """(module, name in it, tensor, its axis along the experts, or None) of all parameters and buffers of the part.
+
+        Those of the experts, of the router, and of the part itself have such an axis where one is as long; shared experts have none.
+        """
+        count, cut = self.units["experts"], [self.module, *self.router.modules(), *self.experts.modules()]
+        found = []
+        for module in self.module.modules():
+            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            for name, tensor in own:
+                axis = list(tensor.shape).index(count) if count in tensor.shape and any(module is one for one in cut) else None
+                found.append((module, name, tensor, axis))
+        return found
+
+    def note_units(self, units: Units) -> None:
+        """Brings the numbers of experts that the modules store up to date, once they are sliced."""
+        for module in (self.module, *self.router.modules(), *self.experts.modules()):
+            for name in vars(module).keys() & set(_COUNTS):
+                setattr(module, name, units["experts"])
+            if isinstance(module, nn.Linear):
+                module.out_features = len(module.weight)
+        for name in vars(self.experts).keys() & set(_WIDTHS):
+            setattr(self.experts, name, units["channels"])
+
+
+class _Reached(Exception):
+    """The states that a layer had where it was stopped."""
+
+
+class Mixer:
+    """What a layer computes before the norm of its next part, or all that it computes where it has no other, run as it is; or a number by
+    which a layer multiplies the state.
+
+    The layer itself is called, and stopped there: no family's way to call what it holds is repeated here.
+    """
+
+    kind = "mixer"
+
+    def __init__(self, layer: nn.Module, until: nn.Module | None, what: nn.Module | torch.Tensor):
+        self._layer, self._until, self._what = layer, until, what
+
+    def after(self, states: torch.Tensor, arguments: dict) -> torch.Tensor:
+        """The residual stream behind it. ``arguments``: what the layer is called with besides the ``states`` [..., D]."""
+        if isinstance(self._what, torch.Tensor):
+            return states * self._what
+        if self._until is None:
+            given = self._layer(states, **arguments)
+            return given[0] if isinstance(given, tuple) else given
+
+        def stop(_, inputs):
+            raise _Reached(inputs[0])
+
+        hook = self._until.register_forward_pre_hook(stop)
+        try:
+            self._layer(states, **arguments)
+        except _Reached as reached:
+            return reached.args[0]
+        finally:
+            hook.remove()
+        raise RuntimeError(f"{type(self._layer).__name__} never came to the norm of its next part")
+
+
+_PARTS = {"attention": Attention, "mlp": Mlp, "experts": Experts}
 
 
 class LayerAdapter:
@@ -207,6 +345,8 @@ class LayerAdapter:
         logits = head(states).float()
         if divisor := self._setting(self.family.logits_divisor):
             logits = logits / divisor
+        if (factor := self._setting(self.family.logits_multiplier)) is not None:
+            logits = logits * factor
         if cap := self._setting(self.family.logits_softcap):
             logits = torch.tanh(logits / cap) * cap
         return logits
@@ -216,16 +356,25 @@ class LayerAdapter:
 
     # its layers
 
-    def steps(self, layer: nn.Module) -> list[list[Part]]:
+    def steps(self, layer: nn.Module) -> list[list[Part | Mixer]]:
         """The parts of a layer in the order of computation; those of one step read the same state, side by side."""
         multiplier = self._setting(self.family.residual_multiplier)
-        multiplier = 1.0 if multiplier is None else multiplier
-        steps = [[row for row in step if row.layers is None or getattr(layer, row.module, None) is not None] for step in self.family.steps]
-        return [[_PARTS[row.kind](row, layer, self.head_dim, multiplier) for row in step] for step in steps if step]
+        if multiplier is None:  # some classes derive it from other settings
+            multiplier = getattr(layer, self.family.residual_multiplier or "", 1.0)
+        steps = [[row for row in step if row.is_in(layer)] for step in self.family.steps]
+        steps, found = [step for step in steps if step], []
+        for number, step in enumerate(steps):
+            if step[0].sizes:
+                found.append([_PARTS[row.kind](row, layer, self.head_dim, multiplier) for row in step])
+            else:
+                following = steps[number + 1 :]
+                until = getattr(layer, following[0][0].norm, None) if following and following[0][0].sizes else None
+                found.append([Mixer(layer, until, getattr(layer, step[0].module))])
+        return found
 
     def parts(self, layer: nn.Module) -> list[Part]:
-        """The parts of a layer, in the order of computation."""
-        return [part for step in self.steps(layer) for part in step]
+        """The parts of a layer that have units, in the order of computation."""
+        return [part for step in self.steps(layer) for part in step if isinstance(part, Part)]
 
     def part(self, layer: nn.Module, kind: str) -> Part:
         """The part of this kind of a layer that has one."""
@@ -234,6 +383,10 @@ class LayerAdapter:
     def all_parts(self, model) -> list[Part]:
         """The parts of all layers."""
         return [part for layer in self.layers(model) for part in self.parts(layer)]
+
+    def projected_parts(self, model) -> list[ProjectedPart]:
+        """Those of all layers that end in an output projection."""
+        return [part for part in self.all_parts(model) if isinstance(part, ProjectedPart)]
 
     def units(self, model) -> list[dict[str, Units]]:
         """What each part of each layer has, from the modules."""

@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 
 from ..errors import UserError, nearest
 from .families import family_of, is_pruned
+from .parts import is_in_layer
 
 log = logging.getLogger("slimllm")
 
@@ -19,7 +20,7 @@ _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attentio
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "sliding_window")
 _FLAGS = ("attention_bias", "mlp_bias", "tie_word_embeddings")
 _WEIGHTS = (".safetensors", ".safetensors.index.json")  # what transformers takes by a name of its own
-_LAYER_TYPES = ("full_attention", "sliding_attention")
+_LAYER_TYPES = ("full_attention", "sliding_attention", "indexed_attention", "linear_attention", "conv", "hybrid", "moe", "mlp")
 
 
 def check_config(config, where: str) -> None:
@@ -28,6 +29,8 @@ def check_config(config, where: str) -> None:
         value = getattr(config, name, None)
         if value is None and name in _OPTIONAL_SIZES:
             continue
+        if name == "sliding_window" and value == 0 and not getattr(config, "use_sliding_window", True):
+            continue  # as some families write that there is none
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{where}: {name} is {value!r}, not a whole number of at least 1")
     for name in _FLAGS:
@@ -48,18 +51,23 @@ def check_config(config, where: str) -> None:
     pad = getattr(config, "pad_token_id", None)
     if pad is not None and (not isinstance(pad, int) or not -config.vocab_size <= pad < config.vocab_size):
         raise UserError(f"{where}: pad_token_id is {pad!r}, and the vocabulary has {config.vocab_size} tokens")
-    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "silu")  # where it names none, it has one
     if not isinstance(activation, str) or activation not in ACT2FN:
         raise UserError(f"{where}: hidden_act is {activation!r}, which transformers does not know{nearest(str(activation), ACT2FN)}")
     _check_layer_types(config, where)
+    family, layers = family_of(config), range(config.num_hidden_layers)
+    attention = [row for row in family.parts if row.kind == "attention"]
+    if family.is_hybrid and attention and not any(is_in_layer(config, row, index) for row in attention for index in layers):
+        raise UserError(f"{where}: layer_types: none of its layers has attention, and transformers generates with no such model")
     if is_pruned(config):
         _check_per_layer(config, where)
     weights = getattr(config, "transformers_weights", None)
     if weights is not None and not (isinstance(weights, str) and weights == Path(weights).name and weights.endswith(_WEIGHTS)):
         raise UserError(f"{where}: transformers_weights is {weights!r}, not the name of a file of weights beside it (*.safetensors)")
-    epsilon = getattr(config, "rms_norm_eps", 0.0)
+    name = family_of(config).norm_epsilon
+    epsilon = getattr(config, name, 0.0) if isinstance(name, str) else name
     if not isinstance(epsilon, int | float) or not math.isfinite(epsilon) or epsilon < 0:
-        raise UserError(f"{where}: rms_norm_eps is {epsilon!r}, not a number of at least 0")
+        raise UserError(f"{where}: {name} is {epsilon!r}, not a number of at least 0")
 
 
 def _check_per_layer(config, where: str) -> None:
@@ -69,12 +77,13 @@ def _check_per_layer(config, where: str) -> None:
             values = getattr(config, name, None)
             if not isinstance(values, list | tuple) or len(values) != config.num_hidden_layers:
                 raise UserError(f"{where}: {name} is no list with an entry for each of {config.num_hidden_layers} layers")
+            values = [value for value in values if value is not None or row.layers is None]
             if odd := [value for value in values if type(value) is not kind or value < least]:
                 raise UserError(
                     f"{where}: {name} holds {odd[0]!r}, not {'true or false' if kind is bool else 'a whole number of at least 1'}"
                 )
-    pairs = zip(config.num_attention_heads_per_layer, config.num_key_value_heads_per_layer)
-    for index, (heads, kv_heads) in enumerate(pairs):
+    heads_per_layer = getattr(config, "num_attention_heads_per_layer", [])
+    for index, (heads, kv_heads) in enumerate(zip(heads_per_layer, getattr(config, "num_key_value_heads_per_layer", []))):
         if heads % kv_heads:
             raise UserError(f"{where}: layer {index} has {heads} heads, no multiple of its {kv_heads} KV heads")
 

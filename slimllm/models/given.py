@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..utils.device import name_of
 from .checked import check_config
 from .families import family_of
-from .loading import skeleton_of
+from .skeleton import in_float32, skeleton_of
 from .source import all_finite, stored_tensors
 
 _AGAIN = "load it again with from_pretrained"
@@ -32,7 +32,7 @@ def check_model(model) -> transformers.PreTrainedModel:
     while (inner := _wrapped(model)) is not None:
         model = inner
     _check_kind(model)
-    family_of(model.config)
+    family_of(model.config).settle(model.config)
     _check_place(model)
     _check_weights(model)
     check_config(model.config, "model: its config")
@@ -107,7 +107,8 @@ def _check_weights(model) -> None:
             raise UserError(f"model: {name} is {name_of(tensor.dtype)}, as in quantized models; {way}")
         if type(tensor) is not nn.Parameter:
             raise UserError(f"model: {name} is a {type(tensor).__name__}, not a plain parameter; {_AGAIN}")
-    dtypes = sorted({name_of(tensor.dtype) for tensor in parameters.values()})
+    exact = in_float32(model.config, model.dtype)
+    dtypes = sorted({name_of(tensor.dtype) for name, tensor in parameters.items() if name not in exact})
     if len(dtypes) > 1:
         raise UserError(f"model: its weights are {' and '.join(dtypes)}; {_AGAIN} in one dtype (dtype=torch.{dtypes[0]})")
 

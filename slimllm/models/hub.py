@@ -18,6 +18,7 @@ from ..errors import UserError, first_line
 from .weights import ADAPTER, WEIGHTS, listed_in
 
 _TIMEOUT_SECONDS = 5
+BESIDE = ["*.json", "*.jinja", "*.txt", "*.model"]  # configs, tokenizer and processor, which stand beside a model's weights
 # The hub takes a repository with a .gguf file for a model for llama.cpp, and tokenizer.gguf holds a tokenizer alone.
 NOT_UPLOADED = ["log.txt", ".*", "tokenizer.gguf"]
 
@@ -61,6 +62,8 @@ def rows(path: str, column: str | None = None, stream: bool = False, **kwargs):
     try:
         data = datasets.load_dataset(path, streaming=stream and online, **kwargs)
         for row in data:
+            if column is not None and column not in row:
+                raise ValueError(f"it has no column {column}, but {', '.join(row)}")
             yield row if column is None else row[column]
     except Exception as error:  # each storage backend raises its own kind
         raise OSError(f"hub data set {path}: {first_line(error)}") from error
@@ -79,6 +82,20 @@ def download_weights(name: str, named: str | None = None) -> str:
     if file_name.endswith(".index.json") and (folder / file_name).is_file():
         huggingface_hub.snapshot_download(name, allow_patterns=[file_name, *listed_in(folder / file_name), *beside])
     return str(folder)
+
+
+def cached(name: str, file: str) -> Path | None:
+    """A file of a hub model, where it is in the cache."""
+    try:
+        found = huggingface_hub.try_to_load_from_cache(name, file)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def download_beside(name: str) -> str:
+    """The local snapshot of a hub model with what stands beside its weights: configs, tokenizer and processor."""
+    return huggingface_hub.snapshot_download(name, allow_patterns=BESIDE)
 
 
 def card_data(folder: str | os.PathLike) -> dict:

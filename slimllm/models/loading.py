@@ -7,22 +7,25 @@ import contextlib
 import logging
 import os
 import re
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from ..errors import UserError, first_line
 from ..utils.device import evaluation_dtype
 from ..utils.memory import free_memory, return_free_memory
 from . import gguf_settings, hub
 from .checked import check_config
-from .families import family_of
+from .families import OF_IMAGES, TEXT_MODELS, family_of
 from .gguf_tensors import GgufTensors, gguf_reader, parsed_once
+from .refused import UNSUPPORTED
 from .shape import ModelShape, shape_of
+from .skeleton import in_float32, skeleton_of
 from .source import ModelSource, stored_tensors
+from .stored_names import Stacked
 from .weights import ADAPTER, PickledTensors, Tensors, weight_files
 
 # Tensors that old files hold besides the model's, which follow from the config. The model's class may name more.
@@ -111,6 +114,10 @@ def _read(what: str, base_model: str, option_name: str, read):
                 f"{option_name} {base_model}: its {what} needs code that comes with the model, and no model's code is run here; "
                 "name one in a form that transformers knows by itself"
             ) from None
+        if isinstance(error, OSError) and not os.path.exists(base_model) and not hub.reachable():
+            raise UserError(
+                f"{option_name} {base_model}: no folder or file of that name is here, and the hub is out of reach ({first_line(error)})"
+            ) from None
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
         raise UserError(f"{option_name} {base_model}: cannot read the {what}: {kind}{first_line(error)}") from None
 
@@ -124,13 +131,19 @@ def load_config(base_model: str, option_name: str = "--base_model"):
     where = f"{option_name} {base_model}"
     config = _read("config", base_model, option_name, lambda: AutoConfig.from_pretrained(source, trust_remote_code=False, **kwargs))
     quantization = getattr(config, "quantization_config", None)
-    if text := getattr(config, "text_config", None):
+    if (text := getattr(config, "text_config", None)) and config.model_type not in UNSUPPORTED:
         if not isinstance(text, PreTrainedConfig):
             raise UserError(f"{option_name} {base_model}: config.json: text_config is {text!r}, not the settings of a model")
         text.transformers_weights = getattr(config, "transformers_weights", None)
-        text.dtype, text.tie_word_embeddings = text.dtype or config.dtype, config.tie_word_embeddings  # the head is the outer model's
-        config = text
+        text.dtype = text.dtype or config.dtype
+        text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)  # the head is the outer model's
+        config = _as_text_model(text)
     family = family_of(config)
+    family.settle(config)
+    if kwargs and family.is_mixture:
+        raise UserError(
+            f"{where}: a mixture of experts is read from a folder or the hub, not from a .gguf file; name the model it was made of"
+        )
     if kwargs:
         _read("config", base_model, option_name, lambda: gguf_settings.complete(config, gguf_reader(base_model), where))
     config._attn_implementation = None  # a file does not decide how attention is computed
@@ -143,6 +156,17 @@ def load_config(base_model: str, option_name: str = "--base_model"):
             "name the unquantized model it was made from"
         )
     return config
+
+
+def _as_text_model(config):
+    """The config of a text model as that of the family that it is when it reads text alone."""
+    if config.model_type not in TEXT_MODELS:
+        return config
+    settings = {name: value for name, value in config.to_dict().items() if name != "model_type"}
+    settings["rope_parameters"] = {name: value for name, value in config.rope_parameters.items() if name not in OF_IMAGES}
+    found = AutoConfig.for_model(TEXT_MODELS[config.model_type], **settings)
+    found.architectures = None
+    return found
 
 
 def load_tokenizer(base_model: str, option_name: str = "--base_model"):
@@ -168,18 +192,12 @@ def open_source(base_model: str, dtype: torch.dtype | str, option_name: str = "-
     weights = _read("weights", base_model, option_name, lambda: _weights(base_model, source, config, names))
     if _settle_head(config, weights):
         skeleton = skeleton_of(config, dtype)
+    if family_of(config).is_mixture:
+        weights = Stacked(weights, skeleton)
     _check_tensors(skeleton, weights, where)
     if not kwargs and (generation := _generation_config(source, base_model, option_name)) is not None:
         skeleton.generation_config = generation
     return ModelSource(skeleton, weights, dtype)
-
-
-def skeleton_of(config, dtype: torch.dtype):
-    """The model of a config, without its weights."""
-    with init_empty_weights(include_buffers=False):
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
-    skeleton.tie_weights()
-    return skeleton
 
 
 def _generation_config(source: str, base_model: str, option_name: str) -> GenerationConfig | None:
@@ -254,10 +272,13 @@ def _weights(base_model: str, source: str, config, names: list[str]):
     """The reader of a model's files; a hub model is downloaded first, where it is not in the cache."""
     if is_gguf(base_model):
         return GgufTensors(base_model, config, names)
-    named = getattr(config, "transformers_weights", None)
-    folder = source if os.path.isdir(source) else hub.download_weights(source, named)
-    files = weight_files(folder, named)
+    files = weight_files(weights_folder(source, config), getattr(config, "transformers_weights", None))
     return (Tensors if files[0].suffix == ".safetensors" else PickledTensors)(files)
+
+
+def weights_folder(source: str, config) -> str:
+    """The folder that holds a model's files of weights; a hub model's are downloaded first, where they are not in the cache."""
+    return source if os.path.isdir(source) else hub.download_weights(source, getattr(config, "transformers_weights", None))
 
 
 def load_model(base_model: str, dtype: torch.dtype | str, option_name: str = "--base_model", device: torch.device | str = "cpu"):
@@ -272,10 +293,11 @@ def placed_for_evaluation(model, device: torch.device):
     Only parameters are cast: position frequencies stay float32, as from_pretrained leaves them.
     """
     dtype = evaluation_dtype(model.dtype, device)
+    exact = in_float32(model.config, dtype)
     originals = [(tensor, tensor.data) for tensor in [*model.parameters(), *model.buffers()]]
     try:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(device=device, dtype=dtype)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(device=device, dtype=torch.float32 if name in exact else dtype)
         for buffer in model.buffers():
             buffer.data = buffer.data.to(device=device)
         yield model
@@ -285,20 +307,30 @@ def placed_for_evaluation(model, device: torch.device):
         return_free_memory()
 
 
+SMALL = 2_000_000_000  # bytes that a model may take whole where only its answers to a few prompts need that
+
+
 class WholeModel:
     """A model, or a ModelSource, that may be needed whole, to write text: then it is read once, in the dtype of evaluation.
+
+    ``progress``: called with what is being done with it, how much of that is done, and of how much.
 
     Inside a ``with`` block: what was read or moved is given back at its end.
     """
 
-    def __init__(self, model, device: torch.device):
-        self.source, self.device, self.config = ModelSource.of(model), device, model.config
+    def __init__(self, model, device: torch.device, progress: Callable[[str, int, int], None] = lambda *_: None):
+        self.source, self.device, self.config, self.progress = ModelSource.of(model), device, model.config, progress
         self._stack, self._model = contextlib.ExitStack(), None
 
     @property
     def fits(self) -> bool:
         """Whether there is room for it. A model in memory has it already."""
         return not self.source.streams or self.bytes < free_memory(self.device)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it may be read whole although nothing else in a run needs that."""
+        return self.fits and self.bytes <= SMALL
 
     @property
     def bytes(self) -> int:
@@ -309,7 +341,8 @@ class WholeModel:
     def peak_bytes(parameters: int, sizes) -> int:
         """What it takes of a run whose numbers have these ``sizes`` (streaming.Sizes), where the run needs it."""
         whole = round(1.15 * parameters * sizes.evaluation)
-        return whole if sizes.generates or (sizes.may_generate and whole < sizes.free) else 0
+        may = sizes.may_generate or (sizes.answers and whole <= SMALL)
+        return whole if sizes.generates or (may and whole < sizes.free) else 0
 
     def model(self):
         """The model; a ModelSource is read the first time. Raises UserError where it does not fit."""
@@ -323,7 +356,7 @@ class WholeModel:
         if not self.source.streams:
             self._model = self._stack.enter_context(placed_for_evaluation(self.source.model, self.device))
         else:
-            log.info("the model writes text of its own, so all of it is read into memory: %.2f GB on %s", self.bytes / 1e9, self.device)
+            log.info("to write text, the whole model is read into memory: %.2f GB on %s", self.bytes / 1e9, self.device)
             self._model = self.source.whole(evaluation_dtype(self.source.dtype, self.device), self.device)
         return self._model
 

@@ -15,7 +15,18 @@ from typing import ClassVar
 from .families import PartRow
 
 Units = dict[str, int]  # how many units of each sort
-Kept = dict[str, list[int]]  # which units of each sort, ascending
+Kept = dict[str, list]  # which units of each sort, ascending; of the channels of experts a list for each expert, where these differ
+EXPERT_CHANNELS = 8  # channels of experts come in multiples of this: transformers multiplies them in rows of whole 16 bytes
+
+
+def count_of(indices: list) -> int:
+    """How many units of a sort these are: of channels of experts those of each expert."""
+    return len(indices[0]) if indices and isinstance(indices[0], list) else len(indices)
+
+
+def units_of_kept(kept: dict[str, Kept]) -> dict[str, Units]:
+    """How many units of each sort each part keeps."""
+    return {kind: {sort: count_of(indices) for sort, indices in by_sort.items()} for kind, by_sort in kept.items()}
 
 
 def value_in_layer(config, name: str, index: int):
@@ -25,13 +36,28 @@ def value_in_layer(config, name: str, index: int):
     return value[index] if isinstance(value, list | tuple) else value
 
 
+def is_in_layer(config, row: PartRow, index: int) -> bool:
+    """Whether layer ``index`` has the part."""
+    if row.layers is None:
+        return True
+    if isinstance(row.layers, str):
+        return bool(value_in_layer(config, row.layers, index))
+    name, value = row.layers
+    return value_in_layer(config, name, index) == value
+
+
 def head_dim_of(config) -> int:
     """The size of one head: the config's own, or hidden size / heads where it names none."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _has_bias(config, bias: str | bool) -> bool:
+def has_bias(config, bias: str | bool) -> bool:
+    """What the config's flag for a bias says, or the fixed answer."""
     return bool(getattr(config, bias, False)) if isinstance(bias, str) else bias
+
+
+def _flag(bias: str | bool) -> str | None:
+    return bias if isinstance(bias, str) else None
 
 
 def biases_of(config, row: PartRow) -> list[bool] | None:
@@ -42,7 +68,7 @@ def biases_of(config, row: PartRow) -> list[bool] | None:
 def _has_output_bias(config, row: PartRow, index: int) -> bool:
     """Whether the output projection has a bias, which pruned models say layer by layer."""
     listed = biases_of(config, row)
-    return _has_bias(config, row.output_bias) if listed is None else listed[index]
+    return has_bias(config, row.output_bias) if listed is None else listed[index]
 
 
 class HeadSteps:
@@ -55,6 +81,8 @@ class HeadSteps:
     units, a whole group: without one step 6 query and 2 KV heads are left. ``query`` has 3 steps too, and the search chooses among 9
     units, which form 3 runs that each lose one: without one step 6 query and 3 KV heads are left, such as 0 2, 3 4 and 7 8.
     """
+
+    sort, fine, least = "heads", False, 1
 
     def __init__(self, heads: int, kv_heads: int, head_dim: int, head_unit: str, divisor: int = 0):
         group_size = heads // kv_heads
@@ -91,8 +119,35 @@ class HeadSteps:
         return scores.view(self.runs, self.count, -1).mean(-1).sort(-1).values.mean(0)
 
 
+class ExpertSteps:
+    """Experts go one by one, or one out of each of ``groups``, as long as ``least`` experts stay, which a token is routed to."""
+
+    sort, fine = "experts", False
+
+    def __init__(self, experts: int, least: int, groups: int = 1):
+        self.count, self.least, self._groups = experts // groups, least // groups, groups
+
+    def units(self, kept: int) -> Units:
+        """What a layer with so many steps has: each step is one expert of each group."""
+        return {"experts": kept * self._groups}
+
+    def kept(self, ratio: float, round_to: int) -> int:
+        """Steps kept at ``ratio``: count - round(ratio * count), as many at least as a token is routed to; ``round_to`` is of widths."""
+        return max(self.least, self.count - round(ratio * self.count))
+
+    def allowed(self, round_to: int) -> list[int]:
+        """How many steps a layer can keep."""
+        return list(range(self.least, self.count + 1))
+
+    def of(self, units: Units) -> int:
+        """The steps of a layer that has these units."""
+        return units["experts"] // self._groups
+
+
 class ChannelSteps:
     """Feed-forward channels go one by one, or in multiples of ``round_to``."""
+
+    sort, fine, least = "channels", True, 1
 
     def __init__(self, channels: int):
         self.count = channels
@@ -136,14 +191,21 @@ class AttentionShape:
     head_dim: int
     input_bias: bool = False
     output_bias: bool = False
+    input_flag: str | None = None  # the config's flag for such a bias, where there is one
+    output_flag: str | None = None
     qk_norm: str | None = None  # as PartRow has it
+    per_head: int = 0  # parameters besides, per query head
+    output_gate: bool = False  # as PartRow has it
 
     @classmethod
     def of(cls, config, row: PartRow, index: int) -> AttentionShape:
         """That of layer ``index`` of a model, dense or pruned."""
         heads, kv_heads = (value_in_layer(config, name, index) for name in row.sizes)
-        biases = _has_bias(config, row.input_bias), _has_output_bias(config, row, index)
-        return cls(config.hidden_size, heads, kv_heads or heads, head_dim_of(config), *biases, row.qk_norm)
+        biases = has_bias(config, row.input_bias), _has_output_bias(config, row, index)
+        flags = _flag(row.input_bias), _flag(row.output_bias)
+        qk_norm = row.qk_norm if row.qk_norm_flag is None or getattr(config, row.qk_norm_flag) else None
+        sizes = config.hidden_size, heads, kv_heads or heads, head_dim_of(config)
+        return cls(*sizes, *biases, *flags, qk_norm, len(row.per_head), row.output_gate)
 
     @property
     def units(self) -> Units:
@@ -158,16 +220,24 @@ class AttentionShape:
         """Parameters of the part with these units; what is not mentioned is as in the model."""
         units = units or self.units
         wide, narrow = units["heads"] * self.head_dim, units["kv_heads"] * self.head_dim
-        rows = wide + 2 * narrow
+        rows = self._query_rows(units) + 2 * narrow
         biases = rows * (self.input_bias if input_bias is None else input_bias)
         biases += self.hidden * (self.output_bias if output_bias is None else output_bias)
         norms = {None: 0, "head": 2 * self.head_dim, "all": wide + narrow}[self.qk_norm]
-        return self.hidden * (rows + wide) + biases + norms
+        return self.hidden * (rows + wide) + biases + norms + self.per_head * units["heads"]
+
+    def active_parameters(self, units: Units | None = None) -> int:
+        """Those that one token is computed with: all."""
+        return self.parameters(units)
 
     def matrices(self, units: Units) -> list[tuple[int, int]]:
         """(rows, columns) of its projections with these units."""
         wide, narrow = units["heads"] * self.head_dim, units["kv_heads"] * self.head_dim
-        return [(wide, self.hidden), (narrow, self.hidden), (narrow, self.hidden), (self.hidden, wide)]
+        return [(self._query_rows(units), self.hidden), (narrow, self.hidden), (narrow, self.hidden), (self.hidden, wide)]
+
+    def _query_rows(self, units: Units) -> int:
+        """Rows of the query projection: the queries, and the gate where it holds one."""
+        return units["heads"] * self.head_dim * (2 if self.output_gate else 1)
 
     def cache_numbers(self, units: Units | None = None) -> int:
         """Numbers that the KV cache holds per token."""
@@ -199,7 +269,7 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class MlpShape:
-    """The feed-forward part of one layer: down(act(gate(x)) * up(x))."""
+    """The feed-forward part of one layer: down(act(gate(x)) * up(x)), or without a gate down(act(up(x)))."""
 
     kind: ClassVar[str] = "mlp"
     sorts: ClassVar[tuple[str, ...]] = ("channels",)
@@ -210,17 +280,28 @@ class MlpShape:
     channels: int
     input_bias: bool = False
     output_bias: bool = False
+    input_flag: str | None = None  # the config's flag for such a bias, where there is one
+    output_flag: str | None = None
+    gate: bool = True
+    single: int = 0  # parameters besides
 
     @classmethod
     def of(cls, config, row: PartRow, index: int) -> MlpShape:
         """That of layer ``index`` of a model, dense or pruned."""
-        biases = _has_bias(config, row.input_bias), _has_output_bias(config, row, index)
-        return cls(config.hidden_size, value_in_layer(config, row.sizes[0], index), *biases)
+        biases = has_bias(config, row.input_bias), _has_output_bias(config, row, index)
+        flags = _flag(row.input_bias), _flag(row.output_bias)
+        channels = value_in_layer(config, row.sizes[0], index)
+        return cls(config.hidden_size, channels, *biases, *flags, row.gate, len(row.single))
 
     @property
     def units(self) -> Units:
         """How many channels it has."""
         return {"channels": self.channels}
+
+    @property
+    def inputs(self) -> int:
+        """How many rows of input projections a channel has: of gate and up, or of up alone."""
+        return 2 if self.gate else 1
 
     def steps(self, head_unit: str = "query", divisor: int = 0) -> ChannelSteps:
         """The steps in which its channels can go; the arguments are of heads alone."""
@@ -229,13 +310,18 @@ class MlpShape:
     def parameters(self, units: Units | None = None, input_bias: bool | None = None, output_bias: bool | None = None) -> int:
         """Parameters of the part with these units; what is not mentioned is as in the model."""
         channels = (units or self.units)["channels"]
-        biases = 2 * channels * (self.input_bias if input_bias is None else input_bias)
-        return 3 * self.hidden * channels + biases + self.hidden * (self.output_bias if output_bias is None else output_bias)
+        biases = self.inputs * channels * (self.input_bias if input_bias is None else input_bias)
+        biases += self.hidden * (self.output_bias if output_bias is None else output_bias)
+        return (self.inputs + 1) * self.hidden * channels + biases + self.single
+
+    def active_parameters(self, units: Units | None = None) -> int:
+        """Those that one token is computed with: all."""
+        return self.parameters(units)
 
     def matrices(self, units: Units) -> list[tuple[int, int]]:
         """(rows, columns) of its projections with these units."""
         channels = units["channels"]
-        return [(channels, self.hidden), (channels, self.hidden), (self.hidden, channels)]
+        return [(channels, self.hidden)] * self.inputs + [(self.hidden, channels)]
 
     def cache_numbers(self, units: Units | None = None) -> int:
         """Zero: the KV cache holds nothing of it."""
@@ -249,9 +335,9 @@ class MlpShape:
         """Inputs of the output projection."""
         return (units or self.units)["channels"]
 
-    def unit_parameters(self, biased: bool = False) -> int:
-        """Parameters that one channel holds; ``biased``: its inputs get a bias."""
-        return 3 * self.hidden + 2 * (self.input_bias or biased)
+    def unit_parameters(self, biased: bool = False, units: Units | None = None) -> int:
+        """Parameters that one channel holds, whatever the ``units``; ``biased``: its inputs get a bias."""
+        return (self.inputs + 1) * self.hidden + self.inputs * (self.input_bias or biased)
 
     def in_words(self) -> str:
         """Its size for messages, such as ``1536 channels``."""
@@ -262,6 +348,143 @@ class MlpShape:
         return None
 
 
-PartShape = AttentionShape | MlpShape
-KINDS = {kind.kind: kind for kind in (AttentionShape, MlpShape)}
-PRUNED_KINDS = {"both": tuple(KINDS), "heads": ("attention",), "channels": ("mlp",)}  # what ``--prune`` takes from
+@dataclass(frozen=True)
+class ExpertsShape:
+    """The experts of one layer and their router, which sends each token to ``top_k`` of them, or of those in ``top_groups`` of their equal
+    ``groups``: the two best experts decide how good a group is, so that each keeps two.
+
+    All experts of a layer have as many ``channels``. ``expert``: parameters of one expert; ``channel``: of one of its channels; ``router``:
+    of the router that belong to one expert; ``fixed``: of what stays whole beside them, such as shared experts.
+    :func:`skeleton.counted` counts them. ``channels_fixed``: no channels can go, since their number is another part's too. ``fits``: the
+    output projections can be refitted.
+    """
+
+    kind: ClassVar[str] = "experts"
+    sorts: ClassVar[tuple[str, ...]] = ("experts", "channels")
+    title: ClassVar[str] = "experts"
+    fine: ClassVar[bool] = False
+    input_bias: ClassVar[bool] = False
+    output_bias: ClassVar[bool] = False
+    input_flag: ClassVar[None] = None
+    output_flag: ClassVar[None] = None
+
+    hidden: int
+    experts: int
+    channels: int
+    top_k: int
+    expert: int
+    channel: int
+    router: int
+    fixed: int = 0
+    groups: int = 1
+    top_groups: int = 1
+    channels_fixed: bool = False
+    fits: bool = True
+
+    @property
+    def units(self) -> Units:
+        """How many experts it has, and how many channels each of them has."""
+        return {"experts": self.experts, "channels": self.channels}
+
+    def steps(self, head_unit: str = "query", divisor: int = 0) -> ExpertSteps:
+        """The steps in which its experts can go; the arguments are of heads alone."""
+        return ExpertSteps(self.experts, self.least, self.groups)
+
+    @property
+    def least(self) -> int:
+        """The fewest experts that it can keep."""
+        return self.top_k if self.groups == 1 else self.groups * max(2, -(-self.top_k // self.top_groups))
+
+    def channel_steps(self) -> ChannelSteps:
+        """The steps in which the channels of all its experts can go."""
+        return ChannelSteps(self.channels)
+
+    def unit_parameters(self, biased: bool = False, units: Units | None = None) -> int:
+        """Parameters that one channel of all experts holds, with these units."""
+        return (units or self.units)["experts"] * self.channel
+
+    def _expert(self, units: Units) -> int:
+        """Parameters of one expert with these units."""
+        return self.expert - (self.channels - units["channels"]) * self.channel
+
+    def parameters(self, units: Units | None = None, input_bias: bool | None = None, output_bias: bool | None = None) -> int:
+        """Parameters of the part with these units, which never get biases."""
+        units = units or self.units
+        return units["experts"] * (self._expert(units) + self.router) + self.fixed
+
+    def active_parameters(self, units: Units | None = None) -> int:
+        """Those that one token is computed with."""
+        units = units or self.units
+        return self.top_k * self._expert(units) + units["experts"] * self.router + self.fixed
+
+    def cache_numbers(self, units: Units | None = None) -> int:
+        """Zero: the KV cache holds nothing of it."""
+        return 0
+
+    def pair_multiplications(self, units: Units | None = None) -> int:
+        """Zero: it works on each token alone."""
+        return 0
+
+    def output_inputs(self, units: Units | None = None) -> int:
+        """Numbers that the experts of one token hold between their input and their output."""
+        return self.top_k * (units or self.units)["channels"]
+
+    def in_words(self) -> str:
+        """Its size for messages, such as ``64 experts of 768 channels``."""
+        return f"{self.experts} experts of {self.channels} channels"
+
+    def check_kept(self, kept: Kept) -> str | None:
+        """What forbids these indices, in words: fewer experts than a token is routed to, groups of different sizes, channels that
+        transformers cannot compute.
+        """
+        experts, channels, size = kept["experts"], kept["channels"], self.experts // self.groups
+        if len(experts) < self.least:
+            return f"at least {self.least} of the {self.experts} experts must stay, as each token is routed to {self.top_k}"
+        if len({sum(expert // size == group for expert in experts) for group in range(self.groups)}) > 1:
+            return f"each of the {self.groups} groups of experts must keep the same number of them"
+        if self.channels_fixed and count_of(channels) != self.channels:
+            return "no channels of these experts can go"
+        if count_of(channels) % EXPERT_CHANNELS and count_of(channels) != self.channels:
+            return f"channels of experts come in multiples of {EXPERT_CHANNELS}, as transformers multiplies them"
+        own = channels if channels and isinstance(channels[0], list) else [channels] * len(experts)
+        if not channels or len({len(each) for each in own}) > 1 or len(own) != len(experts):
+            return "all experts that stay must keep as many channels: one list for all of them, or one for each"
+        return None
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What the modules of one layer say. ``uncut``: parameters outside the parts that can lose units: its norms, and what is run and never
+    cut. ``kinds``: of the parts that it has. ``experts``: the numbers of its experts, where it has some.
+    """
+
+    uncut: int
+    kinds: frozenset[str]
+    experts: ExpertsShape | None = None
+
+
+PartShape = AttentionShape | MlpShape | ExpertsShape
+
+
+def all_steps(part: PartShape, head_unit: str, divisor: int = 0) -> list[HeadSteps | ChannelSteps | ExpertSteps]:
+    """The steps of each sort of units of a part that can go by itself."""
+    first = part.steps(head_unit, divisor)
+    return [first, part.channel_steps()] if isinstance(part, ExpertsShape) else [first]
+
+
+KINDS = {kind.kind: kind for kind in (AttentionShape, MlpShape, ExpertsShape)}
+PRUNED_KINDS = {  # what ``--prune`` takes from, of models that are no mixtures
+    "both": ("attention", "mlp"),
+    "heads": ("attention",),
+    "channels": ("mlp",),
+    "experts": ("experts",),
+}
+
+
+def goes(prune: str, part: PartShape, sort: str, mixture: bool) -> bool:
+    """Whether ``--prune`` takes such units of a part. Of a ``mixture`` of experts ``channels`` are those of its experts, and ``both`` these
+    and whole experts.
+    """
+    if part.kind == "experts":
+        return prune == "both" or prune == sort
+    return part.kind in PRUNED_KINDS[prune] and (not mixture or prune == "heads")

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ..errors import UserError
 from .families import Family, family_of
-from .parts import KINDS, PartShape, Units, biases_of, value_in_layer
+from .parts import KINDS, Counted, PartShape, Units, biases_of, has_bias, is_in_layer
 
-HEADS_FILL_HIDDEN = ("qwen2", "phi3", "chatglm", "olmo2", "exaone4")  # architectures of llama.cpp that take no fewer heads
+# architectures of llama.cpp that take no fewer heads
+HEADS_FILL_HIDDEN = ("qwen2", "phi3", "chatglm", "olmo", "olmo2", "exaone4", "starcoder2", "nemotron", "phi2", "command-r", "cohere2")
 RUNTIMES = ("any", "transformers", "vllm", "gguf")
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """The parts of one layer, in the order of computation. ``norm_parameters``: of its norms of the residual stream."""
+    """The parts of one layer that have units, in the order of computation. ``uncut_parameters``: of its norms of the residual stream, and
+    of what is run and never cut.
+    """
 
     parts: tuple[PartShape, ...]
-    norm_parameters: int
+    uncut_parameters: int
 
     @property
     def units(self) -> dict[str, Units]:
@@ -25,8 +29,13 @@ class LayerShape:
 
     @property
     def parameters(self) -> int:
-        """Parameters of its parts and its norms."""
-        return self.norm_parameters + sum(part.parameters() for part in self.parts)
+        """Parameters of all that it holds."""
+        return self.uncut_parameters + sum(part.parameters() for part in self.parts)
+
+    @property
+    def active_parameters(self) -> int:
+        """Those that one token is computed with."""
+        return self.uncut_parameters + sum(part.active_parameters() for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -37,15 +46,19 @@ class ModelShape:
     hidden: int
     vocab: int
     tied: bool
-    heads_fixed: bool  # no head can go
+    norm_parameters: int  # of the final norm
+    head_bias: bool  # the output head has one
+    heads_fixed: str | None  # why no head can go, where none can
     stock_bias: bool  # the family's own class can have biases in its output projections
     foreign_bias: bool  # it cannot have some that an earlier recovery gave this model
     heads_divide_hidden: bool
     heads_bound: bool  # its config class takes the length of the rope's factors from the number of heads, so takes no other
-    gguf: str  # the llama.cpp architecture that holds it where its layers have one width
+    gguf: str | None  # the llama.cpp architecture that holds it where its layers have one width, if there is one
     gguf_free: str | None  # the one in which they may differ
     vllm_free: bool  # vLLM computes it where they do
+    regular: bool = False  # no class holds it with layers of different widths
     tokens_gone: int = 0  # of the vocabulary that the model came with
+    layers_gone: tuple[tuple[int, LayerShape], ...] = ()  # whole layers of it, by the numbers that they had
 
     @property
     def decoder_parameters(self) -> int:
@@ -55,26 +68,70 @@ class ModelShape:
     @property
     def other_parameters(self) -> int:
         """Embeddings, final norm and (untied) output head."""
-        return self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden
+        return self._token_parameters * self.vocab + self.norm_parameters
+
+    @property
+    def _token_parameters(self) -> int:
+        return self.hidden * (1 if self.tied else 2) + self.head_bias
+
+    @property
+    def token_parameters_gone(self) -> int:
+        """Those of the tokens that are gone from the vocabulary."""
+        return self._token_parameters * self.tokens_gone
+
+    @property
+    def layer_parameters_gone(self) -> int:
+        """Those of the layers that are gone whole."""
+        return sum(layer.parameters for _, layer in self.layers_gone)
 
     @property
     def parameters_gone(self) -> int:
-        """Those of the tokens that are gone from the vocabulary."""
-        return self.tokens_gone * self.hidden * (1 if self.tied else 2)
+        """Those of tokens and whole layers that are gone."""
+        return self.token_parameters_gone + self.layer_parameters_gone
 
     @property
     def dense_parameters(self) -> int:
-        """All parameters of the model that was given, with those of the tokens that are gone."""
+        """All parameters of the model that was given, with those of the tokens and layers that are gone."""
         return self.parameters + self.parameters_gone
+
+    @property
+    def given_layers(self) -> list[LayerShape]:
+        """The layers of the model that was given, with those that are gone, in their order."""
+        found, gone = list(self.layers), dict(self.layers_gone)
+        for index in sorted(gone):
+            found.insert(index, gone[index])
+        return found
+
+    def with_layers(self, kept: list[int]) -> ModelShape:
+        """That of the model that was given with these of its layers alone, by the numbers that they have in it, ascending."""
+        layers = self.given_layers
+        gone = tuple((index, layer) for index, layer in enumerate(layers) if index not in kept)
+        return replace(self, layers=tuple(layers[index] for index in kept), layers_gone=gone)
 
     def with_tokens(self, kept: int) -> ModelShape:
         """That of the same model with so many tokens."""
         return replace(self, vocab=kept, tokens_gone=self.vocab + self.tokens_gone - kept)
 
+    def with_fewer_layers(self, count: int) -> ModelShape:
+        """:meth:`with_layers` where ``count`` go and it is not known which: of the deep ones but the last, which models miss least."""
+        depth = len(self.given_layers)
+        return self.with_layers([*range(depth - 1 - count), depth - 1])
+
     @property
     def parameters(self) -> int:
         """All parameters of the model: layers, embeddings, final norm and output head."""
         return self.decoder_parameters + self.other_parameters
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether some of its layers have experts."""
+        return any(part.kind == "experts" for layer in self.layers for part in layer.parts)
+
+    def active_parameters(self, units: list[dict[str, Units]] | None = None) -> int:
+        """Parameters that one token is computed with, the embeddings and the head among them, with these units or the model's own."""
+        own = [layer.uncut_parameters for layer in self.layers]
+        parts = [part.active_parameters(left[part.kind]) for layer, left in zip(self.layers, units or self.units) for part in layer.parts]
+        return sum(own) + sum(parts) + self.other_parameters
 
     @property
     def units(self) -> list[dict[str, Units]]:
@@ -87,18 +144,29 @@ class ModelShape:
 
     def to_dict(self) -> dict:
         """What a record holds of it: the sizes, and what each part of each layer has."""
-        return {"hidden": self.hidden, "vocab": self.vocab + self.tokens_gone, "tied": self.tied, "layers": self.units}
+        return {
+            "hidden": self.hidden,
+            "vocab": self.vocab + self.tokens_gone,
+            "tied": self.tied,
+            "layers": [layer.units for layer in self.given_layers],
+        }
 
 
 def shape_of(config, family: Family | None = None) -> ModelShape:
     """The shape of a model, dense or pruned, from its config."""
-    family = family or family_of(config)
+    family, modules = family or family_of(config), [None] * config.num_hidden_layers
+    if family.is_hybrid or family.is_mixture:
+        from .skeleton import counted  # takes torch, which flags and their help do without
+
+        modules = counted(config, family)
     return ModelShape(
-        layers=tuple(_layer_shape(config, family, index) for index in range(config.num_hidden_layers)),
+        layers=tuple(_layer_shape(config, family, index, modules[index]) for index in range(config.num_hidden_layers)),
         hidden=config.hidden_size,
         vocab=config.vocab_size,
         tied=config.tie_word_embeddings,
-        heads_fixed=family.heads_fixed,
+        norm_parameters=family.norm_vectors * config.hidden_size,
+        head_bias=has_bias(config, family.head_bias),
+        heads_fixed=family.heads_fixed(config),
         stock_bias=all(isinstance(row.output_bias, str) for row in family.parts),
         foreign_bias=any(row.output_bias is False and any(biases_of(config, row) or []) for row in family.parts),
         heads_divide_hidden=family.heads_divide_hidden,
@@ -106,13 +174,19 @@ def shape_of(config, family: Family | None = None) -> ModelShape:
         gguf=family.gguf,
         gguf_free=free_architecture_of(config, family),
         vllm_free=family.decilm and window_of(config) is None,
+        regular=family.regular,
     )
 
 
-def _layer_shape(config, family: Family, index: int) -> LayerShape:
-    rows = [row for row in family.parts if row.layers is None or value_in_layer(config, row.layers, index)]
-    norms = {name for row in rows for name in (row.norm, row.post_norm) if name is not None}
-    return LayerShape(tuple(KINDS[row.kind].of(config, row, index) for row in rows), len(norms) * config.hidden_size)
+def _layer_shape(config, family: Family, index: int, modules: Counted | None) -> LayerShape:
+    if modules is None:
+        rows = [row for row in family.parts if is_in_layer(config, row, index)]
+        norms = {name for row in rows for name in (row.norm, row.post_norm) if name is not None}
+        uncut = len(norms) * family.norm_vectors * config.hidden_size
+    else:
+        rows, uncut = [row for row in family.parts if row.kind in modules.kinds], modules.uncut
+    parts = (modules.experts if row.kind == "experts" else KINDS[row.kind].of(config, row, index) for row in rows)
+    return LayerShape(tuple(parts), uncut)
 
 
 def window_of(config) -> int | None:
@@ -125,7 +199,7 @@ def window_of(config) -> int | None:
 
 def rope_of(config, layer_type: str = "full_attention") -> dict:
     """The settings of its rotary embeddings; of layers of ``layer_type``, where kinds of layers have settings of their own."""
-    rope = config.rope_parameters
+    rope = getattr(config, "rope_parameters", None) or {}  # some have no rotary embeddings
     return rope.get(layer_type) or next((settings for settings in rope.values() if isinstance(settings, dict)), rope)
 
 
@@ -143,14 +217,16 @@ def units_of(config) -> list[dict[str, Units]]:
 
 
 def irregular(units: list[dict[str, Units]]) -> str:
-    """Which layers differ in width from most of the others, in words; empty where all are equal."""
+    """Which layers differ in width from most of the others, part by part, in words; empty where all are equal. A layer may lack a part."""
     keys = [tuple((kind, *counts.items()) for kind, counts in layer.items()) for layer in units]
-    most = max(sorted(set(keys), reverse=True), key=keys.count)
-    others = [str(index) for index, key in enumerate(keys) if key != most]
+    most = dict(units[keys.index(max(sorted(set(keys), reverse=True), key=lambda key: (len(key), keys.count(key))))])
+    for layer in units:  # what the most frequent has not
+        most |= {kind: counts for kind, counts in layer.items() if kind not in most}
+    others = [str(index) for index, layer in enumerate(units) if any(most[kind] != counts for kind, counts in layer.items())]
     if not others:
         return ""
     shown = ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
-    return f"layers {shown} differ from the {in_words(units[keys.index(most)])} of the others"
+    return f"layers {shown} differ from the {in_words(most)} of the others"
 
 
 def in_words(units: dict[str, Units]) -> str:
@@ -180,13 +256,18 @@ def limits_of(runtime: str, shape: ModelShape) -> Limits:
     """What ``--runtime`` requires of a model of this shape.
 
     ``vllm`` and ``gguf`` have layers of different widths for some families only; others must be regular there, as for
-    ``transformers``. What is a llama to ``gguf`` may have biases, which other architectures of llama.cpp have no place for.
+    ``transformers``, and mixtures of experts must be everywhere. What is a llama to ``gguf`` may have biases, which other architectures of
+    llama.cpp have no place for.
+    Raises UserError for ``gguf`` where llama.cpp has no architecture for it.
     """
+    if runtime == "gguf" and shape.gguf is None:
+        raise UserError("--runtime gguf: llama.cpp has no architecture that computes this model; leave it out, or name another runtime")
     free = {"any": True, "gguf": shape.gguf_free is not None, "vllm": shape.vllm_free, "transformers": False}[runtime]
+    free = free and not shape.is_mixture and not shape.regular
     divisor = shape.hidden if not free and shape.heads_divide_hidden else 0
     bound = shape.gguf in HEADS_FILL_HIDDEN if runtime == "gguf" else shape.heads_bound
-    whole_heads = shape.heads_fixed or (not free and bound)
-    if runtime in ("any", "gguf"):
+    whole_heads = bool(shape.heads_fixed) or (not free and bound)
+    if runtime == "gguf" or (runtime == "any" and free):
         new_bias = runtime == "any" or shape.gguf_free == "deci"
         all_biases = shape.stock_bias and not free
         return Limits(not free, not free, new_bias=new_bias, all_biases=all_biases, divisor=divisor, whole_heads=whole_heads)

@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..utils.device import name_of, resolved
 from ..utils.memory import return_free_memory
 from .adapter import LayerAdapter
+from .skeleton import in_float32
 
 _CHECKED = 1 << 22  # numbers that are looked at together
 
@@ -46,6 +47,7 @@ class ModelSource:
         self.dtype = dtype or model.dtype
         self.home = torch.device("cpu") if weights else next(model.parameters()).device
         self._canonical = {}  # name of a tied tensor -> the name that it has in the files
+        self._in_float32: dict[torch.dtype, frozenset[str]] = {}
         self._finite: set[tuple[str, torch.dtype | None]] = set()  # what was read before
         if weights:
             first: dict[int, str] = {}
@@ -78,7 +80,7 @@ class ModelSource:
             for index in indices:
                 layer = self.adapter.layers(self.model)[index]
                 if dtype != self.dtype:
-                    yield index, self._copy(layer).to(device=device, dtype=dtype)
+                    yield index, self._cast(layer, self.adapter.layer_name(index), device, dtype)
                 else:
                     yield index, layer.to(device)
                     layer.to(self.home)
@@ -90,7 +92,7 @@ class ModelSource:
                 tensors = pending.result()
                 if index + 1 < indices.stop:
                     pending = reader.submit(self._read_layer, index + 1)
-                layer = self._filled(self.adapter.layers(self.model)[index], tensors, dtype).to(device)
+                layer = self._filled(index, tensors, dtype).to(device)
                 del tensors
                 yield index, layer
                 del layer
@@ -121,7 +123,7 @@ class ModelSource:
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor ``name`` of the model, such as its embeddings, in ``dtype`` or the model's."""
         if not self.streams:
-            return self.model.get_parameter_or_buffer(name).data.to(dtype or self.dtype)
+            return self.model.get_parameter_or_buffer(name).data.to(self._dtype_of(name, dtype or self.dtype))
         return self._tensor(name, dtype or self.dtype)
 
     def whole(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"):
@@ -144,8 +146,17 @@ class ModelSource:
     def _part(self, module: nn.Module, name: str, device, dtype: torch.dtype | None) -> nn.Module:
         if self.streams:
             return self._read(self._copy(module), name, dtype or self.dtype).to(device)
-        same = module.weight.device == resolved(device) and dtype in (None, self.dtype)
-        return module if same else self._copy(module).to(device=device, dtype=dtype)
+        tensor = next(module.parameters(), None)  # a norm may have none
+        same = (tensor is None or tensor.device == resolved(device)) and dtype in (None, self.dtype)
+        return module if same else self._cast(module, name, device, dtype or self.dtype)
+
+    def _cast(self, module: nn.Module, prefix: str, device, dtype: torch.dtype) -> nn.Module:
+        """A copy of a part on ``device`` in ``dtype``, but for what stays in float32."""
+        copied = self._copy(module).to(device=device, dtype=dtype)
+        for name, tensor in stored_tensors(module).items():
+            if tensor.is_floating_point() and self._dtype_of(prefix + name, dtype) != dtype:
+                copied.get_parameter_or_buffer(name).data = tensor.data.to(device=device, dtype=torch.float32)
+        return copied
 
     def _read(self, module: nn.Module, prefix: str, dtype: torch.dtype) -> nn.Module:
         """``module``, a part of the skeleton, with its weights."""
@@ -156,17 +167,25 @@ class ModelSource:
         prefix, layer = self.adapter.layer_name(index), self.adapter.layers(self.model)[index]
         return {name: self._tensor(prefix + name) for name in stored_tensors(layer)}
 
-    def _filled(self, layer: nn.Module, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
+    def _filled(self, index: int, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
+        prefix = self.adapter.layer_name(index)
         for name, tensor in tensors.items():  # one at a time, so that only one is there in two dtypes
-            if tensor.is_floating_point() and tensor.dtype != dtype:
-                tensors[name] = tensor.to(dtype)
-                if dtype == torch.float16:
+            wanted = self._dtype_of(prefix + name, dtype)
+            if tensor.is_floating_point() and tensor.dtype != wanted:
+                tensors[name] = tensor.to(wanted)
+                if wanted == torch.float16:
                     self._check_finite(name, tensors[name], tensor.dtype)
-        return self._fill(self._copy(layer), tensors)
+        return self._fill(self._copy(self.adapter.layers(self.model)[index]), tensors)
+
+    def _dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """What the tensor ``name`` is in where the model is in ``dtype``."""
+        if dtype not in self._in_float32:
+            self._in_float32[dtype] = in_float32(self.config, dtype)
+        return torch.float32 if name in self._in_float32[dtype] else dtype
 
     def _tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """One tensor from the files, in ``dtype`` if it holds numbers. Raises UserError where some of them are not finite."""
-        stored_name = self._canonical[name]
+        stored_name, dtype = self._canonical[name], dtype and self._dtype_of(name, dtype)
         tensor = self.weights.read(stored_name, dtype if self.weights.is_number(stored_name) else None)
         if (stored_name, dtype) not in self._finite:
             self._check_finite(stored_name, tensor, None)

@@ -9,7 +9,7 @@ import os
 
 import torch
 
-_NAMES = {
+DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -31,7 +31,7 @@ class TensorFile:
         entries, self._offsets, end = {"__metadata__": {"format": "pt"}}, {}, 0
         for name, (dtype, shape) in sorted(layout.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
             start, end = end, end + dtype.itemsize * math.prod(shape)
-            entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            entries[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
             self._offsets[name] = start
         header = json.dumps(entries, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)

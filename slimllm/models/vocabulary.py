@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from ..errors import UserError
-from .loading import skeleton_of
+from .skeleton import skeleton_of
 from .source import ModelSource
 from .weights import Selected
 

@@ -22,7 +22,8 @@ INDEX = "model.safetensors.index.json"
 # What may hold a model's weights, in the order in which transformers looks for it; nothing else in the folder counts.
 WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER = "adapter_config.json"  # where it lies beside a model, transformers applies the adapter whenever the model is read
-TEXT_MODEL = "language_model."  # in the names of the text model's tensors, in a model of text and images
+TEXT_MODELS = ("language_model.", "text_model.")  # in the names of the text model's tensors, in a model of text and images
+IMAGES = "visual."  # what names of the other tensors begin with, where those of the text model have no mark (Qwen2-VL)
 EMBEDDINGS = {f"{family.decoder}.{family.embedding}.weight" for family in FAMILIES.values()}
 HEADS = tuple({f"{family.head}." for family in FAMILIES.values()})  # which such a model may keep without that mark
 PIECE = 16 << 20  # numbers of a tensor that are read at once
@@ -94,9 +95,12 @@ class TensorReader:
 
 
 class Tensors(TensorReader):
-    """Safetensors files. A tensor that several hold counts as in the last one. Raises UserError for a broken file, or without tensors."""
+    """Safetensors files. A tensor that several hold counts as in the last one. Raises UserError for a broken file, or without tensors.
 
-    def __init__(self, files: list[Path]):
+    ``text_alone``: of a model of text and images only the text model's tensors, by their names in that; else all by the files' names.
+    """
+
+    def __init__(self, files: list[Path], text_alone: bool = True):
         super().__init__()  # name -> (file, its name there, shape, dtype)
         for path in files:
             try:
@@ -108,7 +112,7 @@ class Tensors(TensorReader):
                 raise UserError(f"{path}: the file is broken ({error}); copy or download it again") from None
         if not self._at:
             raise UserError(f"{files[0]}: it holds no tensors; copy or download it again")
-        self._at = _of_text_model(self._at)
+        self._at = _of_text_model(self._at) if text_alone else self._at
 
     @property
     def files(self) -> list[Path]:
@@ -118,6 +122,10 @@ class Tensors(TensorReader):
     def is_number(self, name: str) -> bool:
         """Whether a tensor is of a plain floating-point type; integers and quantized weights are not."""
         return self._at[name][3] in ("F64", "F32", "F16", "BF16")
+
+    def stored_name(self, name: str) -> str:
+        """What the files call a tensor."""
+        return self._at[name][1]
 
     def dtype_name(self, name: str) -> str:
         """The type of a tensor as safetensors names it, such as BF16."""
@@ -148,9 +156,10 @@ def _of_text_model(at: dict) -> dict:
 
     Files that hold embeddings without the mark are a text model's own, whatever else they hold.
     """
-    if not any(TEXT_MODEL in name for name in at) or not EMBEDDINGS.isdisjoint(at):
-        return at
-    return {name.replace(TEXT_MODEL, "", 1): place for name, place in at.items() if TEXT_MODEL in name or name.startswith(HEADS)}
+    mark = next((mark for mark in TEXT_MODELS if any(mark in name and name.replace(mark, "", 1) in EMBEDDINGS for name in at)), None)
+    if mark is None or not EMBEDDINGS.isdisjoint(at):
+        return {name: place for name, place in at.items() if not name.startswith(IMAGES)}
+    return {name.replace(mark, "", 1): place for name, place in at.items() if mark in name or name.startswith(HEADS)}
 
 
 class PickledTensors(TensorReader):
@@ -192,7 +201,7 @@ class PickledTensors(TensorReader):
         return self._open(path)[stored].to(dtype=dtype, copy=True)
 
 
-class _OfAnother(TensorReader):
+class OfAnother(TensorReader):
     """What readers have in common that hand out another reader's tensors, changed."""
 
     def __init__(self, tensors):
@@ -212,7 +221,7 @@ class _OfAnother(TensorReader):
         return self._tensors.is_number(name)
 
 
-class Selected(_OfAnother):
+class Selected(OfAnother):
     """The tensors of another reader; of those with these ``names`` only some ``rows``, in ascending order."""
 
     def __init__(self, tensors, names: list[str], rows: torch.Tensor):
@@ -230,17 +239,19 @@ class Selected(_OfAnother):
         return tensor[self._rows] if name in self._selected else tensor
 
 
-class Rounded(_OfAnother):
-    """The tensors of another reader with the values that ``dtype`` can hold. Raises UserError for one that is too large for it."""
+class Rounded(OfAnother):
+    """The tensors of another reader with the values that ``dtype`` can hold, but for those named in ``exact``. Raises UserError for one
+    that is too large for it.
+    """
 
-    def __init__(self, tensors, dtype: torch.dtype):
+    def __init__(self, tensors, dtype: torch.dtype, exact: frozenset[str] = frozenset()):
         super().__init__(tensors)
-        self.dtype = dtype
+        self.dtype, self._exact = dtype, exact
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """One tensor in ``dtype`` or its own, with values that the dtype of rounding can hold."""
         tensor = self._tensors.read(name, dtype)
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and name not in self._exact:
             round_to(self.dtype, tensor, name)
         return tensor
 

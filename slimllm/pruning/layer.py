@@ -8,14 +8,16 @@ from ..models.parts import Kept, PartShape
 from ..models.slicing import slice_part
 from ..plan import LayerPlan, LayerReport
 from ..run import Run
+from ..settings.methods import CHANNEL_SCORES
 from ..settings.pruning import PruneConfig
 from ..streaming.activations import ActivationStore
 from ..streaming.runner import TOKENS_PER_BATCH, LayerRunner
 from ..streaming.sizes import Sizes, widest
 from ..utils import processes
-from .choice import choice_of, choose, needs_of
+from .choice import Choice, choice_of, choose, expert_channels, needs_of
+from .experts_run import ExpertsRun
 from .importance.taylor import Saliency
-from .part_run import Aim, PartRun
+from .part_run import Aim, PartRun, part_runs
 
 
 class LayerPruner:
@@ -41,14 +43,15 @@ class LayerPruner:
         shape = self.run.shape.layers[index]
         report, shapes = LayerReport.of_whole(index, shape, plan), {part.kind: part for part in shape.parts}
         for step in self.runner.adapter.steps(layer):
-            runs = [PartRun(self.runner, hidden, part, index) for part in step]
-            whole = [] if dense is None else [PartRun(self.runner, dense, part, index) for part in step]
+            runs = part_runs(self.runner, hidden, step, index)
+            whole = [] if dense is None else part_runs(self.runner, dense, step, index)
             try:
                 for part_run in whole:
                     part_run.take()
                 aims = [Aim(part_run, self.config.look_back, len(step)) for part_run in whole] or [None] * len(step)
                 for part_run, aim in zip(runs, aims):
-                    self._prune_part(part_run, shapes[part_run.part.kind], plan, report, aim)
+                    if part_run.part.kind in shapes:  # what has no units stays as it is
+                        self._prune_part(part_run, shapes[part_run.part.kind], plan, report, aim)
                 for part_run in (*runs, *whole):
                     part_run.join()
             finally:
@@ -56,20 +59,42 @@ class LayerPruner:
                     part_run.close()
         return report
 
-    def _prune_part(self, part_run: PartRun, shape: PartShape, plan: LayerPlan, report: LayerReport, aim: Aim | None) -> None:
+    def _prune_part(self, part_run: PartRun | ExpertsRun, shape: PartShape, plan: LayerPlan, report: LayerReport, aim: Aim | None) -> None:
         part, kind, config = part_run.part, shape.kind, self.config
         if plan.units[kind] == shape.units:
             part_run.take()
             return
+        if isinstance(part_run, ExpertsRun):
+            self._prune_experts(part_run, shape, plan, report, aim)
+            return
         part_run.take(needs_of(kind, config, plan.kept is None), aim)
-        kept = processes.from_first(lambda: self._choose(part_run, shape, plan, report.index))
+        kept = report.kept[kind] = processes.from_first(lambda: self._choose(part_run, shape, plan, report.index))
         ridge = config.ridge_for(self.runner.tokens)
         columns = part.columns(kept, part_run.weight.device)
         recovered, error = part_run.recover(columns, config.recovery, ridge, self.new_bias, not config.dense_states)
         slice_part(part, kept, recovered.weight, recovered.bias)
-        report.kept[kind], report.errors[kind] = kept, error
+        report.errors[kind] = error
 
-    def _choose(self, part_run: PartRun, shape: PartShape, plan: LayerPlan, index: int) -> Kept:
+    def _prune_experts(self, part_run: ExpertsRun, shape: PartShape, plan: LayerPlan, report: LayerReport, aim: Aim | None) -> None:
+        """Whole experts go first; the channels of those that stay are chosen by the tokens that are routed to them then."""
+        config, kind = self.config, shape.kind
+        experts, channels = plan.units[kind].values()
+        part_run.take(needs_of(kind, config, plan.kept is None and experts < shape.experts))
+        kept = report.kept[kind]
+        if plan.kept is not None or experts < shape.experts:
+            kept = processes.from_first(lambda: self._choose(part_run, shape, plan, report.index))
+            part_run.cut(kept)
+        if plan.kept is None and channels < shape.channels:
+            part_run.take_channels(CHANNEL_SCORES[config.channel_score].needs)
+            choice = Choice(part_run, shape, config, report.index)
+            own = processes.from_first(lambda: expert_channels(choice, channels))
+            part_run.cut({"experts": list(range(experts)), "channels": own})
+            kept = kept | {"channels": own}
+        report.kept[kind] = kept
+        recovered = part_run.recover(config.recovery, config.ridge_for, not config.dense_states, aim and aim.beyond)
+        report.errors[kind], report.starved = recovered
+
+    def _choose(self, part_run: PartRun | ExpertsRun, shape: PartShape, plan: LayerPlan, index: int) -> Kept:
         """The units that stay, ascending: those of the plan, or by their importance."""
         if plan.kept is not None:
             return plan.kept[shape.kind]
@@ -93,7 +118,7 @@ def peak_bytes(run: Run, plans: list[LayerPlan], sizes: Sizes) -> int:
         layer_bytes = layer.parameters * sizes.compute
         steps = [_step_bytes(part, plan, run.config, sizes) for part in layer.parts]
         activations = sizes.kept_in_memory(layer_bytes, activation_bytes(run, sizes))
-        peak = max(peak, layer_bytes + layer.parameters * sizes.stored + activations + max(steps))
+        peak = max(peak, layer_bytes + layer.parameters * sizes.stored + activations + max(steps, default=0))
     return peak
 
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..models.adapter import Part
+from ..models.adapter import Experts, Mixer, Part, ProjectedPart
 from ..settings.methods import RECOVERIES
 from ..streaming.activations import ActivationStore
 from ..streaming.runner import LayerRunner
 from ..streaming.statistics import Covariance, CrossCovariance, PairMoments, SquareSum
 from ..utils import processes
+from .experts_run import ExpertsRun
 from .recovery import Recovered
 
 
@@ -24,7 +25,7 @@ class Aim:
     by side and make up for it together.
     """
 
-    dense: PartRun
+    dense: PartRun | ExpertsRun
     share: float
     parts: int
 
@@ -40,6 +41,30 @@ class Aim:
         return self.share * missing
 
 
+def part_runs(runner: LayerRunner, hidden: ActivationStore, step: list[Part | Mixer], index: int) -> list[PartRun | MixerRun | ExpertsRun]:
+    """The runs of the parts of one step, which read the same states ``hidden``."""
+    kinds = {Mixer: MixerRun, Experts: ExpertsRun}
+    return [kinds.get(type(part), PartRun)(runner, hidden, part, index) for part in step]
+
+
+class MixerRun:
+    """A part that is run on the residual stream ``hidden`` as it is; there are no statistics to take of it."""
+
+    def __init__(self, runner: LayerRunner, hidden: ActivationStore, part: Mixer, index: int):
+        self.part, self.hidden, self._arguments = part, hidden, runner.arguments[index]
+
+    def take(self) -> None:
+        """Nothing: it is computed where it joins."""
+
+    def join(self) -> None:
+        """Advances the residual stream."""
+        for i, states in enumerate(self.hidden):
+            self.hidden[i] = self.part.after(states, self._arguments)
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+
 class PartRun:
     """A part whose output projection maps X [T, n] to Y [T, D], run on the residual stream ``hidden``.
 
@@ -47,7 +72,7 @@ class PartRun:
     no module run again; :meth:`join` adds Y to the residual stream.
     """
 
-    def __init__(self, runner: LayerRunner, hidden: ActivationStore, part: Part, index: int):
+    def __init__(self, runner: LayerRunner, hidden: ActivationStore, part: ProjectedPart, index: int):
         self.part, self.hidden, self._arguments = part, hidden, runner.arguments[index]
         self.inputs, self.outputs, self._pruned = (runner.store() for _ in range(3))
 

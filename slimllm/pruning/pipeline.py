@@ -28,7 +28,7 @@ def allocate(run: Run, plans: list[LayerPlan] | None = None) -> Allocation:
     Raises UserError where the sparsity cannot be met, or the model's outputs on the calibration tokens are not finite.
     """
     saliency = _saliencies(run) if plans is None else None
-    stored = run.known("allocation")
+    stored = run.known("allocation", dict)
     if stored:
         plans = [LayerPlan(**plan) for plan in stored.pop("plans")]
         return Allocation(plans, **stored, saliency=saliency)
@@ -96,7 +96,8 @@ def prune(run: Run, allocation: Allocation) -> list[LayerReport]:
 def _saliencies(run: Run) -> list[taylor.Saliency] | None:
     """The layers' first-order importance, where something is chosen by it."""
     config = run.config
-    if "gradients" not in HEAD_CHOICES[config.head_choice].needs | CHANNEL_SCORES[config.channel_score].needs:
+    needs = HEAD_CHOICES[config.head_choice].needs | CHANNEL_SCORES[config.channel_score].needs
+    if "gradients" not in needs or config.prune == "experts":
         return None
     lists = run.once("saliency", lambda: [taylor.to_lists(saliency) for saliency in taylor.saliencies(run.runner(run.samples.ids))])
     return [taylor.from_lists(layer) for layer in lists]

@@ -71,7 +71,31 @@ def least_squares(
 
     Raises UserError where C_SS plus the ridge is not positive definite, for example because inputs overflowed.
     """
-    c = covariance.matrix()
+    return _ridge(weight, None, keep, moments, covariance, ridge, shift)
+
+
+def rotation(
+    weight, bias, keep, moments: PairMoments, covariance: Covariance, ridge: float, shift: CrossCovariance | None = None
+) -> Recovered:
+    """:func:`least_squares` that pulls towards R W_S, the kept weights turned so that their outputs come as near to Y as a rotation brings
+    them (Eq. f'), in place of W_S (not from the paper).
+
+    R = U V^T with U S V^T the singular value decomposition of Cov(Y, Ŷ), the orthogonal Procrustes problem's solution: outputs keep
+    their lengths and angles. With a ridge without end R W_S is what remains, the rotation-constrained refit of RCPU (arXiv 2510.07782).
+    """
+    c, kept = covariance.matrix(), weight[:, keep]
+    across = weight @ (c[:, keep] @ kept.T)
+    if shift is not None:
+        across += (kept @ shift.matrix()[keep]).T
+    u, _, vt = torch.linalg.svd(across)
+    return _ridge(weight, (u @ vt) @ kept, keep, moments, covariance, ridge, shift)
+
+
+def _ridge(weight, towards, keep, moments: PairMoments, covariance: Covariance, ridge: float, shift: CrossCovariance | None) -> Recovered:
+    """Ridge regression of Y on X_S that pulls towards the weights ``towards`` [D, |S|], or W_S where that is None. Raises as
+    :func:`least_squares` does.
+    """
+    c, kept = covariance.matrix(), weight[:, keep]
     removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     removed[keep] = False
     removed = removed.nonzero().flatten()
@@ -81,6 +105,8 @@ def least_squares(
         cross += shift.matrix()[keep]
         mean = mean + shift.mean
     kept_cov = c[keep[:, None], keep].T  # symmetric; in the order of memory in which it is decomposed in place
+    if towards is not None:
+        cross += kept_cov @ (kept - towards).T
     kept_cov.diagonal().add_(ridge * typical_variance(kept_cov.diagonal()))
     failed = torch.empty((), dtype=torch.int32, device=c.device)
     torch.linalg.cholesky_ex(kept_cov, out=(kept_cov, failed))
@@ -92,7 +118,7 @@ def least_squares(
             raise UserError(f"least_squares: the input covariance is not positive definite at ridge {ridge}; use a larger --ridge")
     change = torch.linalg.solve_triangular(kept_cov, cross.to(kept_cov.dtype), upper=False)  # unlike cholesky_solve it copies no factor
     change = torch.linalg.solve_triangular(kept_cov.mT, change, upper=True)
-    new = weight[:, keep] + change.T.to(weight.dtype)
+    new = (kept if towards is None else towards) + change.T.to(weight.dtype)
     return Recovered(new, mean - new @ covariance.mean[keep])
 
 

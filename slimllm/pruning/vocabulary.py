@@ -106,11 +106,11 @@ class Ranked:
     """The tokens of a run's model, those first that are to stay first, by what its text uses.
 
     ``counts``: how often each occurs in nine of ten pieces of the text. ``held_out``: ids of the tenth ones, by which it shows what it is
-    worth that others stay.
+    worth that others stay; ``dense``: what the dense model loses on them, nats per token, once it was measured.
     """
 
     def __init__(self, run: Run):
-        self.run, self.vocabulary = run, vocabulary_of(run)
+        self.run, self.vocabulary, self.dense = run, vocabulary_of(run), None
         streams, self.text = self._counted()
         parts = [ids.split(max(1, min(PART, len(ids) // 10))) for ids in streams]
         self.counts = Counter(index for some in parts for at, part in enumerate(some) if at % 10 for index in part.tolist())
@@ -152,11 +152,11 @@ class Ranked:
         config, samples, tokenizer = self.run.config, self.run.samples, self.run.tokenizer
         if config.vocab_text:
             names = config.vocab_text
-            texts = [calibration.text_of(name, samples.seed, "--vocab_text") for name in names]
+            texts = [calibration.text_of(name, samples.seed, tokenizer, "--vocab_text") for name in names]
         elif samples.source in ("self", "token ids") or samples.source.endswith(".safetensors"):
             return [ids.flatten() for ids in (samples.ids, samples.distill_ids) if ids is not None], "the calibration samples"
         else:
-            names, texts = (samples.source,), [calibration.text_of(samples.source, samples.seed)]
+            names, texts = (samples.source,), [calibration.text_of(samples.source, samples.seed, tokenizer)]
         return [token_ids(text, tokenizer, special=False) for text in texts], " ".join(Path(name).name for name in names)
 
     def first(self, size: int) -> tuple[Kept, PreTrainedTokenizerBase]:
@@ -177,18 +177,27 @@ def _best_size(ranked: Ranked, measure: Measure) -> int:
     by the price list what goes of the layers besides.
     """
     run, config = ranked.run, ranked.run.config
-    prices, offers = price_list_of(AllocationInputs(run.shape, config, run)), []
+    prices, offers, too_many = price_list_of(AllocationInputs(run.shape, config, run)), [], run.source.config.vocab_size
+
+    def offer(tokens: int, nats: float, layers: float) -> None:
+        offers.append((nats + layers, tokens))
+        line = "vocabulary: %s tokens: predicted loss %.3f nats per token, %.3f of them for the tokens that go"
+        log.info(line, f"{tokens:,}", nats + layers, nats)
+
     for tokens, nats in losses(ranked, measure):
         try:
             layers = of_layers(run, config, prices, tokens)
         except UserError as error:
             log.info("vocabulary: %s tokens: %s", f"{tokens:,}", error)
+            too_many = tokens
             continue
-        offers.append((nats + layers, tokens))
-        line = "vocabulary: %s tokens: predicted loss %.3f nats per token, %.3f of them for the tokens that go"
-        log.info(line, f"{tokens:,}", nats + layers, nats)
-        if not layers:
+        offer(tokens, nats, layers)
+        if not layers:  # so no layer need be touched with a few more tokens either
+            if (most := _most_that_suffice(run, config, tokens, too_many)) > tokens:
+                [(most, nats)] = losses(ranked, measure, [most])
+                offer(most, nats, 0.0)
             break
+        too_many = tokens
     if not offers:
         name, value = config.amount
         raise UserError(
@@ -197,16 +206,36 @@ def _best_size(ranked: Ranked, measure: Measure) -> int:
     return min(offers)[1]
 
 
-def losses(ranked: Ranked, measure: Measure) -> Iterator[tuple[int, float]]:
-    """(a number of tokens, what the dense model loses with these alone, in nats per token that the text had before), of ever fewer."""
-    dense, fewest = None, None
-    for share in SHARES:
-        kept, tokenizer = ranked.first(round(share * ranked.run.source.config.vocab_size))
+def losses(ranked: Ranked, measure: Measure, sizes: list[int] | None = None) -> Iterator[tuple[int, float]]:
+    """(a number of tokens, what the dense model loses with these alone, in nats per token that the text had before), of ever fewer.
+
+    ``sizes``: in place of those of SHARES, which come first.
+    """
+    fewest = None
+    for size in sizes or [round(share * ranked.run.source.config.vocab_size) for share in SHARES]:
+        kept, tokenizer = ranked.first(size)
         if len(kept.ids) == fewest:
             return
         nats, fewest = _nats_per_token(ranked, kept, tokenizer, measure), len(kept.ids)
-        dense = nats if dense is None else dense
-        yield fewest, nats - dense
+        ranked.dense = nats if ranked.dense is None else ranked.dense
+        yield fewest, nats - ranked.dense
+
+
+def _most_that_suffice(run: Run, config: PruneConfig, enough: int, too_many: int) -> int:
+    """The largest number of tokens, within ``vocab_multiple``, with which what ``config`` asks for is met by the tokens alone."""
+    while too_many - enough > config.vocab_multiple:
+        tokens = (enough + too_many) // 2
+        try:
+            met = all(budget.target <= 0 for budget in budgets_of(_inputs_with(run, config, tokens)))
+        except UserError:
+            met = False
+        enough, too_many = (tokens, too_many) if met else (enough, tokens)
+    return enough // config.vocab_multiple * config.vocab_multiple
+
+
+def _inputs_with(run: Run, config: PruneConfig, tokens: int) -> AllocationInputs:
+    """What an allocation knows of the model with so many tokens."""
+    return AllocationInputs(run.shape.with_tokens(tokens), config, file_overhead=run.file_overhead * tokens // run.shape.vocab)
 
 
 def of_layers(run: Run, config: PruneConfig, prices: PriceList, tokens: int) -> float:
@@ -214,8 +243,8 @@ def of_layers(run: Run, config: PruneConfig, prices: PriceList, tokens: int) -> 
 
     Raises UserError where they cannot.
     """
-    shape = run.shape.with_tokens(tokens)
-    inputs, sizing = AllocationInputs(shape, config, file_overhead=run.file_overhead * tokens // run.shape.vocab), Sizing(shape, config)
+    inputs = _inputs_with(run, config, tokens)
+    sizing = Sizing(inputs.shape, config)
     binding = [budget for budget in budgets_of(inputs) if budget.target > 0]
     return predicted(prices, sizing, solve_all(prices, sizing, binding)) if binding else 0.0
 

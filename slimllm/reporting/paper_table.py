@@ -20,6 +20,8 @@ PAPER_ROWS = (
     ("50 % w/ tune", "SlimLLM (paper)", 26.71, 42.19, 62.78, 68.99, 54.73, 61.01, 54.55, 33.28, 36.80),
 )
 
+PAPER_TEXTS = (("wikitext2", 128), ("ptb", 128))  # and the tokens per block that their perplexities are of
+
 
 def paper_cells(results: list[dict]) -> list[list[str]]:
     """The paper's main table: header, then a row for each result of ``slimllm evaluate``, dense first, as strings.
@@ -28,11 +30,13 @@ def paper_cells(results: list[dict]) -> list[list[str]]:
     figure of a limited run, ``-`` one that is not there; an average over fewer than all tasks comes with their number.
     The paper's own rows follow where the model is LLaMA-7B.
     """
-    texts = list(dict.fromkeys(f["data"] for r in results for f in r["perplexity"]))
+    texts = list(dict.fromkeys((f["data"], f["seq_len"]) for r in results for f in r["perplexity"]))
     paper = any(re.search(r"(?i)\bllama-?7b", r["fingerprint"]["model"]) for r in results)
     if paper:
-        texts = ["wikitext2", "ptb", *(text for text in texts if text not in ("wikitext2", "ptb"))]
-    header = ["Ratio", "Method", *(TEXT_HEADINGS.get(t, t) for t in texts), *(task.heading for task in TASKS.values()), "Average"]
+        texts = [*PAPER_TEXTS, *(text for text in texts if text not in PAPER_TEXTS)]
+    several = len({length for _, length in texts}) > 1
+    headings = [TEXT_HEADINGS.get(name, name) + (f", {length} tokens" if several else "") for name, length in texts]
+    header = ["Ratio", "Method", *headings, *(task.heading for task in TASKS.values()), "Average"]
     rows = []
     for r in results:
         pruning = r["fingerprint"]["pruning"]
@@ -44,11 +48,8 @@ def paper_cells(results: list[dict]) -> list[list[str]]:
             named = title_of(METHODS, pruning.get("method", "slimllm"))
             method = f"{named}, {pruning['recipe']}: {pruning['recovery']}, {pruning['layer_ratio'] or 'plan'}"
             order = (removed, tuned)
-        by_text = {f["data"]: f"{f['perplexity']:.2f}{'*' if f['limited'] else ''}" for f in r["perplexity"]}
-        scores = {name: 100 * task["metrics"][task["reported"]] for name, task in r["tasks"].items()}
-        limited = any(task["limited"] for task in r["tasks"].values())
-        cells = [f"{scores[name]:.2f}{'*' if limited else ''}" if name in scores else "-" for name in TASKS]
-        rows.append((order, [ratio, method, *(by_text.get(text, "-") for text in texts), *cells, _average(list(scores.values()), limited)]))
+        by_text = {(f["data"], f["seq_len"]): f"{f['perplexity']:.2f}{'*' if f['limited'] else ''}" for f in r["perplexity"]}
+        rows.append((order, [ratio, method, *(by_text.get(text, "-") for text in texts), *task_cells(r["tasks"])]))
     table = [header] + [cells for _, cells in sorted(rows, key=lambda row: row[0])]
     if paper:
         for ratio, method, wikitext2, ptb, *scores in PAPER_ROWS:
@@ -56,6 +57,14 @@ def paper_cells(results: list[dict]) -> list[list[str]]:
             cells = [f"{score:.2f}" for score in scores]
             table.append([ratio, method, f"{wikitext2:.2f}", f"{ptb:.2f}", *blanks, *cells, _average(scores, False)])
     return table
+
+
+def task_cells(tasks: dict) -> list[str]:
+    """The accuracies of one model in the order of TASKS, in per cent, and their average."""
+    scores = {name: 100 * task["metrics"][task["reported"]] for name, task in tasks.items()}
+    limited = any(task["limited"] for task in tasks.values())
+    cells = [f"{scores[name]:.2f}{'*' if limited else ''}" if name in scores else "-" for name in TASKS]
+    return [*cells, _average(list(scores.values()), limited)]
 
 
 def _average(scores: list[float], limited: bool) -> str:

@@ -18,7 +18,8 @@ from typing import ClassVar
 
 import torch
 
-from ..errors import UserError
+from .. import plugins
+from ..errors import UserError, first_line
 from ..plan import by_part, shape_by_part
 from ..utils import processes
 from ..utils.files import file_hash, write_text
@@ -43,6 +44,7 @@ def environment() -> dict:
         "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "plugins": [[Path(name).name, digest] for name, digest in plugins.loaded.items()],
     }
 
 
@@ -75,8 +77,9 @@ def commit_of_this_program() -> str | None:
 def command() -> str:
     """The command of this run, as a shell takes it."""
     program, *arguments = sys.argv
-    module = ["-m", "slimllm"] if Path(program).name == "__main__.py" and Path(program).parent.name == "slimllm" else [program]
-    return shlex.join(["python", *module, *arguments])
+    if Path(program).name == "__main__.py" and Path(program).parent.name == "slimllm" or Path(program).stem == "slimllm":
+        return shlex.join(["slimllm", *arguments])
+    return shlex.join(["python", program, *arguments])
 
 
 # Flags of where a run's results go, or how it is stopped and resumed, which change nothing in the results.
@@ -100,6 +103,7 @@ def identity(config, weights: list[Path], texts: list, sources: tuple[str | None
         **{f"the file {path.name}": [path.stat().st_size, path.stat().st_mtime_ns] for path in weights},
         **{f"the file {path.name}": file_hash(path) for path in beside if path.is_file()},
         **{f"the file {path}": file_hash(path) for path in files},
+        **{f"the plugin {name}": digest for name, digest in plugins.loaded.items()},
         **{f"the text {text.name}": text.sha256 for text in texts},
         "the number of processes": processes.count(),
         **{package: version for package, version in environment().items() if package in ("slimllm", "torch", "transformers")},
@@ -128,18 +132,22 @@ class ModelInfo:
 
 @dataclass
 class Parameters:
-    """Counts, and the shares of the decoder layers' and of all parameters that were removed."""
+    """Counts, and the shares of the decoder layers' and of all parameters that were removed.
+
+    ``active``: of a mixture of experts, those that one token is computed with, ``dense`` and ``pruned``.
+    """
 
     dense: int
     pruned: int
     dense_decoder: int
     decoder_removed: float
     removed: float
+    active: dict[str, int] | None = None
 
     @classmethod
-    def of(cls, dense: int, pruned: int, dense_decoder: int, vocabulary: int = 0) -> Parameters:
+    def of(cls, dense: int, pruned: int, dense_decoder: int, vocabulary: int = 0, active: dict[str, int] | None = None) -> Parameters:
         """From the parameters of the dense model, of the pruned one, of the layers of the dense one, and of what went of its vocabulary."""
-        return cls(dense, pruned, dense_decoder, (dense - pruned - vocabulary) / dense_decoder, (dense - pruned) / dense)
+        return cls(dense, pruned, dense_decoder, (dense - pruned - vocabulary) / dense_decoder, (dense - pruned) / dense, active)
 
 
 @dataclass
@@ -160,10 +168,12 @@ class PruningRecord(_Record):
     ``predicted_loss``: what the plan costs by the price list, nats per token, where it goes by one.
     ``predicted_memory``: what was expected of ``peak_memory`` before the run began.
     ``bytes``: of the files of weights, ``dense`` and ``pruned``, where a checkpoint was written. ``vocabulary``: how many tokens
-    stay and by which text, where some go.
+    stay and by which text, where some go. ``answers``: a ``prompt`` each, and what the ``dense`` and the
+    ``pruned`` model answer (``text``, ``fault``).
     """
 
     FILE: ClassVar[str] = "pruning.json"
+    _KINDS: ClassVar[dict[str, type]] = {"config": dict, "calibration": dict, "evaluation": list, "seconds": dict, "layers": list}
 
     config: dict
     model: ModelInfo
@@ -178,6 +188,7 @@ class PruningRecord(_Record):
     predicted_memory: dict[str, int] | None = None
     bytes: dict[str, int] | None = None
     vocabulary: dict | None = None
+    answers: list[dict] = field(default_factory=list)
     command: str = field(default_factory=command)
     environment: dict = field(default_factory=environment)
     peak_memory: dict[str, int] = field(default_factory=peak_memory)
@@ -189,10 +200,13 @@ class PruningRecord(_Record):
         content = read_json(path)
         try:
             values = {f.name: content[f.name] for f in fields(cls) if f.name in content}
+            for name, kind in cls._KINDS.items():
+                if not isinstance(content[name], kind):
+                    raise TypeError(f"{name} is a {type(content[name]).__name__}, not a {kind.__name__}")
             values["layers"] = [by_part(layer) for layer in content["layers"]]
             model = ModelInfo(**content["model"] | {"shape": shape_by_part(content["model"]["shape"])})
             return cls(**values | {"model": model, "parameters": Parameters(**content["parameters"])})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not the record of a pruning run ({error})") from None
 
 
@@ -238,25 +252,28 @@ def _figures(entry: dict) -> dict:
 
 def read_json(path: str | os.PathLike) -> dict:
     """A record's file. Raises FileNotFoundError, or ValueError for what is not a record of this format."""
-    record = json.loads(Path(path).read_text(), object_hook=_figures)
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"), object_hook=_figures)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({first_line(error)})") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f"{path}: not a record of format {FORMAT}")
     return record
 
 
 @contextmanager
-def results_at(path: str | os.PathLike | None, overwrite: bool, way: str = "name another --output"):
+def results_at(path: str | os.PathLike | None, overwrite: bool, way: str = "name another --output", ours=is_results):
     """Holds the name of a file of results while the block runs; ``way``: the way out where it cannot be had. Without a path does nothing.
 
-    Raises UserError before anything is computed, with ``overwrite`` also for a file that no run of this program wrote. Of several
-    processes the first holds it for all.
+    Raises UserError before anything is computed, with ``overwrite`` also for a file that no run of this program wrote, which ``ours``
+    tells from others. Of several processes the first holds it for all.
     """
     if path is None or not processes.is_first():
         yield
         return
     check_kind(path, way)
     if overwrite:
-        check_target(Path(path), True, way, foreign=unless(is_results))
+        check_target(Path(path), True, way, foreign=unless(ours))
     with taken(path, way):
         yield
 

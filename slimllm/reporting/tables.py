@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ..models.parts import Units
+from ..models.parts import Units, count_of
 from ..models.shape import ModelShape
-from ..plan import LayerPlan, LayerReport, removed_parameters
+from ..plan import LayerReport, is_gone, removed_parameters
+from ..pruning.allocation.inputs import Allocation
 from ..run import Run
 from ..streaming.sizes import Footprint
 from ..utils.device import name_of
-from ..utils.memory import peak_memory
 from .record import PruningRecord
 
 GPU_MULTIPLE = 8  # of 16-bit numbers, whose rows are then aligned as the fast matrix products of NVIDIA GPUs want them
@@ -57,11 +57,12 @@ def _values(figure: dict, other_tokens: bool) -> str:
 
 def odd_widths(layers: list[dict]) -> str | None:
     """A line on channels that a GPU computes slowly, where some of the ``layers`` (LayerReports) keep such numbers of them."""
-    odd = sum(len(kept.get("channels", ())) % GPU_MULTIPLE > 0 for layer in layers for kept in layer["kept"].values())
+    odd = sum(count_of(kept.get("channels", [])) % GPU_MULTIPLE > 0 for layer in layers for kept in layer["kept"].values())
     if not odd:
         return None
+    left = sum(not is_gone(layer["kept"]) for layer in layers)
     return (
-        f"{odd} of {len(layers)} layers keep a number of channels that is no multiple of {GPU_MULTIPLE}: "
+        f"{odd} of {left} layers keep a number of channels that is no multiple of {GPU_MULTIPLE}: "
         "NVIDIA GPUs compute these slowly; for a model that is faster there, prune with --round_to 64"
     )
 
@@ -73,51 +74,63 @@ def limits_line(figures: list[dict]) -> list[str]:
 
 
 def layer_line(layer: LayerReport, shape: ModelShape) -> str:
-    """What happened to one layer, in one line. ``shape`` is the dense model's."""
+    """What happened to one layer, in one line of at most a hundred columns. ``shape`` is the dense model's."""
     line = f"layer {layer.index:3d}"
-    if layer.cosine is not None:
-        line += f"  cosine {layer.cosine:6.4f}"
-    if layer.sensitivity is not None:
-        line += f"  cost {layer.sensitivity:.4f}"
     if not layer.errors:
         return f"{line}  whole"
-    line += f"  ratio {layer.ratio:.3f}"
     for part in shape.layers[layer.index].parts:
-        sort = part.sorts[0]
-        line += f"  {sort} {len(layer.kept[part.kind][sort]):{len(str(part.units[sort]))}d}/{part.units[sort]}"
-    for kind, error in layer.errors.items():
-        line += f"  {kind} error {error[0]:.4f} -> {error[1]:.4f}"
-    if layer.clipped:
-        line += "  clipped: at least one head group and one channel stay"
-    return f"{line}  {layer.seconds:.2f} s  {peak_memory()['cpu_bytes'] / 1e9:.2f} GB"
+        left = layer.units[part.kind]
+        for sort in part.sorts:
+            if sort == part.sorts[0] or (part.kind == "experts" and left[sort] < part.units[sort]):
+                line += f"  {left[sort]:{len(str(part.units[sort]))}d}/{part.units[sort]} {sort}"
+    missed = ", ".join(f"{kind} {_percent(before)} -> {_percent(after)}" for kind, (before, after) in layer.errors.items())
+    least = "as many experts stay as a token is routed to" if "experts" in layer.errors else "at least one of each stays"
+    clipped = f"  ({least})" if layer.clipped else ""
+    starved = f"  (too few tokens to refit {layer.starved} of its experts)" if layer.starved else ""
+    return f"{line}  missed: {missed}{clipped}{starved}  {layer.seconds:.1f} s"
 
 
-def dry_run(run: Run, plans: list[LayerPlan], how: str, takes: Footprint, before: int) -> str:
-    """The plans in words: widths, parameters, bytes, KV cache per token, what the run ``takes``. ``how``: where the plans are from.
+LAYERS_HEADING = "what stays of each layer, and how much of its outputs' variance is missed, before -> after recovery"
 
-    ``before``: bytes of the dense model's files.
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.{1 if share < 0.0995 else 0}f} %"
+
+
+def dry_run(run: Run, likely: Allocation, how: str, takes: Footprint, before: int, seconds: dict[str, float]) -> str:
+    """The likely plans in words: widths, parameters, bytes, KV cache per token, what the run ``takes``. ``how``: where they are from.
+
+    ``before``: bytes of the dense model's files. ``seconds``: of each stage, about.
     """
+    plans = likely.plans
     shape, size = run.shape, run.dtype.itemsize
-    dense, of_layers = shape.dense_parameters, removed_parameters(shape, plans, run.config)
-    removed = of_layers + shape.parameters_gone
+    dense, of_layers = shape.dense_parameters, removed_parameters(shape, plans, run.config) + shape.layer_parameters_gone
+    removed, decoder = of_layers + shape.token_parameters_gone, shape.decoder_parameters + shape.layer_parameters_gone
     pruned = [plan.units for plan in plans]
-    kv = [shape.cache_numbers(units) * size for units in (shape.units, pruned)]
+    given = shape.with_layers([*range(len(shape.given_layers))])
+    kv = [given.cache_numbers() * size, shape.cache_numbers(pruned) * size]
+    unchanged = "" if shape.is_mixture or kv[0] != kv[1] else " (no KV head goes; --head_unit group lets some go)"
+    active = [shape.active_parameters() + shape.parameters_gone, shape.active_parameters(pruned)]
     rows = [
         ["", "dense", "pruned"],
         ["parameters", f"{dense / 1e6:.2f} M", f"{(dense - removed) / 1e6:.2f} M ({removed / dense:.2%} less)"],
+        *([["parameters that a token is computed with", *(f"{count / 1e6:.2f} M" for count in active)]] if shape.is_mixture else []),
         [
             "decoder parameters",
-            f"{shape.decoder_parameters / 1e6:.2f} M",
-            f"{(shape.decoder_parameters - of_layers) / 1e6:.2f} M ({of_layers / shape.decoder_parameters:.2%} less)",
+            f"{decoder / 1e6:.2f} M",
+            f"{(decoder - of_layers) / 1e6:.2f} M ({of_layers / decoder:.2%} less)",
         ],
+        *([["layers", str(len(shape.given_layers)), str(len(shape.layers))]] if shape.layers_gone else []),
         *([["tokens of the vocabulary", str(shape.vocab + shape.tokens_gone), f"{shape.vocab}"]] if shape.tokens_gone else []),
         [f"weights in {name_of(run.dtype)}", f"{dense * size / 1e9:.3f} GB", f"{(dense - removed) * size / 1e9:.3f} GB"],
-        ["KV cache per token", f"{kv[0]} bytes", f"{kv[1]} bytes"],
+        *([[f"KV cache per token in {name_of(run.dtype)}", f"{kv[0]} bytes", f"{kv[1]} bytes{unchanged}"]] if kv[0] else []),
         [
             " / ".join(sort.replace("kv_", "KV ") for units in pruned[0].values() for sort in units),
             _widths(shape.units),
             _widths([plan.units for plan in plans if plan.ratio]),
         ],
+        *([["predicted loss, nats per token", "", f"{likely.predicted_loss:.3f}"]] if likely.predicted_loss is not None else []),
+        ["time here, at the speed that it has now, about", "", _time(seconds)],
         ["peak memory of a run, about", "", f"{takes.host / 1e9:.2f} GB"],
         *([["peak memory of the GPU, about", "", f"{takes.device / 1e9:.2f} GB"]] if takes.device else []),
         ["activations in the temporary folder", "", f"{takes.temporary / 1e9:.2f} GB"],
@@ -126,6 +139,15 @@ def dry_run(run: Run, plans: list[LayerPlan], how: str, takes: Footprint, before
     ]
     from_ = f"over {sum(plan.ratio > 0 for plan in plans)} of {len(plans)} layers"
     return f"dry run, {how} {from_}; no weights read\n" + "\n".join(aligned(rows))
+
+
+def _time(seconds: dict[str, float]) -> str:
+    """``4 min (own text 1, pruning 3)``, the longest stages by name."""
+    total = sum(seconds.values())
+    unit, divisor = ("s", 1) if total < 120 else ("min", 60) if total < 7200 else ("h", 3600)
+    longest = sorted(seconds.items(), key=lambda item: -item[1])[:3]
+    shown = ", ".join(f"{name} {value / divisor:.{1 if divisor > 1 else 0}f}" for name, value in longest)
+    return f"{total / divisor:.{1 if divisor == 3600 else 0}f} {unit} ({shown})"
 
 
 def _widths(layers: list[dict[str, Units]]) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+from ..settings.compare import QUANTIZATIONS
 from ..settings.methods import METHODS, title_of
 from .paper_table import _average
 from .tables import TEXT_HEADINGS, aligned, limits_line
@@ -12,26 +14,48 @@ from .tables import TEXT_HEADINGS, aligned, limits_line
 def comparison_table(rows: list[dict]) -> list[str]:
     """Markdown: a row per model, by the share removed; perplexities, the average over the zero-shot tasks, size, seconds.
 
-    The nats lost are the mean over the texts of ln(perplexity / the dense model's).
+    The nats lost are the mean over the texts of ln(perplexity / the dense model's). Where one model has other tokens it is nats per byte in
+    place of both, and how much more than the dense model's they are in the mean.
     """
     texts = list(dict.fromkeys(f["data"] for row in rows for f in row["perplexity"]))
     headings = [TEXT_HEADINGS.get(text, text) for text in texts]
-    header = ["Decoder removed", "Method", "", *headings, "Nats lost", "Zero-shot", "Parameters", "MB", "s"]
-    dense = {f["data"]: f["pruned"] for row in rows if row["name"] == "dense" for f in row["perplexity"]}
+    per_byte = tokens_differ(rows)
+    figure, digits = ("nats_per_byte", 4) if per_byte else ("pruned", 1)
+    lost_heading = "More than dense" if per_byte else "Nats lost"
+    timed = any("tokens_per_second" in row for row in rows)
+    header = ["Decoder removed", "Method", "", *headings, lost_heading, "Zero-shot", "Parameters", "MB", "s", *["Tokens/s"] * timed]
+    dense = {f["data"]: f[figure] for row in rows if row["name"] == "dense" for f in row["perplexity"]}
     cells, tasks = [header], []
     for r in sorted(rows, key=lambda row: round(row["removed"], 2)):
-        by_text = {f["data"]: f"{f['pruned']:.1f}{'*' if f['limited'] else ''}" for f in r["perplexity"]}
+        by_text = {f["data"]: f"{f[figure]:.{digits}f}{'*' if f['limited'] else ''}" for f in r["perplexity"]}
         tasks += r["tasks"].values()
         scores = [100 * task["metrics"][task["reported"]] for task in r["tasks"].values()]
-        lost = [math.log(f["pruned"] / dense[f["data"]]) for f in r["perplexity"]]
+        ratios = [f[figure] / dense[f["data"]] for f in r["perplexity"]]
+        lost = [ratio - 1 if per_byte else math.log(ratio) for ratio in ratios]
         average = _average(scores, any(task["limited"] for task in r["tasks"].values()))
-        size = [f"{r['parameters'] / 1e6:.1f} M", f"{r['bytes'] / 1e6:.0f}", f"{r['seconds']:.0f}"]
-        perplexities = [by_text.get(text, "-") for text in texts]
-        name, nats = title_of(METHODS, r["name"]), f"{sum(lost) / len(lost):.3f}" if lost else "-"
-        cells.append([f"{r['removed']:.1%}".replace("%", " %"), name, r["variant"], *perplexities, nats, average, *size])
+        size = [f"{r['parameters'] / 1e6:.1f} M", f"{r['bytes'] / 1e6:.0f}", "-" if r["seconds"] is None else f"{r['seconds']:.0f}"]
+        figures = [by_text.get(text, "-") for text in texts]
+        mean = sum(lost) / len(lost) if lost else math.nan
+        shown = "-" if not lost else f"{mean:.1%}".replace("%", " %") if per_byte else f"{mean:.3f}"
+        variant = Path(r["folder"]).name if "folder" in r else r["variant"]
+        about = f"{r['removed']:.1%}".replace("%", " %"), title_of(METHODS, r["name"]), variant
+        speed = f"{r['tokens_per_second']['generation']:.1f}" if "tokens_per_second" in r else "-"
+        cells.append([*about, *figures, shown, average, *size, *[speed] * timed])
     questions = sorted({task["questions"] for task in tasks if task["limited"]})
     limited = [f"* limited: zero-shot on the first {questions[-1]} questions of each task only"] if questions else []
-    return [*aligned(cells), *limits_line([f for r in rows for f in r["perplexity"]]), *limited]
+    unit = ["nats per byte, since not all models have the same tokens"] if per_byte else []
+    return [*aligned(cells), *unit, *limits_line([f for r in rows for f in r["perplexity"]]), *limited]
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """(the model, the type of fewer bits that it is shown in or nothing) of the name of a row: ``dense, q8_0``."""
+    model, _, kind = name.rpartition(", ")
+    return (model, kind) if kind in QUANTIZATIONS else (name, "")
+
+
+def tokens_differ(rows: list[dict]) -> bool:
+    """Whether one of the models has other tokens than the dense one: their perplexities per token cannot be compared."""
+    return any(row.get("other_tokens") for row in rows)
 
 
 def ablation_table(rows: list[dict], shares) -> list[str]:

@@ -1,4 +1,4 @@
-"""Settings of ``python -m slimllm ablation``."""
+"""Settings of ``slimllm ablation``."""
 
 from __future__ import annotations
 

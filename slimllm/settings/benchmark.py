@@ -1,4 +1,4 @@
-"""Settings of ``python -m slimllm benchmark``."""
+"""Settings of ``slimllm benchmark``."""
 
 from __future__ import annotations
 

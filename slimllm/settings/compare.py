@@ -1,4 +1,4 @@
-"""Settings of ``python -m slimllm compare``."""
+"""Settings of ``slimllm compare``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from .methods import METHODS, RECIPES
 from .tasks import TASKS
 from .trials import TrialsConfig
 
+QUANTIZATIONS = ("q8_0", "q4_0")  # fewer bits that models are shown in
 OURS = tuple(name for name, recipe in RECIPES.items() if recipe.settings)
 
 
@@ -23,7 +24,18 @@ class CompareConfig(TrialsConfig):
     )
     methods: tuple[str, ...] | None = flag("methods", "what is compared: methods by the names of hf_prune.py's --method, or none [all]")
     recipes: tuple[str, ...] = flag("methods", "recipes of ours beside them, or none", OURS, nargs="+")
-    also: tuple[str, ...] = flag("methods", "NAME=FOLDER: checkpoints to show beside them, post-trained ones for example", (), nargs="+")
+    also: tuple[str, ...] = flag(
+        "methods",
+        "NAME=FOLDER: checkpoints to show beside them, post-trained or of fewer tokens; a line for those of one name",
+        (),
+        nargs="+",
+    )
+    speed: bool = flag(
+        "methods",
+        "tokens per second that llama.cpp generates with the dense model and with those of --also (pruned with --runtime gguf), each in 16 "
+        "bits, q8_0 and q4_0",
+        False,
+    )
     tasks: tuple[str, ...] = flag("tasks", "zero-shot tasks, or none", tuple(TASKS), nargs="+")
     data_dir: str | None = flag("tasks", "folder of TASK.jsonl files in the hub's schema, in place of the hub")
     limit: int | None = flag("tasks", "only the first N questions of each task; the figures are marked as limited [all]")
@@ -39,7 +51,7 @@ class CompareConfig(TrialsConfig):
             setattr(self, name, tuple(value for value in getattr(self, name) if value != "none"))
             for value in getattr(self, name):
                 check_choice(name, value, allowed)
-        if self.data_dir is not None:
+        if self.data_dir is not None and self.tasks:
             self.tasks = tuple(name for name in self.tasks if os.path.isfile(os.path.join(self.data_dir, f"{name}.jsonl")))
             if not self.tasks:
                 raise UserError(f"--data_dir {self.data_dir}: it has a file of none of the tasks")
@@ -47,3 +59,7 @@ class CompareConfig(TrialsConfig):
             name, _, folder = entry.partition("=")
             if not name or not os.path.isdir(folder):
                 raise UserError(f"--also {entry}: must be NAME=FOLDER, with a folder that is there")
+            if name in METHODS or name == "dense":
+                raise UserError(f"--also {entry}: {name} is the name of another row of the table; choose another")
+            if name.rpartition(", ")[2] in QUANTIZATIONS:
+                raise UserError(f"--also {entry}: what stands behind the comma says how many bits a row has; choose another name")

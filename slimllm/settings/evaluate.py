@@ -1,4 +1,4 @@
-"""Settings of ``python -m slimllm evaluate``."""
+"""Settings of ``slimllm evaluate``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,21 @@ from ..cli import check_choice, check_choices, check_range, flag
 from ..errors import UserError
 from .common import DTYPES
 from .tasks import TASKS
+
+UNSAFE = ("humaneval", "mbpp")  # what the names of lm-eval's tasks that run generated code begin with
+
+
+def check_generation(settings) -> None:
+    """Raises UserError for generation tasks that cannot be run as they are asked for; ``none`` among them is dropped."""
+    settings.generation = tuple(name for item in settings.generation for name in item.split(",") if name not in ("", "none"))
+    for name in settings.generation:
+        if name.startswith(UNSAFE) and not settings.confirm_run_unsafe_code:
+            raise UserError(
+                f"--generation {name}: lm-eval runs the code that the model writes, on this machine and with your rights; "
+                "say --confirm_run_unsafe_code where that is meant, best in a container"
+            )
+    if settings.include_path is not None and not os.path.isdir(settings.include_path):
+        raise UserError(f"--include_path {settings.include_path}: no such folder")
 
 
 @dataclass
@@ -33,6 +48,12 @@ class EvalConfig:
         "tasks", "folder of TASK.jsonl files in the hub's schema, in place of the hub; a task without a file is left out"
     )
     limit: int | None = flag("tasks", "only the first N questions of each task; the results are marked as limited [all]")
+    generation: tuple[str, ...] = flag("tasks", "tasks of lm-eval in which the model writes, such as gsm8k ifeval humaneval [none]", ())
+    include_path: str | None = flag("tasks", "folder of more task definitions for lm-eval, for --generation")
+    apply_chat_template: bool = flag("tasks", "put --generation to the model through its chat template", False)
+    confirm_run_unsafe_code: bool = flag(
+        "tasks", "let lm-eval run the code that the model writes, on this machine, as humaneval and mbpp need", False
+    )
 
     eval_data: tuple[str, ...] | None = flag(
         "perplexity",
@@ -46,11 +67,12 @@ class EvalConfig:
 
     def __post_init__(self):
         if not self.model:
-            raise UserError("name a model: python -m slimllm evaluate prune_log/NAME")
+            raise UserError("name a model: slimllm evaluate prune_log/NAME")
         self.tasks = tuple(name for item in self.tasks for name in item.split(",") if name not in ("", "none"))
         for name in self.tasks:
             check_choice("tasks", name, TASKS)
         check_choices(self)
+        check_generation(self)
         for name in ("limit", "eval_limit"):
             check_range(self, name, 1)
         check_range(self, "max_seq_len", 2)

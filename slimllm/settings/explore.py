@@ -1,4 +1,4 @@
-"""Settings of ``python -m slimllm explore``."""
+"""Settings of ``slimllm explore``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ExploreConfig(TrialsConfig):
     target_sparsity: tuple[float, ...] = flag("sparsity", "shares of the decoder's parameters to look at, 0 to 1", SHARES)
     check: tuple[float, ...] = flag("sparsity", "shares to prune for good, in memory, and to measure the perplexity of", (), nargs="+")
     recipe: str = flag("sparsity", "the recipe that is planned for", "best", choices=PRICED)
-    prune: str | None = flag("sparsity", "as for hf_prune.py: attention heads, feed-forward channels, or both [both]", choices=PARTS)
+    prune: str | None = flag("sparsity", "as for hf_prune.py: attention heads, feed-forward channels, or both [both]", choices=PARTS[:3])
     head_unit: str = flag("sparsity", "as for hf_prune.py", "query", choices=HEAD_UNITS)
     runtime: str = flag("sparsity", "as for hf_prune.py: what has to run the pruned model", "any", choices=RUNTIMES)
     round_to: int | None = flag("sparsity", "as for hf_prune.py: keep channels in multiples of this")

@@ -1,4 +1,4 @@
-"""Settings of ``python -m slimllm export-gguf``."""
+"""Settings of ``slimllm export-gguf``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ExportConfig:
 
     def __post_init__(self):
         if not self.folder:
-            raise UserError("name a checkpoint folder: python -m slimllm export-gguf prune_log/NAME")
+            raise UserError("name a checkpoint folder: slimllm export-gguf prune_log/NAME")
         check_choices(self)
         self.outtypes = tuple(dict.fromkeys(self.outtype.split(",")))
         for name in self.outtypes:

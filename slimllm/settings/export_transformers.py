@@ -1,4 +1,4 @@
-"""Settings of ``python -m slimllm export-transformers``."""
+"""Settings of ``slimllm export-transformers``."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ class StockConfig:
     """Settings of the export. Raises UserError where a folder is not named."""
 
     folders: tuple[str, ...] = flag("folders", "checkpoint folder, and the folder to write", positional=True, nargs="*")
+    into: str | None = flag(
+        "folders",
+        "the model of text and images that the text model was taken from, a folder or hub name: it is written whole, "
+        "with the pruned text model in place of its own",
+    )
     overwrite: bool = flag("folders", "replace an existing folder", False)
 
     def __post_init__(self):
         if len(self.folders) != 2:
-            raise UserError("name two folders: python -m slimllm export-transformers prune_log/NAME OUT")
+            raise UserError("name two folders: slimllm export-transformers prune_log/NAME OUT")

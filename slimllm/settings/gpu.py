@@ -1,4 +1,4 @@
-"""Settings of ``python -m slimllm gpu``."""
+"""Settings of ``slimllm gpu``."""
 
 from __future__ import annotations
 

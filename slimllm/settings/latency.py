@@ -1,4 +1,4 @@
-"""Settings of ``python -m slimllm latency``."""
+"""Settings of ``slimllm latency``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LatencyConfig:
 
     def __post_init__(self):
         if not self.model:
-            raise UserError("name a model: python -m slimllm latency prune_log/NAME")
+            raise UserError("name a model: slimllm latency prune_log/NAME")
         check_choices(self)
         check_range(self, "new_tokens", 1)
         check_range(self, "repeats", 1)

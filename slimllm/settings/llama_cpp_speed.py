@@ -1,4 +1,4 @@
-"""Settings of ``python -m slimllm llama-cpp-speed``."""
+"""Settings of ``slimllm llama-cpp-speed``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ class SpeedConfig:
 
     def __post_init__(self):
         if not self.files:
-            raise UserError("name .gguf files: python -m slimllm llama-cpp-speed DENSE.gguf PRUNED.gguf")
+            raise UserError("name .gguf files: slimllm llama-cpp-speed DENSE.gguf PRUNED.gguf")
         for name in ("prompt_tokens", "new_tokens", "repeats", "threads"):
             check_range(self, name, 1)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
-from ..errors import nearest
+from .. import plugins
+from ..errors import UserError, first_line, nearest
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,21 @@ class Entry:
             raise ValueError(f"needs {name!r}: a {type(self).__name__} can need {', '.join(self.CAN_NEED)}{nearest(name, self.CAN_NEED)}")
 
     def __call__(self, *arguments):
-        function = _imported(self.function) if isinstance(self.function, str) else self.function
-        return function(*arguments)
+        if isinstance(self.function, str):
+            return _imported(self.function)(*arguments)
+        try:
+            return self.function(*arguments)
+        except UserError:
+            raise
+        except Exception as error:
+            at = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in plugins.loaded]
+            if not at:  # a function of a program that calls this package
+                raise
+            where = f"{Path(at[-1].filename).name}, line {at[-1].lineno}"
+            raise UserError(
+                f"{self.function.__name__} ({where}): {type(error).__name__}: {first_line(error)}; what a {type(self).__name__} does not "
+                "name in its needs is None"
+            ) from error
 
 
 @functools.cache
@@ -58,10 +74,19 @@ class ChannelScore(Entry):
     """How channels are ranked: ChannelStatistics -> the importance of each channel [I]; the lowest go.
 
     Can need ``output_covariance``: of the feed-forward part's output; ``input_variance``: of each input of the output projection;
-    ``gradients``: the saliency of each channel.
+    ``input_covariance``: of these; ``gradients``: the saliency of each channel.
     """
 
-    CAN_NEED = ("output_covariance", "input_variance", "gradients")
+    CAN_NEED = ("output_covariance", "input_variance", "input_covariance", "gradients")
+
+
+class ExpertScore(Entry):
+    """How experts are ranked: ExpertStatistics -> the importance of each expert [E]; the lowest go.
+
+    Can need ``routed_output``: the norms of what each expert gives to the tokens that are routed to it.
+    """
+
+    CAN_NEED = ("routed_output",)
 
 
 class LayerRatio(Entry):
@@ -99,7 +124,8 @@ class Method:
     """A pruning method as its authors' code does it: what it sets where the user says nothing, by the names in the tables below.
 
     ``all_layers``: by default every layer is pruned. ``dense_states``: as published, each layer is pruned from the states that the
-    dense model gives it, not from those that the pruned layers before it give. ``title``: its name in tables and pictures; ``source``:
+    dense model gives it, not from those that the pruned layers before it give. ``whole_layers``: whole layers go, as many as come nearest
+    to the amount, and nothing else. ``title``: its name in tables and pictures; ``source``:
     where it is from, in Markdown, for model cards; ``colour``: in pictures.
     """
 
@@ -107,8 +133,10 @@ class Method:
     channel_score: str
     layer_ratio: str
     recovery: str
+    expert_score: str = "routed"
     all_layers: bool = False
     dense_states: bool = False
+    whole_layers: bool = False
     title: str | None = None
     source: str | None = None
     colour: str | None = None
@@ -143,6 +171,13 @@ CHANNEL_SCORES = {
     "random": ChannelScore("pruning.importance.channels:random"),
 }
 
+EXPERT_SCORES = {
+    "routed": ExpertScore("pruning.importance.experts:routed", {"routed_output"}),
+    "reap": ExpertScore("pruning.importance.experts:reap", {"routed_output"}),
+    "frequency": ExpertScore("pruning.importance.experts:frequency"),
+    "random": ExpertScore("pruning.importance.experts:random"),
+}
+
 LAYER_RATIOS = {
     "importance": LayerRatio("pruning.allocation.layer_ratios:importance", {"alpha", "pruned_layers"}),
     "uniform": LayerRatio("pruning.allocation.layer_ratios:uniform", {"pruned_layers"}),
@@ -163,6 +198,7 @@ RECOVERIES = {
     "least_squares": Recovery(
         "pruning.recovery:least_squares", {"input_covariance", "ridge", "look_back"}, title="least squares", colour="#e08a2e"
     ),
+    "rotation": Recovery("pruning.recovery:rotation", {"input_covariance", "ridge", "look_back"}, colour="#2f7f5f"),
 }
 
 METHODS = {
@@ -201,15 +237,27 @@ METHODS = {
         title="Wanda-sp",
         source="Wanda-sp ([An et al. 2024](https://arxiv.org/abs/2312.11983), after [Wanda](https://arxiv.org/abs/2306.11695))",
     ),
+    "shortgpt": Method(
+        "random",
+        "random",
+        "uniform",
+        "none",
+        all_layers=True,
+        whole_layers=True,
+        title="ShortGPT",
+        source="[ShortGPT](https://arxiv.org/abs/2403.03853) (Men et al. 2024)",
+    ),
     "magnitude": Method("magnitude", "magnitude", "uniform", "none", all_layers=True, source="magnitude, a baseline"),
-    "random": Method("random", "random", "uniform", "none", all_layers=True, source="random choice, a baseline", colour="#999999"),
+    "random": Method(
+        "random", "random", "uniform", "none", "random", all_layers=True, source="random choice, a baseline", colour="#999999"
+    ),
 }
 
 _BEST = {"recovery": "least_squares", "layer_ratio": "auto", "self_share": 0.5, "look_back": 0.3}
 RECIPES = {  # "paper": the published method, of which nothing is changed; the others are what measured best
     "paper": Recipe(),
-    "best": Recipe(_BEST, "ours: best", "#e08a2e"),
-    "distilled": Recipe({**_BEST, "distill": "all"}, "ours: distilled", "#d1495b"),
+    "best": Recipe(_BEST, "this project: best", "#e08a2e"),
+    "distilled": Recipe({**_BEST, "distill": "all"}, "this project: distilled", "#d1495b"),
 }
 
 COLOURS = ("#3b6fb6", "#a33c3c", "#2f8f6b", "#7b5ea7", "#8a7d4f", "#1b9aaa", "#c06fb0", "#5d4037")  # of entries without one of their own

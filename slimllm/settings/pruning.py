@@ -8,14 +8,18 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
+import math
+import os
 from dataclasses import FrozenInstanceError, asdict, dataclass, fields
+from pathlib import Path
 
 from .. import cli
 from ..cli import check_choice, check_choices, check_range, check_types, flag, given, without_effect
 from ..errors import UserError
+from ..models.parts import EXPERT_CHANNELS
 from ..models.shape import RUNTIMES, ModelShape, limits_of
 from .common import DTYPES, OUTTYPES, QUANTIZED
-from .methods import CHANNEL_SCORES, HEAD_CHOICES, LAYER_RATIOS, METHODS, PRICES, RECIPES, RECOVERIES
+from .methods import CHANNEL_SCORES, EXPERT_SCORES, HEAD_CHOICES, LAYER_RATIOS, METHODS, PRICES, RECIPES, RECOVERIES
 from .samples import SampleSpec
 
 log = logging.getLogger("slimllm")
@@ -28,13 +32,13 @@ COUNTS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}  # units of --target_params
 BY_PRICES = ("fit", "target_speedup")  # of AMOUNTS, those that only layer_ratio auto can meet
 HEAD_UNITS = ("group", "query")
 REGULAR = ("uniform", "auto")  # ways to spread the sparsity that can give all layers the same widths
-PARTS = ("both", "heads", "channels")
+PARTS = ("both", "heads", "channels", "experts")
 DISTILLATIONS = ("none", "scales", "all")
 SIZES = ("pruning_ratio", "target_sparsity", "smaller", "target_params")  # each says how many parameters are to go
 AMOUNTS = (*SIZES, *BY_PRICES)  # each says how much is to go
 WHOLE = ("smaller", "target_params", "fit")  # of AMOUNTS, those that the vocabulary counts in
 VOCABULARIES = ("keep", "auto")
-_PLANNED = (*AMOUNTS, "pruned_layers", "alpha", "layer_ratio", "prune", "price_list")  # what --plan says in their place
+_PLANNED = (*AMOUNTS, "pruned_layers", "drop_layers", "alpha", "layer_ratio", "prune", "price_list")  # what --plan says in their place
 GGUF_BLOCK = 32  # rows of quantized tensors come in blocks of this
 LONGEST_NAME = 200  # bytes of a file name; what is written beside a folder while it is made needs a few more, and 255 are allowed
 
@@ -54,7 +58,7 @@ class PruneConfig:
     :meth:`resolved` gives.
     """
 
-    base_model: str | None = flag("model", "local folder, hub name or .gguf file (required)")
+    base_model: str | None = flag("model", "local folder, hub name or .gguf file (required)", leading=True, often=True)
     dtype: str = flag("model", "dtype of compute: float32 on a CPU, the checkpoint's own on a GPU", "auto", choices=DTYPES)
     device: str = flag("model", "where the layers are computed; auto takes a GPU if there is one", "auto")
     eval_device: str = flag("model", "where perplexity is computed", "auto")
@@ -69,22 +73,27 @@ class PruneConfig:
         "share of the decoder layers' parameters to remove, 0 to 1, met to within one channel; instead of --pruning_ratio",
     )
     smaller: float | None = flag(
-        "sparsity", "share of the whole model's parameters to remove, embeddings counted, 0 to 1; instead of --pruning_ratio"
+        "sparsity", "share of the whole model's parameters to remove, embeddings counted, 0 to 1; instead of --pruning_ratio", often=True
     )
     target_params: str | None = flag(
         "sparsity", "parameters that the whole model is to keep, such as 5.4B or 100M; instead of --pruning_ratio"
     )
     fit: str | None = flag(
         "sparsity",
-        "auto: bytes that a GGUF file of the model and its KV cache are to take, such as 6GB; instead of "
+        "layer_ratio auto: bytes that a GGUF file of the model and its KV cache are to take, such as 6GB (decimal; GiB too); instead of "
         "--pruning_ratio, or besides another amount: all are met",
     )
     context: int = flag("sparsity", "with --fit: tokens in the KV cache", 4096)
     gguf_type: str = flag("sparsity", "with --fit: type of the weights in the file, as for export-gguf", "q8_0", choices=OUTTYPES)
     target_speedup: float | None = flag(
         "sparsity",
-        "auto: how many times as fast a token is to be generated, by layer times measured on this machine, such as 1.5; "
+        "layer_ratio auto: how many times as fast a token is to be generated, by layer times measured on this machine, such as 1.5; "
         "instead of --pruning_ratio, or besides another amount: all are met",
+    )
+    drop_layers: int | None = flag(
+        "sparsity",
+        "how many whole layers go first, those that turn their input least (Eq. 11); the amount asked for counts them, and what is "
+        "left of it goes from the layers that stay [none]",
     )
     pruned_layers: int | None = flag(
         "sparsity",
@@ -110,7 +119,10 @@ class PruneConfig:
     )
     price_list: str | None = flag("sparsity", "auto: take the prices from this file, the price_list.json of a run or of slimllm explore")
     prune: str | None = flag(
-        "sparsity", "what goes: attention heads, feed-forward channels, or both [both; channels where no head can go]", choices=PARTS
+        "sparsity",
+        "what goes: attention heads, feed-forward channels, both, or whole experts; of a mixture of experts channels are those of its "
+        "experts, the same number of each, and both these and whole experts [both; channels where no head can go; experts of a mixture]",
+        choices=PARTS,
     )
     plan: str | None = flag(
         "sparsity", "prune exactly the heads and channels that this file names, the pruning.json of a run; nothing else is chosen"
@@ -140,7 +152,12 @@ class PruneConfig:
 
     method: str = flag("method", "SlimLLM, or what it is compared with, as its authors' code does it", "slimllm", choices=METHODS)
     recipe: str = flag(
-        "method", "paper: the published method; best: what measured best; distilled: the same, then --distill all", "paper", choices=RECIPES
+        "method",
+        "paper: the published method; best: what measured best; distilled: the same, then --distill all "
+        "[slimllm prune: best; hf_prune.py, and other methods: paper]",
+        "paper",
+        choices=RECIPES,
+        often=True,
     )
     recovery: str | None = flag(
         "method", "what the kept output weights become [the method's: linear; best: least_squares]", choices=RECOVERIES
@@ -174,6 +191,12 @@ class PruneConfig:
         "[the method's: greedy]",
         choices=HEAD_CHOICES,
     )
+    expert_score: str | None = flag(
+        "method",
+        "how experts are ranked. routed: by the sum over tokens of the norm of what they give, with the router's weight; reap: by its mean "
+        "over the tokens routed to them; frequency: by how many these are [the method's: routed]",
+        choices=EXPERT_SCORES,
+    )
     distill: str | None = flag(
         "distillation",
         "train the pruned model to predict what the dense one predicts: scales: norms, biases and one factor per input of the output "
@@ -188,12 +211,17 @@ class PruneConfig:
 
     calibration: str | None = flag(
         "calibration",
-        "bookcorpus, c4, wikitext2 (hub), self (sampled from the model), a .txt or .jsonl file, a folder of them, "
+        "bookcorpus, c4, wikitext2, hub:OWNER/NAME[/CONFIG][:COLUMN[:SPLIT]] (text or messages of the hub), self (sampled from the model), "
+        "a .txt file, a .jsonl file with rows of text, messages or ShareGPT conversations, a folder of such files, "
         "or a calibration.safetensors [bookcorpus; self where the hub is out of reach]",
+        often=True,
     )
     num_examples: int | None = flag("calibration", "samples [32; best: 192]")
     self_share: float | None = flag(
         "calibration", "share of the samples that the model itself writes, 0 to 1, the rest being --calibration's [0; best: 0.5]"
+    )
+    chat_share: float = flag(
+        "calibration", "of what the model writes, the share that it writes as conversations, by its chat template, 0 to 1", 0.0
     )
     seq_len: int = flag("calibration", "tokens per sample", 128)
     seed: int = flag("calibration", "seed of every random choice", 42)
@@ -204,16 +232,22 @@ class PruneConfig:
     )
     max_seq_len: int = flag("evaluation", "tokens per block of text for perplexity", 128)
     eval_limit: int | None = flag("evaluation", "only the first N blocks; the figures are marked as limited [all]")
+    prompt: tuple[str, ...] | None = flag(
+        "evaluation",
+        "what the dense and the pruned model answer at the end, greedily, where they fit into memory; none: nothing "
+        "[three short questions; none with --eval_data none]",
+    )
     test_after_train: bool = flag("evaluation", "print continuations of a few prompts, before and after", False)
     temperature: float = flag("evaluation", "of these continuations; 0 is greedy", 1.0)
     top_p: float = flag("evaluation", "nucleus of these continuations, 0 to 1", 0.95)
 
+    output_dir: str | None = flag("output", "folder for everything of the run, in place of prune_log/NAME/", often=True)
     save_ckpt_log_name: str = flag("output", "NAME: everything goes to prune_log/NAME/", "llama_prune")
     save_dtype: str = flag(
         "output", "dtype of the checkpoint; auto: the base model's, or bfloat16 for a .gguf file of fewer bits", "auto", choices=DTYPES
     )
     save_model: bool = flag("output", "write the pruned model (--no_save_model: only the record)", True, negatable=True)
-    overwrite: bool = flag("output", "replace an existing prune_log/NAME/", False)
+    overwrite: bool = flag("output", "replace what an earlier run left in the folder", False)
     resume: bool | None = flag(
         "output",
         "go on with a run of this name that was stopped, with the same other flags (--no_resume: keep nothing that it would need)",
@@ -230,7 +264,7 @@ class PruneConfig:
         check_choices(self)
         self._given = given(self)
         self._check_what_decides()
-        for name in ("recovery", "head_choice", "channel_score"):
+        for name in ("recovery", "head_choice", "channel_score", "expert_score"):
             if getattr(self, name) is None:
                 setattr(self, name, self._default(name))
         recipe = RECIPES[self.recipe].settings
@@ -243,14 +277,17 @@ class PruneConfig:
         if self.num_examples is None:
             self.num_examples = PUBLISHED_EXAMPLES if self.recipe == "paper" else BEST_EXAMPLES
         if self.keep_lowest is None:
-            published = self.method == "slimllm" and self.recovery != "least_squares"
+            published = self.method == "slimllm" and "look_back" not in RECOVERIES[self.recovery].needs
             self.keep_lowest = PUBLISHED_KEEP_LOWEST if published else 0.0
         if self.round_to is None:
             blocks = self.runtime == "gguf" or (self.fit is not None and self.gguf_type in QUANTIZED)
             self.round_to = GGUF_BLOCK if blocks else 1
         self._check_vocabulary()
         if self.plan is None and all(getattr(self, name) is None for name in AMOUNTS):
-            self.pruning_ratio = 0.25
+            if self.drop_layers is None:
+                self.pruning_ratio = 0.25
+            else:
+                self.target_sparsity = 0.0  # those layers alone
         check_range(self, "pruning_ratio", 0, 1, right_open=True)
         check_range(self, "target_sparsity", 0, 1, right_open=True)
         check_range(self, "smaller", 0, 1, right_open=True)
@@ -260,18 +297,25 @@ class PruneConfig:
                 cli.number_of(name, getattr(self, name), units)
         check_range(self, "context", 1)
         check_range(self, "self_share", 0, 1)
+        check_range(self, "chat_share", 0, 1)
         check_range(self, "keep_lowest", 0, 1, right_open=True)
         check_range(self, "look_back", 0, 1)
         check_range(self, "top_p", 0, 1)
         check_range(self, "alpha", 0)
         check_range(self, "temperature", 0)
-        for name in ("num_examples", "round_to", "eval_limit", "pruned_layers", "distill_epochs"):
+        for name in ("num_examples", "round_to", "eval_limit", "pruned_layers", "drop_layers", "distill_epochs"):
             check_range(self, name, 1)
         check_range(self, "distill_examples", 2)
         check_range(self, "distill_learning_rate", 0, left_open=True)
         for name in ("seq_len", "max_seq_len"):
             check_range(self, name, 2)
         check_range(self, "ridge", 0, left_open=True)
+        if self.output_dir is not None:
+            if "save_ckpt_log_name" in self._given:
+                raise UserError("--output_dir and --save_ckpt_log_name both say where everything goes: give one of them")
+            self.save_ckpt_log_name = Path(os.path.abspath(self.output_dir)).name
+            if not self.save_ckpt_log_name or self.save_ckpt_log_name.startswith("."):
+                raise UserError(f"--output_dir {self.output_dir}: must be the name of a folder, and not of a hidden one")
         name = self.save_ckpt_log_name
         if not name or name.startswith(("/", ".")) or ".." in name.split("/"):
             raise UserError(f"--save_ckpt_log_name {name}: must be a name inside prune_log/, not hidden and not a path out of it")
@@ -280,6 +324,9 @@ class PruneConfig:
         if self.push_to_hub and not self.save_model:
             raise UserError("--push_to_hub and --no_save_model: there would be no checkpoint to upload")
         self.eval_data = tuple(self.eval_data) if self.eval_data else None
+        for text in self.prompt or ():
+            if not text.strip():
+                raise UserError("--prompt: a prompt is empty; write one, or none")
 
     def _check_vocabulary(self) -> None:
         if self.vocab not in VOCABULARIES:
@@ -320,6 +367,8 @@ class PruneConfig:
                 f"--method {self.method} and --recipe {self.recipe}: the recipe is SlimLLM's; give one of them, or single flags of "
                 "the recipe such as --recovery least_squares"
             )
+        if METHODS[self.method].whole_layers and self.drop_layers is not None:
+            raise UserError(f"--method {self.method} and --drop_layers {self.drop_layers} both say how many layers go: give one of them")
         for name in _PLANNED:
             if self.plan is not None and getattr(self, name) is not None:
                 raise UserError(f"--plan and --{name} both say what to remove: give one of them")
@@ -358,14 +407,29 @@ class PruneConfig:
         return min(1.0, RIDGE_TOKENS / tokens) if self.ridge is None else self.ridge
 
     @property
+    def folder(self) -> Path:
+        """Where everything of a run goes."""
+        return Path("prune_log", self.save_ckpt_log_name) if self.output_dir is None else Path(self.output_dir)
+
+    @property
+    def asks(self) -> bool:
+        """Whether the dense and the pruned model are asked something at the end."""
+        return self.prompt != ("none",) and (bool(self.prompt) or self.measures_texts)
+
+    @property
+    def measures_texts(self) -> bool:
+        """Whether perplexity is measured on any text."""
+        return not self.eval_data or "none" not in self.eval_data
+
+    @property
     def samples(self) -> SampleSpec:
         """How the calibration samples are drawn."""
-        return SampleSpec(self.num_examples, self.seq_len, self.seed)
+        return SampleSpec(self.num_examples, self.seq_len, self.seed, chat_share=self.chat_share)
 
     @property
     def distill_samples(self) -> SampleSpec:
         """How the samples to distil on are drawn: others than those of the calibration and of the probes."""
-        return SampleSpec(self.distill_examples, self.seq_len, self.seed + 2, or_fewer=True)
+        return SampleSpec(self.distill_examples, self.seq_len, self.seed + 2, or_fewer=True, chat_share=self.chat_share)
 
     @property
     def measures_prices(self) -> bool:
@@ -375,7 +439,11 @@ class PruneConfig:
     @property
     def needs_gradients(self) -> bool:
         """Whether heads or channels are chosen by gradients of the loss."""
-        return self.plan is None and "gradients" in HEAD_CHOICES[self.head_choice].needs | CHANNEL_SCORES[self.channel_score].needs
+        return (
+            self.plan is None
+            and self.prune != "experts"
+            and "gradients" in HEAD_CHOICES[self.head_choice].needs | CHANNEL_SCORES[self.channel_score].needs
+        )
 
     def resolved(self, shape: ModelShape) -> PruneConfig:
         """A copy, frozen, with what depends on the model: pruned_layers and alpha where the user gave none (the paper's, scaled to its
@@ -414,10 +482,13 @@ class PruneConfig:
             )
         if self.plan is not None:
             return found
-        if limits.whole_heads and self.prune in ("both", "heads"):
-            why = "queries and keys are normed over all heads together" if shape.heads_fixed else f"with --runtime {self.runtime}"
-            raise UserError(f"--prune {self.prune}: no head of this model can go ({why}); --prune channels")
-        if self.prune is None:
+        found |= self._of_mixture(shape)
+        prune = found.get("prune", self.prune)
+        if limits.whole_heads and prune in ("both", "heads") and not (shape.is_mixture and prune == "both"):
+            why = shape.heads_fixed or f"with --runtime {self.runtime}"
+            other = "experts" if shape.is_mixture else "channels"
+            raise UserError(f"--prune {self.prune}: no head of this model can go ({why}); --prune {other}")
+        if prune is None:
             found["prune"] = "channels" if limits.whole_heads else "both"
         tokens = self.tokens_of(shape.vocab)
         if tokens is None and self.amount[0] in SIZES:
@@ -425,17 +496,19 @@ class PruneConfig:
         share = None if tokens is None else self.sparsity_of(shape.with_tokens(tokens))
         amount = self.pruning_ratio if self.pruning_ratio is not None else share or 0.0
         layers, alpha = next((n, a) for limit, n, a in PAPER_SETTINGS if amount < limit)
-        depth = len(shape.layers)
-        if self.pruned_layers is None:
+        depth = len(shape.layers) - self.layers_to_drop(shape)
+        if self.pruned_layers is None and "pruned_layers" not in found:
             found["pruned_layers"] = depth if METHODS[self.method].all_layers else max(1, round(layers * depth / 32))
-        elif self.pruned_layers > depth:
+        elif self.pruned_layers is not None and self.pruned_layers > depth:
             raise UserError(f"--pruned_layers {self.pruned_layers}: the model has {depth} layers")
+        if METHODS[self.method].whole_layers:
+            found["drop_layers"] = self.layers_to_drop(shape) or None
         if self.alpha is None:
             found["alpha"] = alpha
-        if self.layer_ratio is None:
+        if self.layer_ratio is None and "layer_ratio" not in found:
             usual = self._default("layer_ratio")
             found["layer_ratio"] = "uniform" if limits.same_channels and usual not in REGULAR else usual
-        elif limits.same_channels and self.layer_ratio not in REGULAR:
+        elif limits.same_channels and self.layer_ratio not in (None, *REGULAR):
             raise UserError(
                 f"--layer_ratio {self.layer_ratio} and --runtime {self.runtime}: all layers of this model lose the same there; "
                 "leave one of the two out"
@@ -446,12 +519,89 @@ class PruneConfig:
                 raise UserError(f"--{name} {value}: it goes by a price list; add --recipe best or --layer_ratio auto")
         return found
 
+    def _of_mixture(self, shape: ModelShape) -> dict:
+        """What differs for a mixture of experts: all its layers lose the same, experts or heads. Raises UserError for what it cannot lose,
+        and for a mixture's settings with another model.
+        """
+        if not shape.is_mixture:
+            if self.prune == "experts":
+                raise UserError("--prune experts: this model has none; --prune both, heads or channels")
+            return {}
+        for name in (*BY_PRICES, "price_list"):
+            if getattr(self, name) is not None:
+                raise UserError(
+                    f"--{name} {getattr(self, name)}: it goes by prices, which experts have none of yet; ask by --target_sparsity"
+                )
+        if self.vocab == "auto":
+            raise UserError("--vocab auto: it goes by prices, which experts have none of yet; name a number of tokens")
+        if self.layer_ratio not in (None, "uniform"):
+            raise UserError(f"--layer_ratio {self.layer_ratio}: all layers of a mixture of experts lose the same; leave it out")
+        found = {"layer_ratio": "uniform"}
+        if self.pruned_layers is None:
+            found["pruned_layers"] = len(shape.layers)
+        experts = [part for layer in shape.layers for part in layer.parts if part.kind == "experts"]
+        if self.prune in ("both", "channels") and any(part.channels_fixed for part in experts):
+            raise UserError(
+                f"--prune {self.prune}: no channels of this model's experts can go, since its config has one width for them and for other "
+                "parts; --prune experts"
+            )
+        if self.prune != "heads":
+            found |= {"prune": self.prune or "experts", "_of_experts": True}
+            self._check_experts_recovery()
+            if not all(part.fits for part in experts):
+                if "recovery" in self._given and self.recovery != "none":
+                    raise UserError(f"--recovery {self.recovery}: the experts of this model cannot be refitted; --recovery none")
+                found |= {"recovery": "none", "look_back": 0.0}
+        if self.prune in ("both", "channels"):
+            found["round_to"] = self._expert_multiple()
+        return found
+
+    def _check_experts_recovery(self) -> None:
+        """Raises UserError for a fit that cannot be made of the inputs of one expert and what is missing of all."""
+        needs = RECOVERIES[self.recovery].needs
+        if "input_covariance" in needs and "look_back" not in needs:
+            raise UserError(f"--recovery {self.recovery}: experts are fitted to what is missing, so it must need look_back; name another")
+
+    def _expert_multiple(self) -> int:
+        """What the number of channels of each expert is a multiple of. Raises UserError for one that transformers cannot compute, and for
+        a score of channels that experts have no statistics for.
+        """
+        if "round_to" in self._given and self.round_to % EXPERT_CHANNELS:
+            raise UserError(f"--round_to {self.round_to}: channels of experts come in multiples of {EXPERT_CHANNELS}; name one")
+        needs = CHANNEL_SCORES[self.channel_score].needs | HEAD_CHOICES[self.head_choice].needs
+        for name in sorted(needs & {"gradients", "input_covariance"}):
+            raise UserError(
+                f"--channel_score {self.channel_score}, --head_choice {self.head_choice}: {name} is not taken of experts; name others"
+            )
+        return math.lcm(self.round_to, EXPERT_CHANNELS)
+
+    def layers_to_drop(self, shape: ModelShape) -> int:
+        """How many layers of a model of this shape go whole. Raises UserError where none would be left, or --plan says it."""
+        depth, count = len(shape.given_layers), self.drop_layers or 0
+        if METHODS[self.method].whole_layers and self.drop_layers is None:
+            count = round(self._share_of_layers(shape) * depth)
+        if count >= depth:
+            raise UserError(f"--drop_layers {count}: the model has {depth} layers, and one at least must stay")
+        return count
+
+    def _share_of_layers(self, shape: ModelShape) -> float:
+        """The share of the layers that the amount asked for comes to, by a method that takes whole layers alone."""
+        name, value = self.amount
+        if name in BY_PRICES:
+            raise UserError(f"--{name} and --method {self.method}: it takes whole layers by their number; give --target_sparsity")
+        return value if name in ("pruning_ratio", "target_sparsity") else self._parameters_gone(shape) / shape.decoder_parameters
+
     def sparsity_of(self, shape: ModelShape) -> float | None:
         """The share of the decoder's parameters that is to go of a model of this shape; None where ``pruning_ratio`` says it.
 
         Raises UserError where the layers do not hold as much.
         """
         name, value = self.amount
+        if METHODS[self.method].whole_layers:
+            return 0.0
+        if name == "target_sparsity" and shape.layers_gone:
+            whole = shape.decoder_parameters + shape.layer_parameters_gone
+            return max(0.0, value * whole - shape.layer_parameters_gone) / shape.decoder_parameters
         if name in ("pruning_ratio", "target_sparsity", *BY_PRICES):
             return self.target_sparsity
         gone = self._parameters_gone(shape) - shape.parameters_gone
@@ -480,15 +630,17 @@ class PruneConfig:
 
     def remarks(self) -> list[str]:
         """A line for each setting that was given and changes nothing, or that another one decided; of :meth:`resolved` settings."""
-        planned = self.plan is not None
+        planned, of_experts = self.plan is not None, vars(self).get("_of_experts", False)
         spread = frozenset() if planned else LAYER_RATIOS[self.layer_ratio].needs
         file = str(self.calibration or "").endswith(".safetensors")
         because = [
             ("ridge" not in RECOVERIES[self.recovery].needs, ("ridge",), f"recovery {self.recovery} has no ridge"),
             ("alpha" not in spread, ("alpha",), f"layer_ratio {self.layer_ratio} has no alpha"),
             ("pruned_layers" not in spread, ("pruned_layers",), f"layer_ratio {self.layer_ratio} takes from every layer"),
-            (planned or self.prune == "channels", ("head_choice", "head_unit"), "no head is chosen"),
-            (planned or self.prune == "heads", ("channel_score", "keep_lowest"), "no channel is chosen"),
+            (planned or of_experts or self.prune == "channels", ("head_choice", "head_unit"), "no head is chosen"),
+            (planned or self.prune in ("heads", "experts"), ("channel_score", "keep_lowest"), "no channel is chosen"),
+            (planned or not of_experts or self.prune == "channels", ("expert_score",), "no expert is chosen"),
+            (not planned and of_experts, ("new_bias",), "experts get no biases"),
             (planned, ("round_to",), "--plan says what stays"),
             (self.fit is None, ("context", "gguf_type"), "--fit is not given"),
             (self.vocab == "keep", ("vocab_text", "vocab_scripts", "vocab_multiple"), "all tokens stay; --vocab lets some go"),
@@ -498,13 +650,18 @@ class PruneConfig:
             (self.distill == "none", ("distill_examples", "distill_epochs", "distill_learning_rate"), "nothing is distilled"),
             (file, ("num_examples", "seq_len", "self_share"), f"{self.calibration} holds the samples"),
             (self.calibration == "self", ("self_share",), "the model writes all samples"),
+            (file and self.distill == "none", ("chat_share",), f"{self.calibration} holds the samples"),
+            (not self.self_share and self.calibration not in (None, "self"), ("chat_share",), "the model writes no sample; --self_share"),
             (not self.test_after_train, ("temperature", "top_p"), "no continuations are printed"),
             (not self.push_to_hub, ("public",), "nothing is uploaded"),
         ]
         found = without_effect(self._given, because)
         usual = self._default("layer_ratio")
         if self.layer_ratio not in (None, usual) and "layer_ratio" not in self._given:
-            found.append(f"layer ratio {self.layer_ratio}, not {usual}: with --runtime {self.runtime} all layers lose the same")
+            why = f"with --runtime {self.runtime} all layers lose the same"
+            if of_experts:
+                why = "all layers of a mixture of experts lose the same"
+            found.append(f"layer ratio {self.layer_ratio}, not {usual}: {why}")
         return found
 
     def inputs(self) -> list[str | None]:
@@ -516,29 +673,28 @@ class PruneConfig:
         return asdict(self)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of ``hf_prune.py``: one flag for each field of PruneConfig, and two of the paper's command lines that are none."""
-    parser = cli.build_parser(
-        PruneConfig,
-        prog="hf_prune.py",
-        usage="python hf_prune.py --base_model MODEL [flags]",
-        description="Prunes whole attention heads and feed-forward channels of a Llama-family model (SlimLLM, arXiv 2505.22689).",
-    )
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Two flags of the paper's command lines that say what others say."""
     published = parser.add_argument_group("of the paper's command lines")
     published.add_argument("--slimllm", action="store_true", help="the method is SlimLLM, as it is without the flag")
     published.add_argument("--no_greedy", action="store_true", help="the same as --head_choice leave_one_out")
-    return parser
+    parser.set_defaults(recipe=None)
 
 
-def parse_args(argv=None) -> PruneConfig:
-    """Flags to a validated PruneConfig. Raises UserError, also for an unknown flag (naming the nearest)."""
+def parsed(parser: argparse.ArgumentParser, argv: list[str] | None = None, script: str | None = None) -> PruneConfig:
+    """Flags to a validated PruneConfig. Raises UserError, also for an unknown flag (naming the nearest).
 
-    def settings(slimllm: bool, no_greedy: bool, head_choice: str | None, **others) -> PruneConfig:
-        config = PruneConfig(head_choice=head_choice or ("leave_one_out" if no_greedy else None), **others)
+    Where no recipe is named, the paper's ``script`` takes the paper's, and ``slimllm prune`` the best one.
+    """
+
+    def settings(slimllm: bool, no_greedy: bool, head_choice: str | None, recipe: str | None, **others) -> PruneConfig:
+        if recipe is None:
+            recipe = "paper" if script or others["method"] != "slimllm" else "best"
+        config = PruneConfig(head_choice=head_choice or ("leave_one_out" if no_greedy else None), recipe=recipe, **others)
         if no_greedy and head_choice not in (None, "leave_one_out"):
             raise UserError(f"--no_greedy and --head_choice {head_choice} contradict each other: give one of them")
         if slimllm and config.method != "slimllm":
             raise UserError(f"--slimllm and --method {config.method} contradict each other: give one of them")
         return config
 
-    return cli.parse(build_parser(), settings, argv)
+    return cli.parse(parser, settings, argv)

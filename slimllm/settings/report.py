@@ -1,4 +1,4 @@
-"""Settings of ``python -m slimllm report``."""
+"""Settings of ``slimllm report``."""
 
 from __future__ import annotations
 
@@ -23,4 +23,4 @@ class ReportConfig:
 
     def __post_init__(self):
         if not self.records:
-            raise UserError("name records: python -m slimllm report prune_log/NAME ...")
+            raise UserError("name records: slimllm report prune_log/NAME ...")

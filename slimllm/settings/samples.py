@@ -7,9 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """How many samples of how many tokens are drawn, and the seed of every random choice. ``or_fewer``: a short text gives what it has."""
+    """How many samples of how many tokens are drawn, and the seed of every random choice. ``or_fewer``: a short text gives what it has.
+
+    ``chat_share``: of the samples that the model writes, how many it writes as conversations.
+    """
 
     num_examples: int = 32
     seq_len: int = 128
     seed: int = 42
     or_fewer: bool = False
+    chat_share: float = 0.0

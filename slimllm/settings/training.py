@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .. import cli
 from ..cli import check_choices, check_range, check_types, flag, given, without_effect
 from ..errors import UserError
 
@@ -31,7 +29,9 @@ TEMPLATES = {
 class TrainConfig:
     """Settings of a post-training run. Raises UserError where a value, or two together, make no sense."""
 
-    prune_model: str | None = flag("model", "checkpoint to train: a folder that hf_prune.py wrote (a dense model works too) (required)")
+    prune_model: str | None = flag(
+        "model", "checkpoint to train: a folder that hf_prune.py wrote (a dense model works too) (required)", leading=True, often=True
+    )
     device: str = flag("model", "where to train; auto takes a GPU if there is one", "auto")
 
     teacher: str | None = flag(
@@ -42,7 +42,12 @@ class TrainConfig:
     instruction_weight: float = flag("teacher", "with --teacher: weight of the ordinary loss beside its own; 0: its own alone", 1.0)
     tmp_dir: str | None = flag("teacher", "folder for the teacher's states that do not fit in memory [TMPDIR, or the system's]")
 
-    data_path: str = flag("data", "hub name, or a .json or .jsonl file of instruction / input / output or of text", "yahma/alpaca-cleaned")
+    data_path: str = flag(
+        "data",
+        "hub name, or a .json or .jsonl file of instruction / input / output, of text, of messages or of ShareGPT conversations",
+        "yahma/alpaca-cleaned",
+        often=True,
+    )
     cache_dataset: bool = flag("data", "keep the tokenized data in ~/.cache/slimllm and use it again", False)
     val_set_size: int | None = flag("data", "rows held out, for the validation loss [2000, at most a tenth of the rows]")
     extra_val_dataset: tuple[str, ...] | None = flag(
@@ -69,8 +74,10 @@ class TrainConfig:
     lora_dropout: float = flag("lora", "dropout in front of the update, 0 to 1", 0.05)
     lora_target_modules: str | None = flag("lora", "projections that get an update, with commas [all of attention and feed-forward part]")
 
-    output_dir: str | None = flag("output", "folder for the adapter, record, log and loss curve [tune_log/NAME of the checkpoint]")
-    merge: bool = flag("output", "also write OUTPUT_DIR/merged: the checkpoint with the update added to its weights", False)
+    output_dir: str | None = flag(
+        "output", "folder for the adapter, record, log and loss curve [tune_log/NAME of the checkpoint]", often=True
+    )
+    merge: bool = flag("output", "also write OUTPUT_DIR/merged: the checkpoint with the update added to its weights", False, often=True)
     resume_from_checkpoint: str | None = flag("output", "a checkpoint-N folder of a stopped run, or last")
     overwrite: bool = flag("output", "replace what OUTPUT_DIR holds", False)
     wandb_project: str = flag("output", "send the losses to this Weights & Biases project; without it nothing is sent", "")
@@ -122,18 +129,3 @@ class TrainConfig:
 
     def to_dict(self) -> dict:
         return asdict(self)
-
-
-def parse_args(argv=None) -> TrainConfig:
-    """Flags of ``post_training.py``. Raises UserError."""
-    return cli.parse(build_parser(), TrainConfig, argv)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of ``post_training.py``, one flag for each field of TrainConfig."""
-    return cli.build_parser(
-        TrainConfig,
-        prog="post_training.py",
-        usage="python post_training.py --prune_model prune_log/NAME [flags]",
-        description="Recovers a pruned model with LoRA on instruction data; the defaults are the paper's run.",
-    )

@@ -14,7 +14,7 @@ from .common import DTYPES
 class TrialsConfig:
     """Settings that all trials share. Raises UserError where a value makes no sense."""
 
-    base_model: str | None = flag("model", "local folder, hub name or .gguf file (required)")
+    base_model: str | None = flag("model", "local folder, hub name or .gguf file (required)", leading=True)
     dtype: str = flag("model", "dtype of weights and compute: float32 on a CPU, the checkpoint's own on a GPU", "auto", choices=DTYPES)
     device: str = flag("model", "where layers and perplexity are computed; auto takes a GPU if there is one", "auto")
     target_sparsity: tuple[float, ...] = flag("sparsity", "shares of the decoder's parameters to remove, 0 to 1", (0.2, 0.5))

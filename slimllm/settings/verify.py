@@ -1,4 +1,4 @@
-"""Settings of ``python -m slimllm verify``."""
+"""Settings of ``slimllm verify``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class VerifyConfig:
 
     def __post_init__(self):
         if not self.paths:
-            raise UserError("name a checkpoint folder: python -m slimllm verify prune_log/NAME [FILE.gguf ...]")
+            raise UserError("name a checkpoint folder: slimllm verify prune_log/NAME [FILE.gguf ...]")
         check_range(self, "blocks", 1)
         check_range(self, "seq_len", 4)
         self.folder, *self.files = self.paths

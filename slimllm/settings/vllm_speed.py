@@ -1,4 +1,4 @@
-"""Settings of ``python -m slimllm vllm-speed``."""
+"""Settings of ``slimllm vllm-speed``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class VllmSpeedConfig:
 
     def __post_init__(self):
         if not self.folders:
-            raise UserError("name model folders: python -m slimllm vllm-speed DENSE PRUNED")
+            raise UserError("name model folders: slimllm vllm-speed DENSE PRUNED")
         for name in ("prompt_tokens", "new_tokens", "repeats"):
             check_range(self, name, 1)
         for folder in self.folders:

@@ -55,17 +55,22 @@ class Journal:
     def check(self, identity: dict) -> None:
         """Keeps the identity of the run. Raises UserError, naming the first difference, where another run left this journal."""
         identity = json.loads(json.dumps(identity, default=str))
-        before = self.get("identity")
+        before = self.get("identity", dict)
         if before is None:
             self.put("identity", identity)
             return
         check_same(before, identity, "--resume")
 
-    def get(self, name: str):
-        """The entry ``name``, or None where there is none."""
+    def get(self, name: str, kind: type = object):
+        """The entry ``name``, or None where there is none. Raises UserError for one that is broken, or not of this ``kind``."""
         path = self.folder / f"{name}.json"
+        if not path.is_file():
+            return None
         with resuming(path):
-            return json.loads(path.read_text()) if path.is_file() else None
+            value = json.loads(path.read_text())
+            if not isinstance(value, kind):
+                raise TypeError(f"a {type(value).__name__}, not a {kind.__name__}")
+            return value
 
     def put(self, name: str, value) -> None:
         """Keeps ``value``, which JSON can hold, as the entry ``name``, in place of an older one; only the first process writes."""
@@ -75,7 +80,7 @@ class Journal:
     def layers(self) -> list[dict]:
         """The reports of the finished layers, in order."""
         reports = []
-        while (report := self.get(f"layer-{len(reports):05d}")) is not None:
+        while (report := self.get(f"layer-{len(reports):05d}", dict)) is not None:
             reports.append(report)
         return reports
 
@@ -114,7 +119,7 @@ def resuming(path: Path):
     """Converts what goes wrong while ``path`` is read, a file that a stopped run left, to a UserError with the way out."""
     try:
         yield
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, UserError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, RecursionError, UserError) as error:
         raise UserError(f"--resume: {path}, which the stopped run had written, is broken ({error}); start anew without the flag") from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ class LayerRunner:
     @contextmanager
     def _decoder(self):
         """(the decoder with recorders in place of its layers, the first recorder)"""
-        recorders = nn.ModuleList(_Recorder() for _ in range(len(self.source)))
+        recorders = nn.ModuleList(_Recorder(layer, self.adapter.family.pairs) for layer in self.adapter.layers(self.source.model))
         with self.source.decoder(recorders) as decoder:
 
             def run(ids):
@@ -158,11 +159,19 @@ def mean_cosines(sums: list[float], tokens: int) -> list[float]:
 
 
 class _Recorder(nn.Module):
-    """Stands in for a layer: keeps what it was called with and hands the hidden states on."""
+    """Stands in for a layer, with the settings that decoders ask their layers for: keeps what it was called with and hands the hidden
+    states on, in a pair where the layer's decoder takes one.
+    """
 
-    def forward(self, hidden_states, **arguments):
-        self.states, self.arguments = hidden_states, arguments
-        return hidden_states
+    def __init__(self, layer: nn.Module, pair: bool):
+        super().__init__()
+        self._pair = pair
+        self.__dict__ |= {name: value for name, value in vars(layer).items() if isinstance(value, str | int)}
+        self._names = list(inspect.signature(layer.forward).parameters)[1:]
+
+    def forward(self, hidden_states, *places, **arguments):
+        self.states, self.arguments = hidden_states, dict(zip(self._names, places)) | arguments
+        return (hidden_states, None) if self._pair else hidden_states
 
 
 def _to(value, place: torch.device | torch.dtype):

@@ -13,7 +13,8 @@ class Sizes:
     """Bytes of a number in the model's files, in computation, in evaluation and in the checkpoint; how many tokens a process works on.
 
     ``generates``: whether the model is needed whole, for text of its own; ``may_generate``: whether it would be, if it fits in what is
-    ``free`` where it is evaluated. ``room``: bytes of activations that may stay in memory, besides what a layer takes.
+    ``free`` where it is evaluated; ``answers``: if it is small, too. ``room``: bytes of activations that may stay in memory, besides
+    what a layer takes.
     """
 
     stored: int
@@ -24,6 +25,7 @@ class Sizes:
     evaluated_tokens: int = 0
     generates: bool = False
     may_generate: bool = False
+    answers: bool = False
     free: int = 0
     room: int = 0
     gguf: bool = False
@@ -36,7 +38,7 @@ class Sizes:
 
 def widest(layer: LayerShape) -> int:
     """The most inputs that an output projection of a layer has."""
-    return max(part.output_inputs() for part in layer.parts)
+    return max((part.output_inputs() for part in layer.parts), default=0)
 
 
 @dataclass(frozen=True)

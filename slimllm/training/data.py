@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from ..data.texts import as_it_came, check_vocabulary, is_encodable
+from ..data.conversations import answers_in, has_messages, messages_of
+from ..data.texts import as_it_came, check_vocabulary, decoded, is_encodable, json_lines
 from ..errors import UserError
 from ..models import hub
 from ..settings.training import TEMPLATES, TrainConfig
@@ -21,43 +22,86 @@ log = logging.getLogger("slimllm")
 
 IGNORED = -100  # the label of a token that is not learned
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slimllm"
-COLUMNS = ("instruction", "input", "output", "text")
+COLUMNS = ("instruction", "input", "output", "text", "messages")
 
 
-def read_rows(config: TrainConfig) -> list[dict]:
-    """Rows of the training data: {"instruction", "input", "output"} or {"text"}. Raises UserError naming file and row."""
-    path = Path(config.data_path)
-    if path.suffix in (".json", ".jsonl"):
-        where = f"--data_path {path}"
-        check_plain(path, "--data_path ")
-        try:
-            text = path.read_text(encoding="utf-8")
-            rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line.strip()]
-        except OSError as error:
-            raise UserError(f"{where}: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not {path.suffix[1:].upper()} ({error})") from None
-        if not isinstance(rows, list) or not rows:
-            raise UserError(f"{where}: not a list of rows, or an empty one")
-    elif path.exists() or config.data_path.startswith((".", "/", "~")):
-        raise UserError(f"--data_path {path}: not a .json or .jsonl file, or not there")
-    else:
-        where = f"--data_path {config.data_path}"
-        try:
-            rows = list(hub.rows(config.data_path, split="train"))
-        except OSError as error:
-            raise UserError(f"{where}: {error}; name a local .json or .jsonl file") from None
-    required = ("text",) if config.no_instruction or (isinstance(rows[0], dict) and "text" in rows[0]) else ("instruction", "output")
-    for number, row in enumerate(rows, 1):
+def read_rows(config: TrainConfig) -> dict[str, dict]:
+    """Rows of the training data, by where each stands (row 3, line 4): {"instruction", "input", "output"}, {"text"} or {"messages"},
+    which ShareGPT's conversations become too.
+
+    Raises UserError naming file and row.
+    """
+    where = f"--data_path {config.data_path}"
+    rows = _all_rows(config, where)
+    if not rows:
+        raise UserError(f"{where}: not a list of rows, or an empty one")
+    if not config.no_instruction and any(map(has_messages, rows.values())):
+        return _conversations(rows, where, config)
+    plain = config.no_instruction or any(isinstance(row, dict) and "text" in row for row in rows.values())
+    required = ("text",) if plain else ("instruction", "output")
+    for place, row in rows.items():
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in required):
-            raise UserError(f"{where}, row {number}: without {' and '.join(required)}")
+            raise UserError(f"{where}, {place}: without {' and '.join(required)}")
         if not all(is_encodable(row[name]) for name in COLUMNS if isinstance(row.get(name), str)):
-            raise UserError(f"{where}, row {number}: it holds half of a surrogate pair (\\ud800 to \\udfff), which is no character")
+            raise UserError(f"{where}, {place}: it holds half of a surrogate pair (\\ud800 to \\udfff), which is no character")
     return rows
 
 
+def _conversations(rows: dict, where: str, config: TrainConfig) -> dict[str, dict]:
+    """Rows of messages, as JSON. Raises UserError, beginning with ``where``, for one that is odd, and where nothing is to be learned."""
+    found = {place: _messages(row, f"{where}, {place}") for place, row in rows.items()}
+    if not config.train_on_inputs and not any(message["role"] == "assistant" for messages in found.values() for message in messages):
+        raise UserError(f"{where}: no row has an answer of the assistant to learn; add them, or learn all messages with --train_on_inputs")
+    return {place: {"messages": json.dumps(messages)} for place, messages in found.items()}
+
+
+def _messages(row, where: str) -> list[dict]:
+    if not has_messages(row):
+        raise UserError(f"{where}: without messages, which other rows have")
+    try:
+        messages = messages_of(row)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if not is_encodable(json.dumps(messages, ensure_ascii=False)):
+        raise UserError(f"{where}: it holds half of a surrogate pair (\\ud800 to \\udfff), which is no character")
+    return messages
+
+
+def _all_rows(config: TrainConfig, where: str) -> dict[str, object]:
+    """What the file or the data set on the hub holds, by where it stands. Raises UserError, beginning with ``where``."""
+    path = Path(config.data_path)
+    if path.suffix in (".json", ".jsonl"):
+        return _rows_of_file(path, where)
+    if path.exists() or config.data_path.startswith((".", "/", "~")):
+        raise UserError(f"{where}: not a .json or .jsonl file, or not there")
+    try:
+        return {f"row {number}": row for number, row in enumerate(hub.rows(config.data_path, split="train"), 1)}
+    except OSError as error:
+        raise UserError(f"{where}: {error}; name a local .json or .jsonl file") from None
+
+
+def _rows_of_file(path: Path, where: str) -> dict[str, object]:
+    check_plain(path, "--data_path ")
+    try:
+        text = decoded(path.read_bytes(), where)
+    except OSError as error:
+        raise UserError(f"{where}: {error.strerror}") from None
+    if path.suffix == ".jsonl":
+        return {f"line {number}": row for number, row in json_lines(text, lambda number: f"{where}, line {number}")}
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
+    return {f"row {number}": row for number, row in enumerate(rows, 1)} if isinstance(rows, list) else {}
+
+
 def tokenize(row: dict, tokenizer, config: TrainConfig) -> dict:
-    """{"input_ids", "labels"} of one row; labels are IGNORED over the prompt unless it is to be learned."""
+    """{"input_ids", "labels"} of one row; labels are IGNORED over the prompt unless it is to be learned.
+
+    Of a conversation the assistant's messages alone are learned.
+    """
+    if row.get("messages") is not None:
+        return _conversation(json.loads(row["messages"]), tokenizer, config)
     if row.get("text") is not None and (config.no_instruction or row.get("output") is None):
         prompt, text = "", row["text"]
     else:
@@ -74,6 +118,26 @@ def tokenize(row: dict, tokenizer, config: TrainConfig) -> dict:
     return {"input_ids": ids, "labels": labels}
 
 
+def _conversation(messages: list[dict], tokenizer, config: TrainConfig) -> dict:
+    text, answers = answers_in(tokenizer, messages)
+    made = tokenizer(
+        text, add_special_tokens=False, truncation=True, max_length=config.cutoff_len, return_offsets_mapping=True, verbose=False
+    )
+    learned = [config.train_on_inputs or any(begin <= at < end for begin, end in answers) for at, _ in made.offset_mapping]
+    return {"input_ids": made.input_ids, "labels": [token if learns else IGNORED for token, learns in zip(made.input_ids, learned)]}
+
+
+def _tokens_of(row: dict, place: str, tokenizer, config: TrainConfig) -> dict:
+    try:
+        return tokenize(row, tokenizer, config)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+
+
+def _text(value) -> str | None:
+    return value if isinstance(value, str) else None
+
+
 def load_data(config: TrainConfig, tokenizer, vocab_size: int):
     """(training rows, held-out rows, SHA-256 of the tokens), two ``datasets.Dataset`` with ``input_ids`` and ``labels``.
 
@@ -85,19 +149,29 @@ def load_data(config: TrainConfig, tokenizer, vocab_size: int):
     if config.add_eos_token and tokenizer.eos_token_id is None:
         raise UserError(f"--prune_model {config.prune_model}: its tokenizer has no end-of-text token to end a row with; --no_add_eos_token")
     datasets.disable_progress_bars()
-    rows = [{name: row[name] if isinstance(row.get(name), str) else None for name in COLUMNS} for row in read_rows(config)]
+    found = read_rows(config)
+    places, rows = list(found), [{name: _text(row.get(name)) for name in COLUMNS} for row in found.values()]
     cached = None
     if config.cache_dataset:
         names = ("cutoff_len", "prompt_template_name", "no_instruction", "train_on_inputs", "add_eos_token")
         settings = [getattr(config, name) for name in names]
-        key = hashlib.sha256(json.dumps([rows, settings, tokenizer.backend_tokenizer.to_str()]).encode()).hexdigest()
+        template = tokenizer.chat_template
+        key = hashlib.sha256(json.dumps([rows, settings, template, tokenizer.backend_tokenizer.to_str()]).encode()).hexdigest()
         CACHE.mkdir(parents=True, exist_ok=True)
         cached = str(CACHE / f"tokenized-{key}.arrow")
     data = datasets.Dataset.from_list(rows)
     with as_it_came(tokenizer):
-        data = data.map(lambda row: tokenize(row, tokenizer, config), remove_columns=list(COLUMNS), cache_file_name=cached)
-    for number, ids in enumerate(data["input_ids"], 1):
-        check_vocabulary(torch.tensor(ids), vocab_size, f"--data_path {config.data_path}, row {number}")
+        try:
+            data = data.map(
+                lambda row, number: _tokens_of(row, places[number], tokenizer, config),
+                with_indices=True,
+                remove_columns=list(COLUMNS),
+                cache_file_name=cached,
+            )
+        except UserError as error:
+            raise UserError(f"--data_path {config.data_path}, {error}") from None
+    for place, ids in zip(places, data["input_ids"]):
+        check_vocabulary(torch.tensor(ids), vocab_size, f"--data_path {config.data_path}, {place}")
     learns = [i for i, labels in enumerate(data["labels"]) if any(label != IGNORED for label in labels[1:])]
     if len(learns) < len(data):
         log.info(

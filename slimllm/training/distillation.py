@@ -22,6 +22,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..models.adapter import LayerAdapter
+from ..models.skeleton import in_float32
 from ..plan import LayerPlan, removed_parameters
 from ..run import Run
 from ..streaming.divergence import Divergence
@@ -95,7 +96,7 @@ def distil(run: Run, student, teacher: Teacher, saved: torch.dtype | None = None
         trained = sum(parameter.numel() for parameter in parameters)
         before, learning_rate = training.before, training.rate
         del training, loss
-    for name in names:
+    for name in set(names) - in_float32(student.config, saved or student.dtype):
         parameter = student.get_parameter(name)
         parameter.data = parameter.data.to(saved or parameter.dtype).to(parameter.dtype)
     with _as_before(student, start, home), _trainable(student, mode, teacher.dtype):
@@ -226,7 +227,7 @@ def _rate(step: int, steps: int) -> float:
 def trained_names(model, mode: str) -> list[str]:
     """The parameters of ``model`` that a distillation changes: norms, biases and output projections, or the whole decoder."""
     adapter = LayerAdapter(model.config)
-    outputs = {id(part.output.weight) for part in adapter.all_parts(model)}
+    outputs = {id(part.output.weight) for part in adapter.projected_parts(model)}
     inside = (adapter.layers_name(), adapter.norm_name())
     return [
         name
@@ -247,7 +248,7 @@ def _trainable(model, mode: str, compute: torch.dtype):
     chosen = [model.get_parameter(name) for name in trained_names(model, mode)]
     if mode == "scales":
         chosen = [parameter for parameter in chosen if parameter.ndim == 1]
-        for part in adapter.all_parts(model):
+        for part in adapter.projected_parts(model):
             scale = nn.Parameter(torch.ones(part.output.in_features, device=part.output.weight.device))
             scales.append((part.output, scale))
             hooks.append(part.output.register_forward_pre_hook(lambda _, args, scale=scale: (args[0] * scale,)))

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import Terminated, UserError
 from .files import file_hash, state_of, writing
 
 log = logging.getLogger("slimllm")
@@ -351,14 +351,14 @@ def _undisturbed(then: str):
         yield
         return
     came = []
-    before = {number: signal.signal(number, lambda *_: came.append(1)) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     if came:
-        error = KeyboardInterrupt()
+        error = Terminated() if signal.SIGTERM in came else KeyboardInterrupt()
         error.add_note(then)
         raise error
 
@@ -368,7 +368,7 @@ def complete(what: str):
     """Around what follows once everything is written: an interruption there gets the note ``what``."""
     try:
         yield
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, Terminated) as error:
         error.add_note(what)
         raise
 

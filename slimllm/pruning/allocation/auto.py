@@ -27,16 +27,20 @@ def price_list_of(inputs: AllocationInputs) -> PriceList:
 def auto(inputs: AllocationInputs) -> Allocation:
     """The plan of least predicted loss. Without a model or a list all parts are assumed to cost the same per parameter."""
     config, shape = inputs.config, inputs.shape
-    price_list = price_list_of(inputs)
     sizing, budgets = Sizing(shape, config), budgets_of(inputs)
     binding = [budget for budget in budgets if budget.target > 0]
     for budget in budgets if inputs.run is not None else []:
         if budget.target <= 0:
-            how = "with the tokens that go the model meets that" if shape.tokens_gone else "the model meets that as it is"
+            gone = " and ".join(["tokens"] * bool(shape.tokens_gone) + ["layers"] * bool(shape.layers_gone))
+            how = f"with the {gone} that go the model meets that" if gone else "the model meets that as it is"
             log.info("%s: %s%s", budget.asked, how, "" if binding else ", so nothing is removed from its layers")
+    price_list = price_list_of(inputs)
     plans = solve_all(price_list, sizing, binding or budgets[:1])
     if inputs.run is None:
-        return Allocation(plans)
-    alone = ", of the layers alone: what the tokens that go cost is not in it" if shape.tokens_gone else ""
+        return Allocation(plans, predicted_loss=predicted(price_list, sizing, plans) if config.price_list else None)
+    for budget in binding:
+        log.info("%s: the plan removes %s", budget.asked, budget.in_words(budget.removed(plans)))
+    gone = " and ".join(["the tokens"] * bool(shape.tokens_gone) + ["the whole layers"] * bool(shape.layers_gone))
+    alone = f", of what goes from the layers that stay: what {gone} that go cost is not in it" if gone else ""
     log.info("predicted loss: %.3f nats per token%s", loss := predicted(price_list, sizing, plans), alone)
     return Allocation(plans, price_list.of_halves(len(shape.layers)), predicted_loss=loss)

@@ -99,7 +99,8 @@ def of_parameters(shape: ModelShape, config: PruneConfig) -> Budget:
     name, value = config.amount
 
     def in_words(amount: float) -> str:
-        return f"{amount / shape.decoder_parameters:.3f} of the decoder's parameters"
+        of_what = "the parameters of the layers that stay" if shape.layers_gone else "the decoder's parameters"
+        return f"{amount / shape.decoder_parameters:.3f} of {of_what}"
 
     return Budget(shape, config, share * shape.decoder_parameters, parameters, f"--{name} {value}", in_words, exact=True)
 
@@ -116,7 +117,7 @@ def of_bytes(shape: ModelShape, config: PruneConfig, overhead: int) -> Budget:
 
     cache = 2 * config.context
     layers = sum(measure(p, p.units, p.input_bias, p.output_bias) for layer in shape.layers for p in layer.parts)
-    norms = 4 * (shape.hidden + sum(layer.norm_parameters for layer in shape.layers))
+    norms = 4 * (shape.norm_parameters + sum(layer.uncut_parameters for layer in shape.layers))
     whole = layers + norms + overhead + (1 if shape.tied else 2) * gguf_bytes(shape.vocab, shape.hidden, config.gguf_type)
     asked = cli.number_of("fit", config.fit, BYTES)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ...plan import LayerPlan
 from ...run import Run
 from ...settings.methods import LAYER_RATIOS
 from ..importance.layers import importance_weights, uniform_weights
@@ -31,8 +30,11 @@ def weighted(inputs: AllocationInputs, weights: list[float]) -> Allocation:
     return Allocation(plans_from_ratios(inputs.shape, lambda amount: [amount * weight for weight in weights], inputs.config))
 
 
-def without_scores(run: Run) -> list[LayerPlan]:
-    """The plans of a model whose layers all matter the same, from its shape alone. Raises UserError for a sparsity that cannot be met."""
+def without_scores(run: Run) -> Allocation:
+    """What is to go from a model whose layers all matter the same, from its shape alone, or by a price list that the settings name.
+
+    Raises UserError for a sparsity that cannot be met.
+    """
     scores = [0.0] * len(run.shape.layers)
     inputs = AllocationInputs(run.shape, run.config, layer_scores=scores, file_overhead=run.file_overhead)
-    return LAYER_RATIOS[run.config.layer_ratio](inputs).plans
+    return LAYER_RATIOS[run.config.layer_ratio](inputs)

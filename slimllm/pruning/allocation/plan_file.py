@@ -6,19 +6,21 @@ import json
 from pathlib import Path
 
 from ...errors import UserError
-from ...models.parts import Kept
+from ...models.parts import Kept, PartShape
 from ...models.shape import LayerShape, ModelShape, irregular, limits_of
 from ...plan import LayerPlan, by_part, shape_by_part
 from ...utils.files import check_plain
 
 
-def read_plan(path: str, shape: ModelShape, runtime: str = "any") -> list[LayerPlan]:
-    """One LayerPlan per layer, from a run's ``pruning.json`` or any JSON object with such a ``layers`` list.
+def read_plan(path: str, shape: ModelShape, runtime: str = "any") -> tuple[ModelShape, list[LayerPlan]]:
+    """(the shape of the model with the layers that stay, one LayerPlan for each of these), from a run's ``pruning.json`` or any JSON object
+    with such a ``layers`` list.
 
     Each of ``layers`` has ``kept``: for each part of the layer the indices kept, by the sort of unit, such as
     ``{"attention": {"heads": [0, 2], "kv_heads": [0]}, "mlp": {"channels": [...]}}``; the lists ``heads``, ``kv_heads`` and ``channels``
-    alone, without the parts around them, mean the same. Kept KV heads all have the same number of query heads. Raises UserError, naming
-    file and layer, for what is no such plan, does not fit the model, or what ``runtime`` cannot hold.
+    alone, without the parts around them, mean the same. A layer all of whose lists are empty goes whole. Kept KV heads all have the same
+    number of query heads. Raises UserError, naming file and layer, for what is no such plan, does not fit the model, or what ``runtime``
+    cannot hold.
     """
     check_plain(path, "--plan ")
     try:
@@ -32,12 +34,23 @@ def read_plan(path: str, shape: ModelShape, runtime: str = "any") -> list[LayerP
         count = len(layers) if isinstance(layers, list) else "no list of"
         raise UserError(f"--plan {path}: it has {count} layers, the model {len(shape.layers)}")
     _check_model(path, content, shape)
+    staying = [index for index, entry in enumerate(layers) if not _is_gone(entry)]
+    if not staying:
+        raise UserError(f"--plan {path}: all layers go, and one at least must stay")
+    shape = shape.with_layers(staying)
     plans = [
-        LayerPlan.of_kept(_kept(entry, layer, f"--plan {path}, layer {index}"), layer)
-        for index, (entry, layer) in enumerate(zip(layers, shape.layers))
+        LayerPlan.of_kept(_kept(layers[index], layer, f"--plan {path}, layer {index}"), layer)
+        for index, layer in zip(staying, shape.layers)
     ]
     _check_limits(path, plans, shape, runtime)
-    return plans
+    return shape, plans
+
+
+def _is_gone(entry) -> bool:
+    """Whether an entry keeps nothing of any part of its layer."""
+    parts = entry.get("kept") if isinstance(entry, dict) else None
+    whole = isinstance(parts, dict) and parts and all(isinstance(part, dict) and part for part in parts.values())
+    return bool(whole) and all(indices == [] for part in parts.values() for indices in part.values())
 
 
 def _check_model(path: str, content: dict, shape: ModelShape) -> None:
@@ -57,7 +70,7 @@ def _check_limits(path: str, plans: list[LayerPlan], shape: ModelShape, runtime:
     units = [plan.units for plan in plans]
     if limits.same_heads and irregular(units if limits.same_channels else coarse):
         raise UserError(f"--plan {path}: {irregular(units)}; --runtime {runtime} needs them alike")
-    whole = [layer.units[kind] == counts for layer, kept in zip(shape.layers, coarse) for kind, counts in kept.items()]
+    whole = [layer.units[kind] == counts for layer, kept in zip(shape.layers, coarse) for kind, counts in kept.items() if "heads" in counts]
     if limits.whole_heads and not all(whole):
         raise UserError(f"--plan {path}: it removes heads, and no head of this model can go; choose by --prune channels")
     heads = {counts["heads"] for kept in coarse for counts in kept.values() if "heads" in counts}
@@ -80,11 +93,21 @@ def _kept(entry, layer: LayerShape, where: str) -> dict[str, Kept]:
         indices = listed[part.kind]
         if not isinstance(indices, dict):
             raise UserError(f"{where}: {part.kind}: not a JSON object")
-        kept = {sort: _indices(indices.get(sort), part.units[sort], f"{where}: {sort}") for sort in part.sorts}
+        kept = {sort: _by_unit(part, sort, indices.get(sort), f"{where}: {sort}") for sort in part.sorts}
         if fault := part.check_kept(kept):
             raise UserError(f"{where}: {fault}")
         kept_by_part[part.kind] = kept
     return kept_by_part
+
+
+def _by_unit(part: PartShape, sort: str, values, where: str) -> list:
+    """The indices kept of one sort; of the channels of experts there may be a list for each expert, and all stay where none are named."""
+    if part.kind == "experts" and sort == "channels":
+        if values is None:
+            return list(range(part.units[sort]))
+        if isinstance(values, list) and values and all(isinstance(each, list) for each in values):
+            return [_indices(each, part.units[sort], where) for each in values]
+    return _indices(values, part.units[sort], where)
 
 
 def _indices(values, count: int, where: str) -> list[int]:

@@ -142,6 +142,15 @@ class PriceList:
                     raise UserError(f"{flag}: layer {index}: its {part.title} has no usable price; make a new list (slimllm explore)")
 
 
+def is_list(path: Path) -> bool:
+    """Whether this is a file that :meth:`PriceList.write` wrote."""
+    try:
+        PriceList.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+    return True
+
+
 def levels_of(steps) -> list[int]:
     """The numbers of steps kept that are priced, ascending."""
     kept = {steps.count - max(1, round(share * steps.count)) for share in LEVELS}

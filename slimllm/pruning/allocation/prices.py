@@ -27,7 +27,7 @@ from ...streaming.sizes import Sizes, widest
 from ...utils import processes
 from ...utils.device import evaluation_dtype
 from ..choice import choice_of, choose, needs_of
-from ..part_run import PartRun
+from ..part_run import PartRun, part_runs
 from ..recovery import Recovered
 from .inputs import AllocationInputs
 from .price_list import Price, PriceList, levels_of
@@ -79,7 +79,7 @@ class Fits:
         shapes = {part.kind: part for part in self.inputs.shape.layers[index].parts}
         found = []
         for step in self.runner.adapter.steps(layer):
-            runs = [PartRun(self.runner, hidden, part, index) for part in step]
+            runs = part_runs(self.runner, hidden, step, index)
             for part_run in runs:
                 if part_run.part.kind in PRUNED_KINDS[self.config.prune]:
                     found += self._of_part(part_run, shapes[part_run.part.kind], index)

@@ -6,7 +6,7 @@ import torch
 
 from ...errors import UserError
 from ...plan import LayerPlan
-from ..part_run import PartRun
+from ..part_run import part_runs
 from .inputs import Allocation, AllocationInputs
 from .sizing import Sizing, Slot
 
@@ -55,7 +55,7 @@ def plans_of(scores: list[torch.Tensor], slots: list[Slot], sizing: Sizing) -> l
     if config.pruning_ratio is not None:
         if not config.pruning_ratio or not len(owners):
             return planned(0)
-        steps = torch.tensor([_cost_in_channels(slot) for slot in slots])
+        steps = torch.tensor([_step_weights(slot) for slot in slots])
         costs = steps[owners].cumsum(0)
         whole = sum(float(cost) * slot.steps.count for cost, slot in zip(steps, slots))
         return planned(int((costs - config.pruning_ratio * whole).abs().argmin()) + 1)
@@ -77,11 +77,11 @@ def _channels(sizing: Sizing, layer: int) -> int:
     return max((part.output_inputs() for part in sizing.shape.layers[layer].parts if part.fine), default=1)
 
 
-def _cost_in_channels(slot: Slot) -> float:
-    """How many channels hold as many weights as one step of this part."""
+def _step_weights(slot: Slot) -> float:
+    """How many weights one step of this part holds."""
     count = slot.steps.count
     more, less = (slot.part.parameters(slot.steps.units(n), False, False) for n in (count, count - 1))
-    return 1.0 if slot.part.fine else (more - less) / (3 * slot.part.hidden)
+    return float(more - less)
 
 
 def _equal(slot: Slot) -> torch.Tensor:
@@ -97,8 +97,10 @@ def _scores(inputs: AllocationInputs) -> dict[tuple[int, str], torch.Tensor]:
     for index, layer in runner.visit("fluctuation"):
         shapes = {part.kind: part for part in inputs.shape.layers[index].parts}
         for step in runner.adapter.steps(layer):
-            runs = [PartRun(runner, hidden, part, index) for part in step]
+            runs = part_runs(runner, hidden, step, index)
             for run in runs:
+                if run.part.kind not in shapes:  # what has no units
+                    continue
                 run.take({"input_variance"})
                 part = shapes[run.part.kind]
                 scores = (run.input_variance.var_x * run.weight.square().sum(0)) ** (1 if part.fine else 2)

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ...errors import UserError
-from ...models.parts import PRUNED_KINDS, ChannelSteps, HeadSteps, PartShape
+from ...models.parts import ChannelSteps, ExpertSteps, HeadSteps, PartShape, all_steps, goes
 from ...models.shape import ModelShape, irregular, limits_of
-from ...plan import LayerPlan, biased_everywhere, removed_parameters
+from ...plan import LayerPlan, bias_flags, removed_parameters
 from ...settings.pruning import PruneConfig
 
 # The share of the heads that goes, divided by that of the channels, where all layers keep the same number of heads
 COMMON_ATTENTION_SHARE = 0.5
+EXPERTS_SHARE = 3.0  # the same of the experts of a mixture, beside the channels of each
 
 Ratios = Callable[[float], list[float]]  # an amount -> the ratio of each layer [L], in proportion to it
 
@@ -24,9 +25,9 @@ def plans_from_ratios(shape: ModelShape, ratios: Ratios, config: PruneConfig) ->
     With ``pruning_ratio`` each layer's ratio is rounded on its own, as published. With ``target_sparsity`` the ratios
     are scaled, heads rounded, and channels take up the rest, so that the decoder's parameters (biases that the
     recovery adds included) meet the target to within half a channel (half of ``round_to`` channels; of each layer, where
-    the runtime wants the same number in all). Where it wants one number of heads, that is the one at which heads lose most
-    nearly COMMON_ATTENTION_SHARE of what channels lose: the layers that importance would spare lose them too. Where only heads go, the
-    target is met to within half a step of one layer's heads.
+    the runtime wants the same number in all). Where it wants one number of heads, or of experts, that is the one at which these lose most
+    nearly COMMON_ATTENTION_SHARE, or EXPERTS_SHARE, times what channels lose: the layers that importance would spare lose them too. Where
+    only heads go, the target is met to within half a step of one layer's heads.
     Raises UserError where the pruned layers cannot give that much.
     """
     sizing = Sizing(shape, config)
@@ -38,7 +39,8 @@ def plans_from_ratios(shape: ModelShape, ratios: Ratios, config: PruneConfig) ->
 
     if config.pruning_ratio is not None:
         return sizing.rounded(ratios(config.pruning_ratio))
-    return sizing.for_target(ratios, COMMON_ATTENTION_SHARE if limits.same_heads and config.prune == "both" else 1.0)
+    share = EXPERTS_SHARE if shape.is_mixture else COMMON_ATTENTION_SHARE
+    return sizing.for_target(ratios, share if limits.same_heads and config.prune == "both" else 1.0)
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Slot:
 
     layer: int
     part: PartShape
-    steps: HeadSteps | ChannelSteps
+    steps: HeadSteps | ChannelSteps | ExpertSteps
 
     def kept(self, plans: list[LayerPlan]) -> int:
         """The steps that the plans keep of it."""
@@ -55,13 +57,14 @@ class Slot:
 
     def keep(self, plans: list[LayerPlan], steps: int) -> None:
         """Changes the plans, in place: this part is to keep so many steps."""
-        plans[self.layer].units[self.part.kind] = self.steps.units(steps)
+        units = plans[self.layer].units
+        units[self.part.kind] = units[self.part.kind] | self.steps.units(steps)
 
 
 class Sizing:
     """How ratios become units, for one model and its settings.
 
-    ``coarse``: the parts whose steps are few (heads); ``fine``: those that make up for what these leave (channels).
+    ``coarse``: the parts whose steps are few (heads, experts); ``fine``: those that make up for what these leave (channels).
     Raises UserError where ``round_to`` leaves a part no number of units, and where a runtime wants layers alike that are not alike in the
     model.
     """
@@ -69,17 +72,18 @@ class Sizing:
     def __init__(self, shape: ModelShape, config: PruneConfig):
         self.shape, self.config, self.limits = shape, config, limits_of(config.runtime, shape)
         slots = [
-            Slot(index, part, part.steps(config.head_unit, self.limits.divisor))
+            Slot(index, part, steps)
             for index, layer in enumerate(shape.layers)
             for part in layer.parts
+            for steps in all_steps(part, config.head_unit, self.limits.divisor)
         ]
         for slot in slots:
             if not slot.steps.allowed(config.round_to):
                 sizes = " and ".join(part.in_words() for part in shape.layers[slot.layer].parts)
                 raise UserError(f"--round_to {config.round_to}: the model's {sizes} allow no such multiple")
         self._check_alike()
-        slots = [slot for slot in slots if slot.part.kind in PRUNED_KINDS[config.prune]]
-        self.coarse, self.fine = ([slot for slot in slots if slot.part.fine == fine] for fine in (False, True))
+        slots = [slot for slot in slots if goes(config.prune, slot.part, slot.steps.sort, shape.is_mixture)]
+        self.coarse, self.fine = ([slot for slot in slots if slot.steps.fine == fine] for fine in (False, True))
 
     def _check_alike(self) -> None:
         if not self.limits.same_heads:
@@ -131,11 +135,11 @@ class Sizing:
         """Takes ``ratio`` of a part, as far as something of it stays."""
         if ratio:
             slot.keep(plans, slot.steps.kept(ratio, self.config.round_to))
-            plans[slot.layer].clipped |= round(ratio * slot.steps.count) >= slot.steps.count
+            plans[slot.layer].clipped |= slot.steps.count - round(ratio * slot.steps.count) < slot.steps.least
 
     def for_target(self, ratios: Ratios, attention: float) -> list[LayerPlan]:
         """Plans that remove ``target_sparsity``."""
-        if self.config.prune == "heads":
+        if not self.fine:
             return self._coarse_alone(ratios)
         if not self.limits.same_heads or not self.coarse:
             return self._filled(ratios, attention)
@@ -148,10 +152,15 @@ class Sizing:
                 failed = error
                 continue
             channels = 1 - sum(slot.kept(plans) for slot in self.fine) / sum(slot.steps.count for slot in self.fine)
-            options.append((abs(1 - common / steps.count - attention * channels), -common, plans))
+            missed = abs(self.removed(plans) - self.target)
+            options.append((missed, abs(1 - common / steps.count - attention * channels), -common, plans))
         if not options:
             raise failed
-        return min(options, key=lambda entry: entry[:2])[2]
+        if self.shape.is_mixture:  # channels of experts come in steps so large that they cannot make up for every number of experts
+            step = self.config.round_to * sum(slot.part.unit_parameters() for slot in self.fine)
+            near = max(step / 2, min(missed for missed, *_ in options))
+            options = [entry for entry in options if entry[0] <= near]
+        return min(options, key=lambda entry: entry[1:3])[3]
 
     def _filled(self, ratios: Ratios, attention: float, common: int | None = None) -> list[LayerPlan]:
         """Plans that meet the target; with ``common``, of so many steps of heads in every layer."""
@@ -160,7 +169,7 @@ class Sizing:
         return plans
 
     def _coarse_alone(self, ratios: Ratios) -> list[LayerPlan]:
-        """Plans that keep all channels, nearest to the target: the layers of the largest ratio lose one more step of their heads first."""
+        """Plans that keep all channels, nearest to the target: the layers of the largest ratio lose one more step of the others first."""
         fewer, more = self._around_target(lambda scale: self.rounded(ratios(scale)))
         layers = range(len(self.shape.layers))
         order = sorted((i for i in layers if fewer[i].units != more[i].units), key=lambda i: -more[i].ratio)
@@ -191,6 +200,8 @@ class Sizing:
         return f"{self.config.pruned_layers} pruned layers" if self._may_take_more_layers else f"all {len(self.shape.layers)} layers"
 
     def _way_to_more(self) -> str:
+        if self.config.prune == "experts":
+            return "lower it: each keeps as many experts as a token is routed to, and all that is no expert"
         return "raise --pruned_layers" if self._may_take_more_layers else "lower it: a part of each layer must stay"
 
     def fill(self, plans: list[LayerPlan]) -> None:
@@ -200,10 +211,10 @@ class Sizing:
         wants all layers alike, falls to all of them together.
         """
         step, together = self.config.round_to, self.limits.same_channels
-        biased = biased_everywhere(self.shape, plans, self.config)
+        flags = bias_flags(self.shape, plans, self.config)
         pruned = self.fine if together else [slot for slot in self.fine if slot.kept(plans) < slot.steps.count]
-        part = self.fine[0].part
-        unit = step * part.unit_parameters(part.kind in biased) * (len(pruned) if together else 1)
+        part, units = self.fine[0].part, plans[self.fine[0].layer].units[self.fine[0].part.kind]
+        unit = step * part.unit_parameters(part.input_flag in flags, units) * (len(pruned) if together else 1)
         surplus = round((self.removed(plans) - self.target) / unit)  # steps to give back
         if together:
             before, count = pruned[0].kept(plans), pruned[0].steps.count

@@ -8,9 +8,11 @@ import logging
 import statistics
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from ...models.adapter import Mixer
 from ...models.shape import ModelShape
 from ...models.slicing import slice_part
 from ...run import Run
@@ -33,23 +35,31 @@ class Times:
 
 def by_parameters(shape: ModelShape) -> Times:
     """Where nothing can be measured: as long as there are parameters, a nanosecond each."""
-    found = {part.kind: (0.0, 1e-9 * part.parameters() / part.units[part.sorts[0]]) for part in shape.layers[0].parts}
-    return Times(found, 1e-9 * shape.vocab * shape.hidden)
+    firsts = {part.kind: part for layer in reversed(shape.layers) for part in layer.parts}
+    found = {kind: (0.0, 1e-9 * part.parameters() / part.units[part.sorts[0]]) for kind, part in firsts.items()}
+    return Times(found, 1e-9 * (shape.vocab * shape.hidden + sum(layer.uncut_parameters for layer in shape.layers)))
 
 
 @torch.no_grad()
 def measured(run: Run) -> Times:
-    """Of the first layer, each part whole and with half of its units, and of the output head: one token, medians of REPEATS."""
+    """Of the first layer that has it, each part whole and with half of its units, what has no units as it is, and of the output head: one
+    token, medians of REPEATS.
+    """
     dtype = evaluation_dtype(run.source.dtype, run.device)
     runner = run.runner(run.samples.ids[:1, :1], dtype)
     [states] = runner.embed()
-    parts = {}
-    for _, layer in runner.visit(stop=1):
-        shapes = {part.kind: part for part in run.shape.layers[0].parts}
+    mixers = [_mixers(runner, layer) for layer in runner.adapter.layers(run.source.model)]
+    parts, uncut = {}, None if any(mixers) else 0.0
+    wanted = {part.kind for layer in run.shape.layers for part in layer.parts}
+    for index, layer in runner.visit():
+        if mixers[index] and uncut is None:
+            [mixer] = _mixers(runner, layer)
+            uncut = sum(map(len, mixers)) * _median(partial(mixer.after, states, runner.arguments[index]), run.device)
+        shapes = {part.kind: part for part in run.shape.layers[index].parts if part.kind not in parts}
         for kind, shape in shapes.items():
             steps = shape.steps("group")
             counts = [shape.units, steps.units(-(-steps.count // 2))]
-            whole, half = (_seconds(runner, layer, kind, units, states) for units in counts)
+            whole, half = (_seconds(runner, layer, index, kind, units, states) for units in counts)
             first, second = (units[shape.sorts[0]] for units in counts)
             by_unit = max(whole - half, 0.0) / max(first - second, 1)
             parts[kind] = max(whole - by_unit * first, 0.0), by_unit
@@ -61,13 +71,19 @@ def measured(run: Run) -> Times:
                 1e3 * whole,
                 1e3 * half,
             )
+        if wanted <= set(parts) and uncut is not None:
+            break
     norm, head = runner.output_modules()
     rest = _median(lambda: runner.adapter.logits(head, norm(states)), run.device)
     log.info("one token through the output head: %.3f ms", 1e3 * rest)
-    return Times(parts, rest)
+    return Times(parts, rest + uncut)
 
 
-def _seconds(runner: LayerRunner, layer, kind: str, units: dict[str, int], states: torch.Tensor) -> float:
+def _mixers(runner: LayerRunner, layer) -> list[Mixer]:
+    return [part for step in runner.adapter.steps(layer) for part in step if isinstance(part, Mixer)]
+
+
+def _seconds(runner: LayerRunner, layer, index: int, kind: str, units: dict[str, int], states: torch.Tensor) -> float:
     """Of one part that keeps the first so many units; its weights come from memory, as in a model, not from the processor's cache."""
     part = runner.adapter.part(copy.deepcopy(layer), kind)
     if part.units != units:
@@ -78,7 +94,7 @@ def _seconds(runner: LayerRunner, layer, kind: str, units: dict[str, int], state
 
     def run() -> None:
         part.module = next(modules)
-        part.run(part.read(states), runner.arguments[0])
+        part.run(part.read(states), runner.arguments[index])
 
     return _median(run, runner.device)
 

@@ -16,27 +16,30 @@ from ...errors import UserError, first_line
 class ChannelStatistics:
     """One feed-forward part. Norms are over tokens, none is centred.
 
-    output_covariance: [D, D] of the output Y. down: W [D, I]. gate, up: G and U [I, D]. input_norm: [I], ||X[:, j]|| of each channel
-    j, a column of down_proj's input X. read_norm: ν [D], of each dimension of the feed-forward part's input. input_variance: [I], of
-    X[:, j] over tokens. saliency: [I], from gradients (:mod:`taylor`). seed: for what is random. Covariance, variance and saliency are None
-    for a score that does not need them (ChannelScore).
+    output_covariance: [D, D] of the output Y. down: W [D, I]. gate, up: G and U [I, D]; G is None where there is no gate. input_norm: [I],
+    ||X[:, j]|| of each channel j, a column of down_proj's input X. read_norm: ν [D], of each dimension of the feed-forward part's input.
+    input_variance: [I], of X[:, j] over tokens. input_covariance: [I, I], of X. saliency: [I], from gradients (:mod:`taylor`). seed: for
+    what is random. Covariances, variance and saliency are None for a score that does not need them (ChannelScore). spectrum: the
+    eigendecomposition of output_covariance, where it is known already. Of an expert, X and what it reads are those of the tokens routed to
+    it, and X is multiplied by the router's weight.
     """
 
     output_covariance: torch.Tensor | None
     down: torch.Tensor
-    gate: torch.Tensor
+    gate: torch.Tensor | None
     up: torch.Tensor
     input_norm: torch.Tensor
     read_norm: torch.Tensor
     input_variance: torch.Tensor | None = None
+    input_covariance: torch.Tensor | None = None
     saliency: torch.Tensor | None = None
     seed: int = 0
+    spectrum: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def input_terms(self) -> torch.Tensor:
-        """||G[j] * ν|| + ||U[j] * ν||, [I]: how strong the inputs are that each channel reads."""
+        """||G[j] * ν|| + ||U[j] * ν||, [I]: how strong the inputs are that each channel reads. Without a gate its term is left out."""
         squared = self.read_norm.square()
-        gate, up = ((weight.square() @ squared).sqrt() for weight in (self.gate, self.up))
-        return gate + up
+        return sum((weight.square() @ squared).sqrt() for weight in (self.gate, self.up) if weight is not None)
 
 
 def eigendecomposition(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,7 +65,7 @@ def feature_space(s: ChannelStatistics) -> torch.Tensor:
     """The paper's (Eq. c and d): with Cov(Y) = V diag(λ) V^T and ω = sigmoid(λ / mean(λ)),
     ||(W[:, j]^T V) * ω|| * ||X[:, j]|| + ||G[j] * ν|| + ||U[j] * ν||.
     """
-    eigenvalues, vectors = eigendecomposition(s.output_covariance)
+    eigenvalues, vectors = s.spectrum or eigendecomposition(s.output_covariance)
     weighted = vectors * torch.sigmoid(eigenvalues / eigenvalues.mean())
     return (s.down.T @ weighted).norm(dim=1) * s.input_norm + s.input_terms()
 

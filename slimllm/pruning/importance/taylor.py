@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ...models.adapter import Part
+from ...models.adapter import ProjectedPart
 from ...streaming.runner import LOGIT_ROWS, LayerRunner, frozen
 from ...utils import processes
 
@@ -65,7 +65,7 @@ def _loss_gradient(runner: LayerRunner, norm, head, states: torch.Tensor, ids: t
 
 def _backward(runner: LayerRunner, layer: nn.Module, index: int, inputs, upstream) -> Saliency:
     """Replaces ``upstream``, the gradients of the layer's outputs, by those of its inputs; gives the layer's saliency."""
-    parts = runner.adapter.parts(layer)
+    parts = [part for part in runner.adapter.parts(layer) if isinstance(part, ProjectedPart)]
     linears = [linear for part in parts for linear in part.linears]
     with frozen(layer):
         for linear in linears:
@@ -84,7 +84,7 @@ def _backward(runner: LayerRunner, layer: nn.Module, index: int, inputs, upstrea
     return {part.kind: _unit_sums(part, importance) for part in parts}
 
 
-def _unit_sums(part: Part, importance: dict[nn.Linear, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _unit_sums(part: ProjectedPart, importance: dict[nn.Linear, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Sums over all weights that go with a unit of the part: rows of its input projections, columns of its output projection."""
     everything = {sort: list(range(count)) for sort, count in part.units.items()}
     rows = torch.cat([importance[linear].sum(1)[which] for linear, which in part.rows(everything)])

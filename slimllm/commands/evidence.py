@@ -1,0 +1,314 @@
+"""``slimllm evidence MODEL``: prunes by each recipe and share, measures by each protocol, and puts all of it on one page.
+
+A step is a command of another program, run in this process: what it leaves is that program's own file, and anyone can run it alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .. import cli
+from ..data.texts import load_texts
+from ..errors import UserError, first_line
+from ..experiments.trials import state_of_model
+from ..models import loading
+from ..reporting import evidence as page
+from ..reporting import record
+from ..reporting.evidence import Row, latency_file, measured_file
+from ..reporting.record import PruningRecord, TrainingRecord
+from ..reporting.tables import aligned
+from ..settings.evidence import LORA, EvidenceConfig
+from ..settings.latency import LatencyConfig
+from ..utils.memory import memory_errors, reset_peak, return_free_memory
+from ..utils.outputs import is_results
+from . import COMMANDS
+from .prune import foresee
+
+log = logging.getLogger("slimllm")
+
+FILE = "evidence.json"
+MAKERS = ("prune", "train")  # programs that make a model, which is there or is not; what others leave can be completed
+IDENTITY = ("dtype", "calibration", "num_examples", "distill_examples", "seed", "eval_data", "eval_limit", "limit", "tune")
+NOT_FORESEEN = (
+    "not foreseen: the time of measurements and training, which grows with texts, questions and the model; perplexity holds one layer at a "
+    "time in memory, tasks, generation and training the whole model, latency that and the dense one"
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command: ``program`` and its ``words``, what it is for, and the ``file`` that it leaves; ``row``: the model that it is about."""
+
+    row: Row
+    what: str
+    program: str
+    words: tuple[str, ...]
+    file: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.row.name}, {self.what}"
+
+    def is_done(self, known: dict) -> bool:
+        """Whether its file is there, of the same command; ``known``: the finished and failed steps by name."""
+        entry = known.get(self.name, {"failed": "not begun"})
+        same = self.program in MAKERS or entry.get("command") == [self.program, *self.words]
+        return self.file.is_file() and same and "failed" not in entry
+
+    def again(self, anew: bool) -> list[str]:
+        """The flags with which it goes on where it was stopped, unless it is to begin ``anew``, or replaces what a stopped run left."""
+        folder = self.file.parent
+        if self.program == "prune":
+            stopped = not anew and any(folder.parent.glob(f".{folder.name}.*.partial"))
+            return ["--resume"] * stopped + ["--overwrite"] * folder.exists()
+        if self.program == "train" and folder.exists():
+            stopped = not anew and any(folder.glob("checkpoint-*"))
+            return ["--resume_from_checkpoint", "last"] if stopped else ["--overwrite"]
+        return []
+
+
+def run(config: EvidenceConfig) -> int:
+    """Every step that is not done yet, then the page. Returns exit status 1 where one failed."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("evidence: it is one process; start it without torchrun")
+    most = loading.load_config(config.base_model).max_position_embeddings
+    left_out = [f"{page.protocol_of(n)}: beyond the model's context of {most} tokens" for n in config.protocols if n > most]
+    rows = rows_of(config)
+    if config.dry_run:
+        _print_plan(config, [*makers(config, config.eval_data), *measurements(config, rows, config.eval_data, most)], left_out)
+        return 0
+    folder = Path(config.output)
+    file = record.results_in(folder, FILE)
+    with record.results_at(file, config.overwrite):
+        fingerprint = {"model": state_of_model(config.base_model), **{name: getattr(config, name) for name in IDENTITY}}
+        results = record.continued(file, fingerprint, config.overwrite)
+        results["steps"] = results.get("steps", {})
+        if config.overwrite:
+            _forget(folder)
+        texts, missing = at_hand(config.eval_data)
+        results["left_out"] = left_out + missing
+        for line in results["left_out"]:
+            log.info("left out: %s", line)
+        steps = [*makers(config, texts), *measurements(config, rows, texts, most)]
+        results["steps"] = {step.name: results["steps"][step.name] for step in steps if step.name in results["steps"]}
+        record.save_results(results, file)
+        cli.log_to_file(folder / "log.txt")
+        _go_through(steps, config, results, file)
+        lines = page.write(folder, Path(config.base_model).name, rows, config.protocols, results)
+    failed = [name for name, step in results["steps"].items() if "failed" in step]
+    log.info("\n%s\n\neverything lies in %s/: %s is the page", "\n".join(lines).rstrip(), folder, page.PAGE)
+    for name in failed:
+        log.info("failed: %s: %s", name, results["steps"][name]["failed"])
+    return 1 if failed or missing else 0
+
+
+def _forget(folder: Path) -> None:
+    """Removes the files of results of an earlier run; models are replaced by the programs that make them."""
+    for file in (folder / "measured").glob("*.json"):
+        if is_results(file):
+            file.unlink()
+
+
+def at_hand(eval_data: tuple[str, ...] | None) -> tuple[tuple[str, ...] | None, list[str]]:
+    """(the texts among ``eval_data`` that can be had, a line for each other)."""
+    had, missing = [], []
+    for name in eval_data or ():
+        try:
+            load_texts((name,))
+            had.append(name)
+        except UserError as error:
+            missing.append(str(error))
+    return (tuple(had) or ("none",) if eval_data else None), missing
+
+
+# the steps
+
+
+def rows_of(config: EvidenceConfig) -> list[Row]:
+    """The models to measure, the dense one first."""
+    pruned = [_row(config, recipe, share) for share in config.shares for recipe in config.recipes]
+    return [Row("dense", config.base_model), *pruned]
+
+
+def _row(config: EvidenceConfig, recipe: str, share: float) -> Row:
+    name = f"{recipe}_{100 * share:g}"
+    folder = Path(config.output) / "models" / name
+    return Row(name, str(folder / "merged" if recipe == LORA else folder), recipe, share)
+
+
+def makers(config: EvidenceConfig, texts: tuple[str, ...] | None) -> list[Step]:
+    """Those that make the models; what lora trains comes before it, asked for or not."""
+    recipes = dict.fromkeys(name for recipe in config.recipes for name in (("distilled", LORA) if recipe == LORA else (recipe,)))
+    return [_maker(config, _row(config, recipe, share), texts) for share in config.shares for recipe in recipes]
+
+
+def _maker(config: EvidenceConfig, row: Row, texts: tuple[str, ...] | None) -> Step:
+    if row.recipe == LORA:
+        folder = Path(row.model).parent
+        words = [
+            _row(config, "distilled", row.share).model,
+            *_flags(config, "device", "seed", "eval_limit"),
+            "--data_path",
+            config.tune,
+            "--merge",
+        ]
+        words += ["--extra_val_dataset", *texts] if texts else []
+        words += ["--output_dir", str(folder)]
+        return Step(row, "training", "train", tuple(words), folder / TrainingRecord.FILE)
+    words = [config.base_model, "--recipe", row.recipe, "--target_sparsity", f"{row.share:g}"]
+    words += _flags(config, "calibration", "num_examples", "seed", "dtype", "device", "tmp_dir", "eval_limit")
+    words += ["--distill_examples", str(config.distill_examples)] if row.recipe == "distilled" else []
+    words += ["--eval_device", config.device] if config.device != "auto" else []
+    words += ["--eval_data", *texts] if texts else []
+    words += ["--prompt", "none", "--output_dir", row.model]
+    return Step(row, "pruning", "prune", tuple(words), Path(row.model) / PruningRecord.FILE)
+
+
+def measurements(config: EvidenceConfig, rows: list[Row], texts: tuple[str, ...] | None, most: int) -> list[Step]:
+    """Those that measure, model by model; ``most``: tokens of the model's context."""
+    lengths = [n for n in config.protocols if n <= most] if texts != ("none",) else []
+    shared = _flags(config, "dtype", "device", "tmp_dir", "limit")
+    found = []
+    for row in rows:
+        file = measured_file(Path(config.output), row)
+
+        def evaluation(what: str, *words: str, row=row, file=file) -> Step:
+            return Step(row, what, "evaluate", (row.model, *words, *shared, "--output", str(file)), file)
+
+        named = ["--eval_data", *texts] if texts else []
+        limit = _flags(config, "eval_limit")
+        found += [evaluation(f"perplexity at {n}", "--tasks", "none", *named, "--max_seq_len", str(n), *limit) for n in lengths]
+        if config.tasks:
+            source = _flags(config, "data_dir")
+            found.append(evaluation("tasks", "--tasks", *config.tasks, *source, "--eval_data", "none"))
+        said = [f"--{name}" for name in ("apply_chat_template", "confirm_run_unsafe_code") if getattr(config, name)]
+        said += _flags(config, "include_path")
+        nothing = ("--tasks", "none", "--eval_data", "none")
+        found += [evaluation(name, *nothing, "--generation", name, *said) for name in config.generation]
+        if config.latency and row.recipe:
+            found.append(_latency(config, row, most))
+    return found
+
+
+def _latency(config: EvidenceConfig, row: Row, most: int) -> Step:
+    new = LatencyConfig.new_tokens
+    lengths = [n for n in config.length if n + new <= most] or [max(1, most - new)]
+    words = [row.model, "--baseline", config.base_model, *_flags(config, "dtype", "device"), "--repeats", str(config.repeats)]
+    words += ["--batch_size", *map(str, config.batch_size), "--length", *map(str, lengths)]
+    file = latency_file(Path(config.output), row)
+    return Step(row, "latency", "latency", (*words, "--json", str(file)), file)
+
+
+def _flags(config: EvidenceConfig, *names: str) -> list[str]:
+    """The flags of these names, as far as they say something."""
+    values = [(name, getattr(config, name)) for name in names]
+    return [word for name, value in values if value not in (None, "auto") for word in (f"--{name}", str(value))]
+
+
+# going through them
+
+
+def _go_through(steps: list[Step], config: EvidenceConfig, results: dict, file: Path) -> None:
+    """All of them, each result kept as soon as it is there; what needs a model that could not be made is passed over."""
+    missing: set[str] = set()
+    for number, step in enumerate(steps, 1):
+        known = results["steps"]
+        needed = [step.row.model] if step.program not in MAKERS else list(step.words[:1]) if step.program == "train" else []
+        if missing.intersection(needed):
+            known[step.name] = {"command": [step.program, *step.words], "failed": "there is no model, since it could not be made"}
+            missing.update([step.row.model] if step.program in MAKERS else [])
+            continue
+        if step.is_done(known):
+            log.info("%d of %d: %s: done before", number, len(steps), step.name)
+            continue
+        log.info("\n%d of %d: %s\n", number, len(steps), step.name)
+        started = time.perf_counter()
+        failed = _fault_of(step, step.again(config.overwrite))
+        if failed and failed.startswith("--resume"):  # other versions of packages, a broken file: it cannot go on
+            log.info("%s", failed)
+            failed = _fault_of(step, step.again(anew=True))
+        known[step.name] = {"command": [step.program, *step.words], "seconds": round(time.perf_counter() - started, 1)}
+        if failed:
+            known[step.name]["failed"] = failed
+            missing.update([step.row.model] if step.program in MAKERS else [])
+            log.error("failed: %s: %s", step.name, failed)
+        record.save_results(results, file)
+    record.save_results(results, file)
+
+
+def _fault_of(step: Step, more: list[str]) -> str | None:
+    """Runs one step, with ``more`` flags; what went wrong, in one line, or None."""
+    command, words = COMMANDS[step.program], [*step.words, *more]
+    step.file.parent.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _as_if_alone(step.program, words), memory_errors(command.advice):
+            settings = command.parsed(step.program, words)
+            status = command.load()(settings)
+        return f"exit status {status}" if status else None
+    except UserError as error:
+        return first_line(error)
+    except Exception as error:  # whatever it is, the other steps are independent of it
+        log.debug("%s", step.name, exc_info=True)  # the log file has where it happened
+        return f"{type(error).__name__}: {first_line(error)}"
+
+
+@contextlib.contextmanager
+def _as_if_alone(program: str, words: list[str]):
+    """What a step records as its command and its peak of memory is its own, and what it opens of the log is closed after it."""
+    _let_go()
+    argv, handlers = sys.argv, list(log.handlers)
+    sys.argv = ["slimllm", program, *words]
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        for handler in [handler for handler in log.handlers if handler not in handlers]:
+            log.removeHandler(handler)
+            handler.close()
+
+
+def _let_go() -> None:
+    """Gives back what the step before left, which may hold a model in a cycle, and has the peak of the memory begin anew."""
+    gc.collect()
+    return_free_memory()
+    reset_peak(torch.device("cpu"))
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        reset_peak(torch.device("cuda"))
+
+
+# beforehand
+
+
+def _print_plan(config: EvidenceConfig, steps: list[Step], left_out: list[str]) -> None:
+    """The steps as commands, and what each pruning is expected to take."""
+    rows, total, disk = [["pruning", "minutes, about", "peak memory", "of the GPU", "temporary", "weights on disk"]], 0.0, 0
+    for step in steps:
+        if step.program != "prune":
+            continue
+        try:
+            foreseen = foresee(COMMANDS["prune"].parsed("prune", list(step.words)))
+        except UserError as error:
+            rows.append([step.row.title, str(error), "", "", "", ""])
+            continue
+        seconds, takes = sum(foreseen.seconds().values()), foreseen.takes
+        total, disk = total + seconds, disk + takes.result * (2 if step.row.recipe == "distilled" and LORA in config.recipes else 1)
+        sizes = [f"{size / 1e9:.2f} GB" for size in (takes.host, takes.device, takes.temporary + takes.beside, takes.result)]
+        rows.append([step.row.title, f"{seconds / 60:.1f}", *sizes])
+    lines = [f"{cli.program()} {shlex.join([step.program, *step.words])}" for step in steps]
+    log.info("dry run: %d steps; no weights read\n\n%s\n", len(steps), "\n".join(lines))
+    log.info("%s\n", "\n".join(aligned(rows)))
+    log.info("all prunings together: about %.1f minutes here, and %.2f GB that stay on the disk", total / 60, disk / 1e9)
+    log.info("%s", NOT_FORESEEN)
+    for line in left_out:
+        log.info("left out: %s", line)

@@ -1,0 +1,79 @@
+"""Tasks in which a model writes (GSM8K, IFEval, HumanEval): everything about them is lm-eval's own; here they are only asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import logging
+import os
+import sys
+
+import torch
+
+from ..errors import UserError, first_line
+from ..models import hub
+from ..utils import processes
+
+BATCH = 16
+
+
+def score(model, tokenizer, name: str, settings) -> dict:
+    """One task of lm-eval, by its name there, in full or on its first ``settings.limit`` questions.
+
+    Returns:
+        {"metrics": {"exact_match, strict-match": .., ...} without standard errors, "questions": how many, "version": of the definition,
+        "limited": whether there was a limit, "chat_template": whether the questions went through it}.
+    Raises:
+        UserError: lm-eval has no such task, its data cannot be had, or it failed.
+    """
+    if processes.count() > 1:
+        raise UserError(f"--generation {name}: it is not shared between processes; start one process")
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    hub.reachable()  # without a network, look in the cache at once
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    if settings.confirm_run_unsafe_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # what the metric asks for besides lm-eval's own confirmation
+    bars = sys.stderr if sys.stderr.isatty() else io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(bars):
+        try:
+            results = simple_evaluate(
+                HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=BATCH),
+                tasks=[name],
+                limit=settings.limit,
+                bootstrap_iters=0,
+                log_samples=False,
+                task_manager=_manager(settings.include_path),
+                apply_chat_template=settings.apply_chat_template,
+                confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
+            )
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # the hub's libraries raise their own kinds, the templates too
+            raise UserError(f"task {name}: lm-eval cannot do it ({type(error).__name__}: {first_line(error)})") from error
+    entries = {key.replace(",none", "").replace(",", ", "): value for key, value in results["results"][name].items()}
+    values = {key: value for key, value in entries.items() if isinstance(value, int | float) and "stderr" not in key}
+    values.pop("sample_len", None)
+    return {
+        "metrics": values,
+        "questions": sum(count["effective"] for count in results["n-samples"].values()),
+        "version": results["versions"].get(name),
+        "limited": settings.limit is not None,
+        "chat_template": settings.apply_chat_template,
+    }
+
+
+@functools.cache
+def _manager(include_path: str | None):
+    """lm-eval's list of all its tasks, which takes seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
+
+
+def shown(scores: dict) -> str:
+    """Every metric of a task: ``exact_match, strict-match 0.4200; ...``."""
+    return "; ".join(f"{metric} {value:.4f}" for metric, value in scores["metrics"].items())

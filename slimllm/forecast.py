@@ -1,0 +1,146 @@
+"""How long a run takes on this machine, about: what its stages multiply, at the speeds that the machine has at such products now."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .models.parts import PRUNED_KINDS, PartShape
+from .plan import LayerPlan
+from .pruning.allocation.price_list import levels_of
+from .pruning.allocation.prices import FIT_TOKENS, PROBE_TOKENS
+from .pruning.choice import needs_of
+from .run import Run
+from .settings.methods import RECOVERIES
+from .streaming.sizes import Sizes
+from .utils.device import evaluation_dtype, synchronise
+
+TOKENS = 512  # that go through a product at a time
+EIGEN_SIZE = 512  # of the matrix whose eigenvectors are timed
+WRITING = 6  # times what its products take: the attention to what is written, and all that happens once per token
+SECONDS_BESIDE = 8  # starting, reading and writing, of any run
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Multiplications per second: of many tokens in the dtype of pruning, in float32 and in the dtype of evaluation, of ``rows`` tokens in
+    the last; and the seconds per cubed size of an eigendecomposition.
+    """
+
+    pruning: float
+    float32: float
+    evaluation: float
+    writing: float
+    eigen: float
+
+
+def speeds(run: Run, rows: int) -> Speeds:
+    """Those of the run's devices, in about a second. ``rows``: tokens that are generated side by side."""
+    size = min(run.shape.hidden, 1024)
+    evaluation = evaluation_dtype(run.dtype, run.eval_device)
+
+    def product(tokens: int, dtype: torch.dtype, device: torch.device) -> float:
+        states, weight = torch.ones(tokens, size, dtype=dtype, device=device), torch.ones(4 * size, size, dtype=dtype, device=device)
+        return tokens * weight.numel() / _seconds(lambda: torch.nn.functional.linear(states, weight), device)
+
+    symmetric = torch.randn(EIGEN_SIZE, EIGEN_SIZE, generator=torch.Generator().manual_seed(0)).to(run.device)
+    symmetric = symmetric + symmetric.T
+    return Speeds(
+        product(TOKENS, run.dtype, run.device),
+        product(TOKENS, torch.float32, run.device),
+        product(TOKENS, evaluation, run.eval_device),
+        product(max(rows, 1), evaluation, run.eval_device),
+        _seconds(lambda: torch.linalg.eigh(symmetric), run.device) / EIGEN_SIZE**3,
+    )
+
+
+def _seconds(work: Callable, device: torch.device) -> float:
+    """The least of three times, after one that warms up."""
+    found = []
+    for _ in range(4):
+        synchronise(device)
+        begun = time.perf_counter()
+        work()
+        synchronise(device)
+        found.append(time.perf_counter() - begun)
+    return min(found[1:])
+
+
+def seconds(run: Run, plans: list[LayerPlan], sizes: Sizes) -> dict[str, float]:
+    """Seconds of the stages of a run with these plans, about, by what they do."""
+    config, shape = run.config, run.shape
+    own = config.num_examples * config.seq_len * (config.self_share if sizes.may_generate else 0)
+    own = config.num_examples * config.seq_len if config.calibration == "self" else own
+    speed = speeds(run, min(config.num_examples, 64))
+    once = _forward(run)
+    head = shape.vocab * shape.hidden
+    found = {
+        "own text": WRITING * own * (once + head) / speed.writing,
+        "prices": _prices(run, speed) if config.measures_prices else 0.0,
+        "pruning": _pruning(run, plans, sizes.tokens, speed),
+        "distillation": _distillation(run, once + head, speed) if config.distill != "none" else 0.0,
+        "evaluation": 2 * sizes.evaluated_tokens * (once + head) / speed.evaluation,
+        "the rest": SECONDS_BESIDE,
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def _forward(run: Run) -> int:
+    """Multiplications of one token in all layers."""
+    return sum(layer.active_parameters for layer in run.shape.layers)
+
+
+def _pruning(run: Run, plans: list[LayerPlan], tokens: int, speed: Speeds) -> float:
+    config = run.config
+    passes = 1 + (config.layer_ratio == "importance") + bool(config.look_back)
+    total = passes * tokens * _forward(run) / speed.pruning
+    for layer, plan in zip(run.shape.layers, plans):
+        for part in layer.parts:
+            if plan.units[part.kind] == part.units:
+                continue
+            kept = part.output_inputs(plan.units[part.kind])
+            total += _statistics(part, tokens, needs_of(part.kind, config, plan.kept is None), speed)
+            total += _fit(part, tokens, kept, config.recovery, speed)
+    return total
+
+
+def _statistics(part: PartShape, tokens: int, needs: frozenset[str], speed: Speeds) -> float:
+    """Of one part: covariances of the input and the output of its output projection, and what is decided by them."""
+    inner, hidden = part.output_inputs(), part.hidden
+    covariances = inner**2 * ("input_covariance" in needs) + hidden**2 * ("output_covariance" in needs)
+    eigen = speed.eigen * hidden**3 if "output_covariance" in needs else 0.0
+    return tokens * covariances / speed.float32 + eigen
+
+
+def _fit(part: PartShape, tokens: int, kept: int, recovery: str, speed: Speeds) -> float:
+    """Of one part that keeps so many columns: the pruned and the recovered output, and the solution of the least squares."""
+    solved = kept**3 / 6 + kept**2 * part.hidden if "input_covariance" in RECOVERIES[recovery].needs else 0
+    return (2 * tokens * kept * part.hidden + 2 * solved) / speed.float32
+
+
+def _prices(run: Run, speed: Speeds) -> float:
+    config = run.config
+    asked = config.num_examples * config.seq_len
+    fitted, probes = min(FIT_TOKENS, asked), min(PROBE_TOKENS[config.prices], asked)
+    options, total = 0, 0.0
+    for layer in run.shape.layers:
+        for part in layer.parts:
+            if part.kind not in PRUNED_KINDS[config.prune]:
+                continue
+            needs, steps = needs_of(part.kind, config, True), part.steps(config.head_unit)
+            total += _statistics(part, fitted, needs, speed)
+            for count in levels_of(steps):
+                kept = part.output_inputs(steps.units(count))
+                total += _fit(part, fitted, kept, config.recovery, speed) / 2 + probes * kept * part.hidden / speed.evaluation
+                options += 1
+    passes = 2 * fitted + 4 * probes if config.prices == "gradient" else 2 * fitted + probes * options / 2
+    return total + passes * _forward(run) / speed.evaluation
+
+
+def _distillation(run: Run, token: int, speed: Speeds) -> float:
+    """What the dense model says once; then, each epoch, a pass forwards, one backwards and one for what the forward pass did not keep."""
+    spec, epochs = run.config.distill_samples, run.config.distill_epochs
+    return spec.num_examples * spec.seq_len * token * (1 + 3 * epochs) / speed.evaluation

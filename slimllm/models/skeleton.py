@@ -1,0 +1,93 @@
+"""A model of a config without its weights: what its modules are called, and how large they are."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+
+import torch
+from torch import nn
+
+from .adapter import Experts
+from .families import PRUNED, Family, PartRow, family_of
+from .parts import Counted, ExpertsShape
+
+
+def skeleton_of(config, dtype: torch.dtype):
+    """The model of a config, without its weights."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+    skeleton.tie_weights()
+    return skeleton
+
+
+def counted(config, family: Family) -> tuple[Counted, ...]:
+    """What the modules of each layer say, where the config alone does not say it: of hybrids and mixtures of experts."""
+    return _counted(_settings_of(config), family)
+
+
+def in_float32(config, dtype: torch.dtype) -> frozenset[str]:
+    """The names of the tensors that stay in float32 where a model of this config is in ``dtype``, by the rule of transformers: what its
+    class makes in float32, or names. Some mixtures keep their routers so.
+    """
+    if dtype not in (torch.bfloat16, torch.float16) or not family_of(config).is_mixture:
+        return frozenset()
+    return _in_float32(_settings_of(config), dtype)
+
+
+def _settings_of(config) -> str:
+    """The settings of the dense model of a config, as text, by which what is found of its skeleton is kept."""
+    settings = config.to_dict() | {"model_type": config.model_type.removeprefix(PRUNED)}
+    if config.model_type.startswith(PRUNED):
+        settings.pop("per_layer_config", None)
+    return json.dumps(settings, sort_keys=True, default=str)
+
+
+def _stock_config(settings: str):
+    from transformers import AutoConfig
+
+    settings = {name: value for name, value in json.loads(settings).items() if not name.endswith("_per_layer")}
+    for name in ("dtype", "auto_map"):
+        settings.pop(name, None)
+    return AutoConfig.for_model(**settings)
+
+
+@functools.lru_cache(maxsize=8)
+def _counted(settings: str, family: Family) -> tuple[Counted, ...]:
+    config = _stock_config(settings)
+    skeleton = skeleton_of(config, torch.float32)
+    return tuple(_of_layer(layer, config, family) for layer in getattr(getattr(skeleton, family.decoder), family.layers))
+
+
+@functools.lru_cache(maxsize=8)
+def _in_float32(settings: str, dtype: torch.dtype) -> frozenset[str]:
+    skeleton = skeleton_of(_stock_config(settings), dtype)
+    named = [*skeleton._keep_in_fp32_modules_strict, *(skeleton._keep_in_fp32_modules if dtype == torch.float16 else [])]
+    patterns = [re.compile(pattern.replace("*", ".*")) for pattern in named]
+    tensors = [*skeleton.named_parameters(), *skeleton.named_buffers()]
+    return frozenset(name for name, own in tensors if own.dtype == torch.float32 or any(pattern.search(name) for pattern in patterns))
+
+
+def _of_layer(layer: nn.Module, config, family: Family) -> Counted:
+    rows = [row for row in family.parts if row.is_in(layer)]
+    cut = {row.module for row in rows}
+    uncut = sum(p.numel() for name, p in layer.named_parameters() if name.partition(".")[0] not in cut)
+    experts = next((row for row in rows if row.kind == "experts"), None)
+    return Counted(uncut, frozenset(row.kind for row in rows), experts and _experts(layer, config, experts))
+
+
+def _experts(layer: nn.Module, config, row: PartRow) -> ExpertsShape:
+    part = Experts(row, layer, 0, 1.0)
+    count, inside = part.units["experts"], list(part.experts.modules())
+    numbers = {"expert": 0, "router": 0, "fixed": 0}
+    for module, _, tensor, axis in part.tensors():
+        if isinstance(tensor, nn.Parameter):
+            what = "fixed" if axis is None else "expert" if any(module is one for one in inside) else "router"
+            numbers[what] += tensor.numel() if axis is None else tensor.numel() // count
+    groups = {} if row.groups is None else dict(zip(("groups", "top_groups"), (getattr(config, name) or 1 for name in row.groups)))
+    numbers |= {"channel": part.channel_parameters, "channels_fixed": len(row.sizes) == 1, "fits": row.fits}
+    return ExpertsShape(config.hidden_size, *part.units.values(), getattr(config, row.top_k), **numbers, **groups)

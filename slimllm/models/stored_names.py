@@ -1,0 +1,88 @@
+"""What the tensors of a mixture of experts are called in its files: transformers holds the experts of a layer stacked in one tensor, and
+writes a tensor for each, under names of their own in some families.
+
+The rules are transformers' own, turned round as it does where it saves a model.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers.core_model_loading import revert_weight_conversion
+
+from .families import is_pruned
+from .source import stored_tensors
+from .weights import OfAnother
+
+Place = tuple[int | slice, ...]  # where a tensor of a file lies in the model's: an index of it
+
+
+def stored_pieces(model) -> dict[str, dict[str, Place]]:
+    """Of each tensor of ``model``, which may be without weights: the tensors of its files that make it up, and their places in it.
+
+    Those of a model with widths per layer, which transformers has no rules for, are called there as in the model.
+    """
+    if is_pruned(model.config):
+        return {name: {name: ()} for name in stored_tensors(model)}
+    return {name: _pieces(model, name, tensor) for name, tensor in stored_tensors(model).items()}
+
+
+def _pieces(model, name: str, tensor: torch.Tensor) -> dict[str, Place]:
+    found = revert_weight_conversion(model, {name: torch.empty_like(tensor, device="meta")})
+    if len(found) == 1:
+        return dict.fromkeys(found, ())
+    experts = len(tensor)
+    chunks, rest = divmod(len(found), experts)
+    if rest or tensor.shape[1] % chunks:
+        raise NotImplementedError(f"{name}: transformers writes {experts} experts as {len(found)} tensors")
+    numbers = torch.arange(len(found)).view(experts, chunks, *[1] * (tensor.ndim - 2))  # a number in the place of each piece
+    rows, places = tensor.shape[1] // chunks, {}
+    for stored, number in revert_weight_conversion(model, {name: numbers}).items():
+        expert, chunk = divmod(int(number), chunks)
+        places[stored] = (expert, slice(chunk * rows, (chunk + 1) * rows))
+    return places
+
+
+class Stacked(OfAnother):
+    """The tensors of files by the names that ``model`` has for them: stacked where the files hold a tensor for each expert, one of which
+    is in memory at a time besides. Files that hold them stacked are read as they are.
+    """
+
+    def __init__(self, tensors, model):
+        super().__init__(tensors)
+        there = set(tensors.names)
+        pieces = {name: places for name, places in stored_pieces(model).items() if name not in there and there.issuperset(places)}
+        self._pieces, self._shapes = pieces, {name: list(tensor.shape) for name, tensor in stored_tensors(model).items()}
+
+    @property
+    def names(self) -> list[str]:
+        """Those of the model, and of what the files hold besides."""
+        used = {stored for places in self._pieces.values() for stored in places}
+        return [*self._pieces, *(name for name in self._tensors.names if name not in used)]
+
+    def shape(self, name: str) -> list[int]:
+        """The shape of a tensor; of a stacked one that of its first odd piece, where one does not fit its place."""
+        if name not in self._pieces:
+            return self._tensors.shape(name)
+        whole = torch.empty(self._shapes[name], device="meta")
+        shapes = ((list(self._tensors.shape(stored)), list(whole[place].shape)) for stored, place in self._pieces[name].items())
+        return next((found for found, expected in shapes if found != expected), self._shapes[name])
+
+    def is_number(self, name: str) -> bool:
+        """Whether a tensor is of a plain floating-point type."""
+        return all(self._tensors.is_number(stored) for stored in self._pieces.get(name, [name]))
+
+    def dtype_name(self, name: str) -> str:
+        """The type of a tensor, as the files name it."""
+        return self._tensors.dtype_name(next(iter(self._pieces.get(name, [name]))))
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """One tensor, in ``dtype`` or its own."""
+        places = self._pieces.get(name, {name: ()})
+        if len(places) == 1:
+            return self._tensors.read(next(iter(places)), dtype)
+        whole = None
+        for stored, place in places.items():
+            piece = self._tensors.read(stored, dtype)
+            whole = piece.new_empty(self._shapes[name]) if whole is None else whole
+            whole[place] = piece
+        return whole

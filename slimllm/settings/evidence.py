@@ -1,0 +1,106 @@
+"""Settings of ``slimllm evidence``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..cli import check_choice, check_choices, check_range, flag
+from ..errors import UserError
+from .common import DTYPES
+from .evaluate import check_generation
+from .methods import RECIPES
+from .tasks import TASKS
+
+PROTOCOLS = {128: "LLM-Pruner, SlimLLM", 2048: "SliceGPT, Wanda", 4096: "Týr"}  # tokens per block -> who measures so
+LORA, LORA_TITLE = "lora", "distilled, then LoRA"  # the recipe of two programs
+
+
+@dataclass
+class EvidenceConfig:
+    """Settings of a collection of evidence. Raises UserError where a value makes no sense."""
+
+    base_model: str | None = flag("model", "local folder, hub name or .gguf file (required)", leading=True)
+    dtype: str = flag("model", "dtype of weights and compute; auto: what each program takes by itself", "auto", choices=DTYPES)
+    device: str = flag("model", "where everything is computed; auto takes a GPU if there is one", "auto")
+    tmp_dir: str | None = flag("model", "folder for activations that do not fit in memory [TMPDIR, or the system's]")
+
+    shares: tuple[float, ...] = flag("sparsity", "shares of the decoder's parameters to remove, 0 to 1", (0.2, 0.3, 0.5))
+    recipes: tuple[str, ...] | None = flag(
+        "sparsity", "recipes of slimllm prune, and lora: distilled, then trained on --tune [paper best distilled; with --tune lora too]"
+    )
+    tune: str | None = flag("sparsity", "instructions for lora: the --data_path of slimllm train")
+
+    calibration: str | None = flag(
+        "calibration", "as for slimllm prune: a name, file or folder [bookcorpus; self where the hub is out of reach]"
+    )
+    num_examples: int | None = flag("calibration", "calibration samples [32; best: 192]")
+    distill_examples: int = flag("calibration", "samples to distil on", 512)
+    seed: int = flag("calibration", "seed of every random choice", 42)
+
+    protocols: tuple[int, ...] = flag(
+        "perplexity",
+        "tokens per block, a table each: 128 as in LLM-Pruner and SlimLLM, 2048 as in SliceGPT and Wanda, 4096 as in Týr; those beyond the "
+        "model's context are left out",
+        tuple(PROTOCOLS),
+    )
+    eval_data: tuple[str, ...] | None = flag(
+        "perplexity",
+        "any of wikitext2, ptb, python_manual, NAME=FILE, FILE, or none [wikitext2 ptb; python_manual where the hub is out of reach]",
+    )
+    eval_limit: int | None = flag("perplexity", "only the first N blocks; the figures are marked as limited [all]")
+
+    tasks: tuple[str, ...] = flag("tasks", "zero-shot tasks of the paper, or none", tuple(TASKS), nargs="*")
+    data_dir: str | None = flag("tasks", "folder of TASK.jsonl files in the hub's schema, in place of the hub")
+    limit: int | None = flag("tasks", "only the first N questions of each task; the results are marked as limited [all]")
+    generation: tuple[str, ...] = flag("tasks", "tasks of lm-eval in which the models write, such as gsm8k ifeval humaneval [none]", ())
+    include_path: str | None = flag("tasks", "folder of more task definitions for lm-eval, for --generation")
+    apply_chat_template: bool = flag("tasks", "put --generation to the models through their chat template", False)
+    confirm_run_unsafe_code: bool = flag(
+        "tasks", "let lm-eval run the code that the models write, on this machine, as humaneval and mbpp need", False
+    )
+
+    latency: bool = flag("latency", "times and memory in transformers, each model beside the dense one", True, negatable=True)
+    batch_size: tuple[int, ...] = flag("latency", "sequences at once", (1, 8))
+    length: tuple[int, ...] = flag("latency", "tokens of the prompt; lengths beyond the model's context are left out", (128, 512))
+    repeats: int = flag("latency", "measurements of each kind", 7)
+
+    output: str | None = flag("output", "folder for models, results and the page [eval_log/evidence_NAME of the model]")
+    overwrite: bool = flag("output", "start anew", False)
+    dry_run: bool = flag("output", "print the steps, and what the prunings will take, and stop", False)
+
+    def __post_init__(self):
+        if not self.base_model:
+            raise UserError("--base_model is required: a local folder, hub name or .gguf file")
+        check_choices(self)
+        for share in self.shares:
+            if not 0 < share < 1:
+                raise UserError(f"--shares {share}: must be above 0 and below 1")
+        if self.recipes is None:
+            self.recipes = (*RECIPES, *([LORA] if self.tune else []))
+        for name in self.recipes:
+            check_choice("recipes", name, (*RECIPES, LORA))
+        if LORA in self.recipes and not self.tune:
+            raise UserError("--recipes lora: it trains on instructions; name some with --tune")
+        if self.tune and LORA not in self.recipes:
+            raise UserError("--tune: nothing is trained on it; add lora to --recipes")
+        for length in self.protocols:
+            if length not in PROTOCOLS:
+                raise UserError(f"--protocols {length}: not one of {', '.join(map(str, PROTOCOLS))}")
+        self.tasks = tuple(name for item in self.tasks for name in item.split(",") if name not in ("", "none"))
+        for name in self.tasks:
+            check_choice("tasks", name, TASKS)
+        if self.data_dir is not None and not os.path.isdir(self.data_dir):
+            raise UserError(f"--data_dir {self.data_dir}: no such folder")
+        check_generation(self)
+        for name in ("eval_limit", "limit", "num_examples", "repeats"):
+            check_range(self, name, 1)
+        check_range(self, "distill_examples", 2)
+        for name in ("batch_size", "length"):
+            for size in getattr(self, name):
+                if size < 1:
+                    raise UserError(f"--{name} {size}: must be at least 1")
+        self.eval_data = tuple(self.eval_data) if self.eval_data else None
+        if self.output is None:
+            self.output = f"eval_log/evidence_{Path(self.base_model).name}"

@@ -1,0 +1,180 @@
+"""slimllm evidence: steps that are commands of other programs, a record that goes on, a page with each protocol in its own table."""
+
+import html
+import json
+import re
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from slimllm.__main__ import main as slim
+from slimllm.commands import COMMANDS, evaluate
+from slimllm.pruning import pipeline
+from slimllm.reporting.published import PUBLISHED
+from tests.conftest import TEXT, make_model
+from tests.test_resume import stopping_at
+
+ECHO = """
+task: echo
+dataset_path: json
+dataset_kwargs: {data_files: {test: ROWS}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["x"], max_gen_toks: 4, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+metadata: {version: 1.0}
+"""
+
+
+@pytest.fixture
+def flags(tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_model(max_position_embeddings=2048).save_pretrained("tiny")
+    tiny_tokenizer.save_pretrained("tiny")
+    (tmp_path / "text.txt").write_text(TEXT)
+    rows = [{"question": "a b c", "choices": {"text": ["d", "e f"], "label": ["A", "B"]}, "answerKey": "A", "id": str(i)} for i in range(4)]
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/arc_easy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ["--calibration", "text.txt", "--num_examples", "4", "--eval_data", "fox=text.txt", "--eval_limit", "1"]
+    data += ["--tasks", "arc_easy", "--data_dir", "tasks", "--limit", "2", "--repeats", "1", "--batch_size", "1", "--length", "16"]
+    return ["tiny", "--shares", "0.3", "--recipes", "paper", *data, "--output", "out"]
+
+
+def steps():
+    return json.loads(open("out/evidence.json").read())["steps"]
+
+
+def test_one_page_with_each_protocol_in_its_own_table(flags, tmp_path, capsys):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "rows.jsonl").write_text('{"question": "a b", "answer": "c"}\n' * 3)
+    (tmp_path / "more/echo.yaml").write_text(ECHO.replace("ROWS", str(tmp_path / "rows.jsonl")))
+    written = ["--generation", "echo", "--include_path", "more"]
+    assert slim(["evidence", *flags, *written]) == 0
+    names = ["perplexity at 128", "perplexity at 2048", "tasks", "echo"]
+    dense, pruned = ([f"{row}, {name}" for name in names] for row in ("dense", "paper_30"))
+    assert list(steps()) == ["paper_30, pruning", *dense, *pruned, "paper_30, latency"]
+    text, page_of_html = open("out/evidence.md").read(), open("out/evidence.html").read()
+    for page in (text, html.unescape(page_of_html)):
+        for heading in ("128 tokens per block (LLM-Pruner, SlimLLM)", "2048 tokens per block (SliceGPT, Wanda)", "Zero-shot tasks"):
+            assert heading in page
+        assert "4096 tokens per block (Týr): beyond the model's context of 2048 tokens" in page
+        assert "whole model removed" in page and "echo: exact_match" in page and "paper, 30 %: fox (4 samples)" in page
+        assert all(f"{one.wikitext2:.2f}" in page and one.source in page for one in PUBLISHED)
+    assert "<svg" in page_of_html and not re.search(r"(src|href)=\"(?!#)", page_of_html)  # it asks nothing of the network
+    at_128 = text.split("## Perplexity at 128")[1].split("##")[0]
+    assert at_128.count("\n|") == 4 and "dense" in at_128 and "paper, 30 %" in at_128 and "SlimLLM |" not in at_128
+    (figure,) = [f for f in json.load(open("out/measured/dense.json"))["perplexity"] if f["seq_len"] == 2048]
+    assert f"{figure['perplexity']:.2f}*" in text.split("## Perplexity at 2048")[1].split("##")[0]
+    assert json.load(open("out/models/paper_30/pruning.json"))["command"].startswith("slimllm prune tiny --recipe paper")
+    before = steps()
+    assert slim(["evidence", *flags, *written]) == 0
+    assert steps() == before  # with the seconds that each took
+    assert slim(["evidence", *flags, "--seed", "7"]) == 2
+    assert "another seed" in capsys.readouterr().err
+
+
+def test_a_stopped_run_goes_on(flags, monkeypatch, capsys):
+    """In the middle of a pruning, and between two measurements."""
+    whole, evaluated, real = pipeline.LayerPruner, [], evaluate.run
+
+    def stops(config):
+        evaluated.append(config.output)
+        if len(evaluated) == 2:
+            raise KeyboardInterrupt
+        return real(config)
+
+    flags = [*flags, "--recipes", "best", "--tasks", "none", "--no_latency"]
+    monkeypatch.setattr(pipeline, "LayerPruner", stopping_at(1))
+    assert slim(["evidence", *flags]) == 130 and not steps()
+    seen = []
+    monkeypatch.setattr(pipeline, "LayerPruner", stopping_at(None, seen))
+    monkeypatch.setattr(evaluate, "run", stops)
+    assert slim(["evidence", *flags]) == 130
+    assert seen == [1] and list(steps()) == ["best_30, pruning", "dense, perplexity at 128"]
+    seconds = [step["seconds"] for step in steps().values()]
+    assert slim(["evidence", *flags]) == 0
+    assert len(evaluated) == 5 and [step["seconds"] for step in steps().values()][:2] == seconds
+    monkeypatch.setattr(pipeline, "LayerPruner", whole)
+    assert slim(["evidence", *flags, "--overwrite", "--seed", "7"]) == 0
+    assert len(evaluated) == 9 and "--seed 7" in open("out/evidence.md").read()
+
+
+def test_a_pruning_that_cannot_go_on_begins_anew(flags, monkeypatch, capsys):
+    flags = [*flags, "--recipes", "best", "--tasks", "none", "--no_latency", "--protocols", "128"]
+    monkeypatch.setattr(pipeline, "LayerPruner", stopping_at(1))
+    assert slim(["evidence", *flags]) == 130
+    for file in Path("out/models").glob(".best_30.*.partial/.journal/*.json"):
+        file.write_text("[1]")
+    seen = []
+    monkeypatch.setattr(pipeline, "LayerPruner", stopping_at(None, seen))
+    assert slim(["evidence", *flags]) == 0
+    assert seen == [0, 1] and "start anew without the flag" in capsys.readouterr().out
+
+
+def test_a_step_that_fails_is_a_line_and_the_rest_goes_on(flags, monkeypatch, capsys):
+    prune = pipeline.prune
+
+    def fails(run, allocation):
+        if run.config.recipe == "best":
+            raise MemoryError("no room")
+        return prune(run, allocation)
+
+    monkeypatch.setattr(pipeline, "prune", fails)
+    flags = [*flags, "--recipes", "best", "paper", "--tasks", "none", "--no_latency", "--protocols", "128"]
+    assert slim(["evidence", *flags]) == 1
+    failed = {name: step["failed"] for name, step in steps().items() if "failed" in step}
+    assert failed == {"best_30, pruning": "MemoryError: no room", "best_30, perplexity at 128": failed["best_30, perplexity at 128"]}
+    assert "no model" in failed["best_30, perplexity at 128"] and "no room" in open("out/evidence.html").read()
+    assert "Traceback" in open("out/log.txt").read() and "Traceback" not in capsys.readouterr().out
+    monkeypatch.setattr(pipeline, "prune", prune)
+    assert slim(["evidence", *flags]) == 0
+    assert not any("failed" in step for step in steps().values()) and "best, 30 %" in open("out/evidence.md").read()
+
+
+def test_a_text_that_cannot_be_had_is_left_out(flags):
+    flags = [*flags, "--eval_data", "fox=text.txt", "nowhere.txt", "--tasks", "none", "--no_latency", "--protocols", "128"]
+    assert slim(["evidence", *flags]) == 1
+    assert "--eval_data nowhere.txt: no such file" in open("out/evidence.md").read()
+    assert not any("failed" in step for step in steps().values())
+
+
+def test_lora_trains_what_was_distilled(flags, tmp_path):
+    rows = [{"instruction": "say", "input": "", "output": "yes"}] * 12
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    flags = [*flags, "--recipes", "lora", "--tune", "rows.json", "--distill_examples", "4", "--tasks", "none", "--no_latency"]
+    assert slim(["evidence", *flags, "--protocols", "128"]) == 0
+    assert list(steps()) == ["distilled_30, pruning", "lora_30, training", "dense, perplexity at 128", "lora_30, perplexity at 128"]
+    assert "distilled, then LoRA, 30 %" in open("out/evidence.md").read()
+    (figure,) = json.load(open("out/models/lora_30/merged/pruning.json"))["evaluation"]
+    (result,) = ModelCard.load("out/models/lora_30/merged/README.md").data.eval_results
+    assert result.metric_value == pytest.approx(figure["tuned"], abs=1e-3)  # not that of the model before it was trained
+
+
+def test_a_dry_run_lists_commands_that_their_programs_take(flags, tmp_path, capsys):
+    flags = [*flags, "--recipes", "paper", "distilled", "lora", "--tune", "rows.json", "--generation", "gsm8k", "--dry_run"]
+    assert slim(["evidence", *flags]) == 0
+    out = capsys.readouterr().out
+    commands = re.findall(r"^\S*slimllm (prune|train|evaluate|latency) (.*)$", out, re.M)
+    assert f"dry run: {len(commands)} steps" in out and not (tmp_path / "out").exists()
+    for name, words in commands:
+        known = {option for action in COMMANDS[name].parser(name)._actions for option in action.option_strings}
+        assert {word for word in words.split() if word.startswith("--")} <= known
+    assert "| paper, 30 %" in out and "GB" in out and "not foreseen" in out and "beyond the model's context" in out
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (["--recipes", "bets"], "did you mean 'best'?"),
+        (["--recipes", "lora"], "name some with --tune"),
+        (["--shares", "20"], "must be above 0 and below 1"),
+        (["--protocols", "512"], "not one of 128, 2048, 4096"),
+        (["--generation", "humaneval"], "--confirm_run_unsafe_code"),
+    ],
+)
+def test_mistakes(flags, wrong, said, capsys):
+    assert slim(["evidence", *flags, *wrong]) == 2
+    assert said in capsys.readouterr().err
