@@ -11,7 +11,6 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import time
 import types
 import typing
@@ -21,7 +20,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 from . import plugins
-from .errors import Terminated, UserError, nearest
+from .errors import Interrupted, Terminated, UserError, interrupt, nearest
 
 log = logging.getLogger("slimllm")
 
@@ -242,14 +241,12 @@ def guarded(prog: str, run, interrupted: str = "nothing was written") -> int:
     ``interrupted`` is what a user who stops the program is told about what is left on disk.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    signal.signal(signal.SIGTERM, _terminate)
-    hook, sys.unraisablehook = sys.unraisablehook, _send_again(sys.unraisablehook)
     try:
-        return run() or 0
+        with _interruptible():
+            return run() or 0
     except UserError as error:
         _say(" ".join(f"{prog}: error: {'; '.join([str(error), *_notes(error)])}".splitlines()))
         if os.environ.get("RANK", "0") != "0":  # the first one, which says it, would be stopped as soon as this one has ended
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(FIRST_SAYS)
         return 2
     except BrokenPipeError:  # nobody reads any more
@@ -258,26 +255,24 @@ def guarded(prog: str, run, interrupted: str = "nothing was written") -> int:
     except (KeyboardInterrupt, Terminated) as error:
         _say(f"{prog}: interrupted; {'; '.join(_notes(error)) or interrupted}")
         return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+
+
+@contextmanager
+def _interruptible():
+    """Ctrl-C (where it is not ignored, as in the background) and SIGTERM raise what no destructor can drop, until the block ends."""
+    before = {
+        number: signal.signal(number, interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) not in (signal.SIG_IGN, None)
+    }
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda dropped: None if isinstance(dropped.exc_value, Interrupted | Terminated) else hook(dropped)
+    try:
+        yield
     finally:
         sys.unraisablehook = hook
-
-
-def _terminate(*_) -> None:
-    raise Terminated
-
-
-def _send_again(hook):
-    """A ``sys.unraisablehook``: Python drops what is raised in a destructor or in the callback of a weak reference, also the
-    interruption that happened to come while one ran. It is sent again then; anything else goes to ``hook``.
-    """
-
-    def dropped(unraisable) -> None:
-        if not issubclass(unraisable.exc_type, KeyboardInterrupt | Terminated):
-            return hook(unraisable)
-        number = signal.SIGTERM if issubclass(unraisable.exc_type, Terminated) else signal.SIGINT
-        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
-
-    return dropped
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _say(line: str) -> None:

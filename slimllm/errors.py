@@ -3,14 +3,42 @@
 from __future__ import annotations
 
 import difflib
+import os
+import signal
+import threading
 
 
 class UserError(ValueError):
     """A user's mistake: one line that names the thing and the way out, and exit status 2."""
 
 
-class Terminated(BaseException):
+class _SentAgain:
+    """What the handler of signal ``number`` raises. Python drops what is raised in a destructor, in the callback of a weak reference
+    or below C code that clears errors; the signal is sent again then, unless somebody said that it arrived (``arrived = True``).
+    """
+
+    arrived = False
+
+    def __del__(self):
+        if not self.arrived and signal.getsignal(self.number) is interrupt:
+            threading.Timer(0.01, os.kill, (os.getpid(), self.number)).start()
+
+
+class Interrupted(_SentAgain, KeyboardInterrupt):
+    """Ctrl-C."""
+
+    number = signal.SIGINT
+
+
+class Terminated(_SentAgain, BaseException):
     """SIGTERM came: the program ends, also where Ctrl-C would end no more than a part of its work."""
+
+    number = signal.SIGTERM
+
+
+def interrupt(number: int, _) -> None:
+    """The handler of both signals."""
+    raise Terminated if number == signal.SIGTERM else Interrupted
 
 
 def nearest(value: str, allowed) -> str:

@@ -1,3 +1,4 @@
+import ctypes
 import dataclasses
 import errno
 import importlib.metadata
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 
 import pytest
 import torch
@@ -481,25 +483,51 @@ def test_the_script_runs_from_any_folder(tiny_folder, text_file, tmp_path):
     )
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_that_falls_into_a_destructor_is_not_lost(capfd, sent):
-    """Python drops what a destructor or a weak reference's callback raises; the collector runs such callbacks all through a run."""
-
+def in_a_destructor(interruption):
     class Interrupted:
         def __del__(self):
-            os.kill(os.getpid(), sent)
-            time.sleep(0.01)  # the handler runs in here
+            return interruption()
+
+    Interrupted()
+
+
+def in_a_weak_references_callback(interruption):
+    class Thing:
+        pass
+
+    thing = Thing()
+    reference = weakref.ref(thing, lambda _: interruption())
+    del thing
+    assert reference() is None
+
+
+def below_c_code_that_clears_errors(interruption):
+    class Interrupted:
+        def __getattr__(self, name):
+            return interruption()
+
+    ctypes.pythonapi.PyObject_HasAttrString(ctypes.py_object(Interrupted()), b"anything")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("place", [in_a_destructor, in_a_weak_references_callback, below_c_code_that_clears_errors])
+def test_an_interruption_that_python_drops_is_not_lost(capfd, sent, place):
+    """The collector runs destructors and callbacks all through a run."""
+
+    def interruption():
+        os.kill(os.getpid(), sent)
+        time.sleep(0.01)  # the handler runs in here
 
     def run():
-        Interrupted()
+        place(interruption)
         time.sleep(60)
 
     before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     hook = sys.unraisablehook
     try:
         assert cli_module.guarded("prog", run) == 128 + sent
+        assert signal.getsignal(sent) is signal.default_int_handler and sys.unraisablehook is hook
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     assert capfd.readouterr().err == "prog: interrupted; nothing was written\n"
-    assert sys.unraisablehook is hook

@@ -58,6 +58,7 @@ def test_the_pruned_model_still_works(run, smollm2):
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_in_the_middle_of_pruning(smollm2, text_file, tmp_path, sent):
+    text_file.write_text(text_file.read_text() * 10)
     process = subprocess.Popen(
         [
             sys.executable,
@@ -68,9 +69,9 @@ def test_interrupted_in_the_middle_of_pruning(smollm2, text_file, tmp_path, sent
             "--calibration",
             text_file,
             "--seq_len",
-            "32",
+            "64",
             "--num_examples",
-            "16",
+            "64",
             "--eval_data",
             "none",
         ],

@@ -71,8 +71,8 @@ def _answer(partner: Partner, talk: list[dict], text: str, config: ChatConfig) -
             for piece in pieces:
                 print(piece, end="", flush=True)
                 written += piece
-    except KeyboardInterrupt:
-        pass  # the answer is long enough; what was written of it stays
+    except KeyboardInterrupt as error:
+        error.arrived = True  # the answer is long enough; what was written of it stays
     except UserError as error:
         talk.pop()
         log.info("%s: %s", partner.name, error)
@@ -88,7 +88,8 @@ def _typed() -> str | None:
         return None
     try:
         text = input("\n> " if sys.stdin.isatty() else "")
-    except (EOFError, KeyboardInterrupt):
+    except (EOFError, KeyboardInterrupt) as error:
+        error.arrived = True
         return None
     except UnicodeDecodeError:
         text = None

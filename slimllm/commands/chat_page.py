@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator
 
@@ -66,4 +67,9 @@ def serve(partners: list[Partner], config: ChatConfig) -> None:
     except OSError as error:
         raise UserError(f"--port {config.port or 'none given'}: the page cannot be served ({first_line(error)}); name another") from None
     log.info("open %s in a browser; Ctrl-C ends it", address)
-    app.block_thread()
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt as error:
+        error.arrived = True
+    finally:
+        app.close()

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import Terminated, UserError
+from ..errors import Interrupted, Terminated, UserError
 from .files import file_hash, state_of, writing
 
 log = logging.getLogger("slimllm")
@@ -358,7 +358,7 @@ def _undisturbed(then: str):
         for number, handler in before.items():
             signal.signal(number, handler)
     if came:
-        error = Terminated() if signal.SIGTERM in came else KeyboardInterrupt()
+        error = Terminated() if signal.SIGTERM in came else Interrupted()
         error.add_note(then)
         raise error
 
