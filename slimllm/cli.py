@@ -291,7 +291,16 @@ def log_to_file(path) -> None:
 
 
 class _Console(logging.StreamHandler):
-    """Lines on the console, as long as somebody reads them: a run goes on without (``| head``)."""
+    """Lines on the console, above the bar where there is one, as long as somebody reads them: a run goes on without (``| head``).
+
+    tqdm's own handler takes an interruption that comes while a line is written for an error of the log, and drops it.
+    """
+
+    def emit(self, record):
+        if "tqdm" not in sys.modules:
+            return super().emit(record)
+        with sys.modules["tqdm"].tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
 
     def handleError(self, record):
         if not isinstance(sys.exc_info()[1], BrokenPipeError):

@@ -2,6 +2,7 @@ import ctypes
 import dataclasses
 import errno
 import importlib.metadata
+import io
 import json
 import os
 import resource
@@ -30,6 +31,7 @@ from slimllm.settings.evaluate import EvalConfig
 from slimllm.settings.latency import LatencyConfig
 from slimllm.settings.pruning import PruneConfig
 from slimllm.settings.training import TrainConfig
+from slimllm.streaming.progress import bar_on_terminal
 from tests.conftest import ROOT, logits, make_ids, make_model, run_cli
 from tests.test_checkpoint import spoil
 
@@ -509,9 +511,35 @@ def below_c_code_that_clears_errors(interruption):
     ctypes.pythonapi.PyObject_HasAttrString(ctypes.py_object(Interrupted()), b"anything")
 
 
+@pytest.fixture
+def as_in_a_terminal(monkeypatch):
+    """With the handlers that signals have where a program begins, put back afterwards."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_while_a_line_is_logged_ends_the_program_and_is_no_error_of_the_log(as_in_a_terminal, monkeypatch, capfd, sent):
+    def write(text):
+        os.kill(os.getpid(), sent)
+        time.sleep(0.01)  # the handler runs in here
+
+    def run():
+        with bar_on_terminal(), cli_module.logging_to_console():
+            monkeypatch.setattr(sys.stdout, "write", write)
+            cli_module.log.info("layer 3")
+            time.sleep(60)
+
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert cli_module.guarded("prog", run) == 128 + sent
+    assert capfd.readouterr().err == "prog: interrupted; nothing was written\n"
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("place", [in_a_destructor, in_a_weak_references_callback, below_c_code_that_clears_errors])
-def test_an_interruption_that_python_drops_is_not_lost(capfd, sent, place):
+def test_an_interruption_that_python_drops_is_not_lost(as_in_a_terminal, capfd, sent, place):
     """The collector runs destructors and callbacks all through a run."""
 
     def interruption():
@@ -522,12 +550,7 @@ def test_an_interruption_that_python_drops_is_not_lost(capfd, sent, place):
         place(interruption)
         time.sleep(60)
 
-    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     hook = sys.unraisablehook
-    try:
-        assert cli_module.guarded("prog", run) == 128 + sent
-        assert signal.getsignal(sent) is signal.default_int_handler and sys.unraisablehook is hook
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    assert cli_module.guarded("prog", run) == 128 + sent
+    assert signal.getsignal(sent) is signal.default_int_handler and sys.unraisablehook is hook
     assert capfd.readouterr().err == "prog: interrupted; nothing was written\n"

@@ -104,7 +104,7 @@ def _go_through(work, folder: Path, takes) -> None:
     run = work.run
     work.folder, work.predicted, run.journal = folder, takes, journal.Journal.of_run(folder, run.config.tmp_dir)
     log.debug("%s", record.command())
-    with bar_on_terminal(log) as run.progress:
+    with bar_on_terminal() as run.progress:
 
         def on_layer(layer):
             if layer.index == 0:

@@ -98,7 +98,7 @@ def _price_list(run: Run, config: ExploreConfig) -> PriceList:
     run.dtype = pruning_dtype(config.dtype, run.device, loading.own_dtype(config.base_model, run.model_config))
     run.tokenizer = loading.load_tokenizer(config.base_model)
     run.source = loading.open_source(config.base_model, run.dtype, config=run.model_config)
-    with bar_on_terminal(log) as run.progress:
+    with bar_on_terminal() as run.progress:
         stages.calibrate(stages.Work(run, given=config.calibration))
         if config.price_list is not None:
             return PriceList.read(config.price_list, run.shape, run.config)
@@ -111,7 +111,7 @@ def _vocabularies(run: Run, config: ExploreConfig) -> list[tuple[int, float]]:
     """(a number of tokens, what these alone cost), where fewer of them are looked at."""
     if config.vocab == "keep":
         return []
-    with bar_on_terminal(log) as run.progress:
+    with bar_on_terminal() as run.progress:
         return list(vocabulary.losses(vocabulary.Ranked(run), functools.partial(stages.perplexity_held_out, run)))
 
 

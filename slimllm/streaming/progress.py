@@ -15,10 +15,9 @@ def no_progress(stage: str, done: int, total: int) -> None:
 
 
 @contextmanager
-def bar_on_terminal(log) -> Iterator[Progress]:
-    """A bar on the terminal, where there is one, while something is being done; lines of ``log`` go above it."""
+def bar_on_terminal() -> Iterator[Progress]:
+    """A bar on the terminal, where there is one, while something is being done; what the programs log goes above it."""
     from tqdm.auto import tqdm
-    from tqdm.contrib.logging import logging_redirect_tqdm
 
     silent = None if processes.is_first() else True  # None: where there is no terminal
     bars = {}  # the one of the stage that is going on
@@ -37,8 +36,7 @@ def bar_on_terminal(log) -> Iterator[Progress]:
         if done >= total:
             close()
 
-    with logging_redirect_tqdm([log]):
-        try:
-            yield progress
-        finally:
-            close()
+    try:
+        yield progress
+    finally:
+        close()
