@@ -91,6 +91,7 @@ class Work:
     nats_per_byte: dict[str, list[float]] = field(default_factory=dict)
     prompts: list[str] = field(default_factory=list)
     answers: dict[str, list[dict]] = field(default_factory=dict)
+    chat: dict[str, dict] = field(default_factory=dict)
     info: ModelInfo | None = None
     record: PruningRecord | None = None
     exports: bool = False  # whether llama.cpp has a form for the checkpoint
@@ -239,9 +240,10 @@ def measure_dense(work: Work) -> None:
         log.info("the dense model was measured by the run in %s", Path(config.calibration).parent)
         run.keep("dense", found["perplexities"])
         run.keep("dense_answers", found["answers"])
+        run.keep("dense_chat", found["chat"])
     _measure(work, run.source, "dense", work.blocks)
     if alone:
-        figures_of = {"perplexities": work.perplexities["dense"], "answers": work.answers.get("dense", [])}
+        figures_of = {"perplexities": work.perplexities["dense"], "answers": work.answers.get("dense", []), "chat": work.chat.get("dense")}
         write_text(work.folder / DENSE, json.dumps({"identity": identity, **figures_of}))
 
 
@@ -256,7 +258,7 @@ def _dense_identity(work: Work) -> dict:
         "weights": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
         "beside": [[path.name, file_hash(path)] for path in beside if files[0].suffix != ".gguf"],
         "texts": [[*ids.shape, digest] for ids, digest in zip(work.blocks, texts_read)],
-        "prompts": work.prompts,
+        "prompts": [*work.prompts, *_chat_prompts(work)],
         "machine": machine,
         "program": [environment[name] for name in ("slimllm", "commit", "torch", "transformers")],
         "plugins": dict(plugins.loaded),
@@ -274,6 +276,7 @@ def _measured_beside(source: str | None, identity: dict) -> dict | None:
         whole = found["identity"] == identity and len(values) == len(identity["texts"]) and len(said) == len(identity["prompts"])
         usable = all(type(value) is float and 0 < value < math.inf for value in values)
         usable &= all(isinstance(answer["text"], str) and isinstance(answer["fault"], str | None) for answer in said)
+        answers.ChatQuality(**found["chat"] or {}) if found["chat"] else None
         return found if whole and usable else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None  # it only saves time
@@ -306,6 +309,7 @@ def _measure(work: Work, source: ModelSource, stage: str, blocks: list[torch.Ten
         work.perplexities[stage] = run.once(stage, measured)
         if work.prompts and processes.is_first():
             work.answers[stage] = run.once(f"{stage}_answers", lambda: _answers(work, source))
+            work.chat[stage] = run.once(f"{stage}_chat", lambda: _chat_quality(work, stage))
     tokenizer = run.tokenizer
     work.nats_per_byte[stage] = [nats_per_byte(value, ids, tokenizer) for value, ids in zip(work.perplexities[stage], blocks)]
     for text, value, nats in zip(work.texts, work.perplexities[stage], work.nats_per_byte[stage]):
@@ -321,10 +325,25 @@ def _answers(work: Work, source: ModelSource) -> list[dict]:
             log.info(why, whole.bytes / 1e9)
             return []
         try:
-            return answers.answers(whole.model(), run.tokenizer, work.prompts)
+            return answers.answers(whole.model(), run.tokenizer, [*work.prompts, *_chat_prompts(work)])
         except UserError as error:  # of a chat template that wants more than a question
             log.warning("no answers: %s", error)
             return []
+
+
+def _chat_prompts(work: Work) -> tuple[str, ...]:
+    """What is asked beside the prompts that are shown."""
+    return answers.CHAT if work.run.tokenizer.chat_template else ()
+
+
+def _chat_quality(work: Work, stage: str) -> dict | None:
+    """The figures of the answers that are not shown, by the likelihood of the model that is pruned; None where there are no such."""
+    run, entries = work.run, work.answers[stage][len(work.prompts) :]
+    if not entries:
+        return None
+    where = (run.eval_device, evaluation_dtype(run.source.dtype, run.eval_device), run.progress, run.config.tmp_dir)
+    names = ("device", "dtype", "progress", "tmp_dir")
+    return dataclasses.asdict(answers.chat_quality(entries, run.source, run.tokenizer, **dict(zip(names, where))))
 
 
 def perplexity_held_out(run: Run, source: ModelSource, blocks: torch.Tensor) -> float:
@@ -509,6 +528,7 @@ def record_of(work: Work) -> PruningRecord:
             for prompt, dense, pruned in zip(work.prompts, *(work.answers.get(stage, []) for stage in ("dense", "pruned")))
         ],
         vocabulary=work.vocabulary and work.vocabulary.described(),
+        chat={stage: quality for stage, quality in work.chat.items() if quality},
     )
 
 

@@ -59,6 +59,20 @@ def test_ptb_file_is_joined_sentence_by_sentence(tmp_path):
     assert text.name == "ptb" and text.text == "one <unk>\n\ntwo N"
 
 
+def test_hub_texts_are_joined_as_who_measured_before_joined_them(monkeypatch):
+    asked = {}
+
+    def rows(path, column, **source):
+        asked[path] = (column, source)
+        return ["one", "two"]
+
+    monkeypatch.setattr(texts.hub, "rows", rows)
+    wiki, c4 = texts.load_texts(("wikitext2", "c4"))
+    assert (wiki.text, c4.text) == ("one\n\ntwo", "one two") and [text.name for text in texts.load_texts(None)] == ["wikitext2", "ptb"]
+    column, source = asked["allenai/c4"]
+    assert column == "text" and source["split"] == "validation[:1100]" and set(source) == {"data_files", "split"}
+
+
 def test_any_text_is_taken_as_it_is(tmp_path):
     path = tmp_path / "novel.txt"
     path.write_text("a\nb\n")

@@ -12,7 +12,10 @@ from slimllm.__main__ import main as slim
 from slimllm.commands import COMMANDS, evaluate
 from slimllm.pruning import pipeline
 from slimllm.reporting.published import PUBLISHED
+from slimllm.reporting.record import PruningRecord
 from tests.conftest import TEXT, make_model
+from tests.test_conversations import TEMPLATE
+from tests.test_export_gguf import bpe_tokenizer
 from tests.test_resume import stopping_at
 
 ECHO = """
@@ -74,6 +77,38 @@ def test_one_page_with_each_protocol_in_its_own_table(flags, tmp_path, capsys):
     assert steps() == before  # with the seconds that each took
     assert slim(["evidence", *flags, "--seed", "7"]) == 2
     assert "another seed" in capsys.readouterr().err
+
+
+def test_speeds_in_llama_cpp_a_chat_and_rows_for_a_leaderboard(flags, tmp_path):
+    tokenizer = bpe_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained("tiny")
+    make_model(vocab_size=320, max_position_embeddings=2048).save_pretrained("tiny")
+    (tmp_path / "long.txt").write_text(20 * TEXT)
+    for flag in ("--eval_limit", "--limit"):
+        at = flags.index(flag)
+        del flags[at : at + 2]
+    flags += ["--eval_data", "wikitext2=long.txt", "--protocols", "2048", "--no_latency", "--runtimes", "llama_cpp"]
+    assert slim(["evidence", *flags]) == 0
+    assert list(steps())[-3:] == ["dense, export", "paper_30, export", "paper_30, speed in llama.cpp"]
+    text = open("out/evidence.md").read()
+    sections = {part.partition("\n")[0]: part for part in text.split("## ")}
+    assert " x)" in sections["Speed in llama.cpp"] and sections["Speed in llama.cpp"].count("\n|") == 3
+    assert sections["Chat"].count(" of 40 ") == 2 and "| Chat faults" in sections["Chat"]
+    measured = json.loads(Path("out/measured/paper_30.json").read_text())
+    (figure,), task = measured["perplexity"], measured["tasks"]["arc_easy"]
+    keep = 1 - PruningRecord.read("out/models/paper_30").parameters.decoder_removed
+    row = ["", f"{keep:.0%}", "SlimLLM, paper", f"{figure['perplexity']:.2f}", "-", "-", f"{task['metrics'][task['reported']]:.3f}"]
+    arena = [[cell.strip() for cell in line.split("|")] for line in sections["Rows for LowRankArena"].splitlines() if "|" in line]
+    assert arena[2][1:3] == ["100%", "Dense FP"] and arena[3][:7] == row and set(arena[3][7:-1]) == {"-"}
+
+
+def test_what_needs_a_model_that_could_not_be_exported_is_passed_over(flags):
+    flags = [*flags, "--tasks", "none", "--no_latency", "--protocols", "128", "--runtimes", "llama_cpp"]
+    assert slim(["evidence", *flags]) == 1
+    failed = {name: step["failed"] for name, step in steps().items() if "failed" in step}
+    assert list(failed) == ["dense, export", "paper_30, export", "paper_30, speed in llama.cpp"]
+    assert "tokenizer" in failed["paper_30, export"] and "no model" in failed["paper_30, speed in llama.cpp"]
 
 
 def test_a_stopped_run_goes_on(flags, monkeypatch, capsys):

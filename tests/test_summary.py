@@ -20,22 +20,6 @@ from tests.conftest import make_model
 from tests.test_export_gguf import bpe_tokenizer
 
 
-@pytest.mark.parametrize(
-    "tokens, found",
-    [
-        ([1, 2, 3] + 12 * [4], True),
-        (7 * [4, 5], True),
-        ([0] + 2 * [1, 2, 3, 4, 5, 6, 7, 8], True),
-        (list(range(40)), False),
-        (5 * [4], False),
-        (3 * [1, 2, 3] + [9], False),
-        ([], False),
-    ],
-)
-def test_a_loop_is_a_piece_written_again_and_again(tokens, found):
-    assert answers.loops(tokens) is found
-
-
 @pytest.fixture
 def run(tiny_folder, text_file, tmp_path, monkeypatch, capsys):
     """Runs hf_prune.py on the tiny model. Returns (what it printed, the record)."""

@@ -37,7 +37,8 @@ from .prune import foresee
 log = logging.getLogger("slimllm")
 
 FILE = "evidence.json"
-MAKERS = ("prune", "train")  # programs that make a model, which is there or is not; what others leave can be completed
+MAKERS = ("prune", "train", "export-gguf")  # programs that make a model, which is there or is not; what others leave can be completed
+TEXTS = ("wikitext2", "ptb", "c4")
 IDENTITY = ("dtype", "calibration", "num_examples", "distill_examples", "seed", "eval_data", "eval_limit", "limit", "tune")
 NOT_FORESEEN = (
     "not foreseen: the time of measurements and training, which grows with texts, questions and the model; perplexity holds one layer at a "
@@ -74,7 +75,14 @@ class Step:
         if self.program == "train" and folder.exists():
             stopped = not anew and any(folder.glob("checkpoint-*"))
             return ["--resume_from_checkpoint", "last"] if stopped else ["--overwrite"]
-        return []
+        return ["--overwrite"] if self.program == "export-gguf" and self.file.exists() else []
+
+    @property
+    def makes(self) -> str | None:
+        """The model that it makes, as other steps name it."""
+        if self.program in MAKERS:
+            return str(self.file) if self.program == "export-gguf" else self.row.model
+        return None
 
 
 def run(config: EvidenceConfig) -> int:
@@ -100,6 +108,7 @@ def run(config: EvidenceConfig) -> int:
         for line in results["left_out"]:
             log.info("left out: %s", line)
         steps = [*makers(config, texts), *measurements(config, rows, texts, most)]
+        results["left_out"] += not_beside(config)
         results["steps"] = {step.name: results["steps"][step.name] for step in steps if step.name in results["steps"]}
         record.save_results(results, file)
         cli.log_to_file(folder / "log.txt")
@@ -120,15 +129,15 @@ def _forget(folder: Path) -> None:
 
 
 def at_hand(eval_data: tuple[str, ...] | None) -> tuple[tuple[str, ...] | None, list[str]]:
-    """(the texts among ``eval_data`` that can be had, a line for each other)."""
+    """(the texts among ``eval_data`` that can be had, a line for each other); None: what stands for TEXTS where the hub has none."""
     had, missing = [], []
-    for name in eval_data or ():
+    for name in eval_data or TEXTS:
         try:
             load_texts((name,))
             had.append(name)
         except UserError as error:
             missing.append(str(error))
-    return (tuple(had) or ("none",) if eval_data else None), missing
+    return (tuple(had), missing) if had else (("none",), missing) if eval_data else (None, [])
 
 
 # the steps
@@ -170,7 +179,7 @@ def _maker(config: EvidenceConfig, row: Row, texts: tuple[str, ...] | None) -> S
     words += ["--distill_examples", str(config.distill_examples)] if row.recipe == "distilled" else []
     words += ["--eval_device", config.device] if config.device != "auto" else []
     words += ["--eval_data", *texts] if texts else []
-    words += ["--prompt", "none", "--output_dir", row.model]
+    words += ["--output_dir", row.model]
     return Step(row, "pruning", "prune", tuple(words), Path(row.model) / PruningRecord.FILE)
 
 
@@ -197,7 +206,7 @@ def measurements(config: EvidenceConfig, rows: list[Row], texts: tuple[str, ...]
         found += [evaluation(name, *nothing, "--generation", name, *said) for name in config.generation]
         if config.latency and row.recipe:
             found.append(_latency(config, row, most))
-    return found
+    return found + [step for name in config.runtimes for step in _speeds(config, rows, name)]
 
 
 def _latency(config: EvidenceConfig, row: Row, most: int) -> Step:
@@ -207,6 +216,32 @@ def _latency(config: EvidenceConfig, row: Row, most: int) -> Step:
     words += ["--batch_size", *map(str, config.batch_size), "--length", *map(str, lengths)]
     file = latency_file(Path(config.output), row)
     return Step(row, "latency", "latency", (*words, "--json", str(file)), file)
+
+
+def _speeds(config: EvidenceConfig, rows: list[Row], runtime: str) -> list[Step]:
+    """The speeds of each model in another program, beside the dense one where that is no .gguf file, in which it has fewer bits."""
+    dense, *pruned = rows
+    beside = [] if loading.is_gguf(dense.model) else [dense]
+    found, models = [], {row: row.model for row in rows}
+    if runtime == "llama_cpp":
+        for row in (*beside, *pruned):
+            file = Path(config.output) / "gguf" / f"{row.name}.gguf"
+            models[row] = str(file)
+            found.append(Step(row, "export", "export-gguf", (row.model, "--outtype", "f16", "--output", str(file)), file))
+    for row in pruned:
+        file = page.speed_file(Path(config.output), row, runtime)
+        words = [*(models[each] for each in (*beside, row)), "--repeats", str(config.repeats), "--json", str(file)]
+        words += ["--vllm", config.vllm] if runtime == "vllm" else []
+        program = {"llama_cpp": "llama-cpp-speed", "vllm": "vllm-speed"}[runtime]
+        found.append(Step(row, f"speed in {page.RUNTIME_TITLES[runtime]}", program, tuple(words), file))
+    return found
+
+
+def not_beside(config: EvidenceConfig) -> list[str]:
+    """What is said of speeds that no dense model stands beside."""
+    if config.runtimes and loading.is_gguf(config.base_model):
+        return [f"speed of the dense model: {config.base_model} has fewer bits than what is measured beside it"]
+    return []
 
 
 def _flags(config: EvidenceConfig, *names: str) -> list[str]:
@@ -220,13 +255,12 @@ def _flags(config: EvidenceConfig, *names: str) -> list[str]:
 
 def _go_through(steps: list[Step], config: EvidenceConfig, results: dict, file: Path) -> None:
     """All of them, each result kept as soon as it is there; what needs a model that could not be made is passed over."""
-    missing: set[str] = set()
+    missing: set[str | None] = set()
     for number, step in enumerate(steps, 1):
         known = results["steps"]
-        needed = [step.row.model] if step.program not in MAKERS else list(step.words[:1]) if step.program == "train" else []
-        if missing.intersection(needed):
+        if missing.intersection((*step.words, *([] if step.makes == step.row.model else [step.row.model]))):
             known[step.name] = {"command": [step.program, *step.words], "failed": "there is no model, since it could not be made"}
-            missing.update([step.row.model] if step.program in MAKERS else [])
+            missing.add(step.makes)
             continue
         if step.is_done(known):
             log.info("%d of %d: %s: done before", number, len(steps), step.name)
@@ -240,7 +274,7 @@ def _go_through(steps: list[Step], config: EvidenceConfig, results: dict, file: 
         known[step.name] = {"command": [step.program, *step.words], "seconds": round(time.perf_counter() - started, 1)}
         if failed:
             known[step.name]["failed"] = failed
-            missing.update([step.row.model] if step.program in MAKERS else [])
+            missing.add(step.makes)
             log.error("failed: %s: %s", step.name, failed)
         record.save_results(results, file)
     record.save_results(results, file)

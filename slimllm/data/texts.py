@@ -29,11 +29,19 @@ UTF8_BYTES = 4  # of one character, at most
 TOKENIZING = 130  # bytes of memory that tokenizing takes per character of text, at most, as measured
 WHOLE_BYTES = 32_000_000  # a file up to this size is read whole even where only a part of it is used
 
-EVAL_NAMES = ("wikitext2", "ptb", "python_manual", "none")
-HUB_TEXTS = {
+HUB_TEXTS = {  # "between": what its rows are joined with; the part of C4 is that of GPTQ and all who measure as it does
     "wikitext2": dict(path="Salesforce/wikitext", name="wikitext-2-raw-v1", split="test", column="text"),
     "ptb": dict(path="ptb-text-only/ptb_text_only", revision="refs/convert/parquet", split="validation", column="sentence"),
+    "c4": dict(
+        path="allenai/c4",
+        data_files={"validation": "en/c4-validation.00000-of-00008.json.gz"},
+        split="validation[:1100]",
+        column="text",
+        between=" ",
+    ),
 }
+DEFAULT_TEXTS = ("wikitext2", "ptb")
+EVAL_NAMES = (*HUB_TEXTS, "python_manual", "none")
 
 
 @dataclass
@@ -202,8 +210,8 @@ def _python_manual() -> EvalText:
 
 def _hub_text(name: str) -> EvalText:
     source = dict(HUB_TEXTS[name])
-    split, column = source["split"], source.pop("column")
-    return EvalText(name, "\n\n".join(hub.rows(source.pop("path"), column, **source)), split)
+    split, column, between = source["split"], source.pop("column"), source.pop("between", "\n\n")
+    return EvalText(name, between.join(hub.rows(source.pop("path"), column, **source)), split)
 
 
 def load_texts(eval_data: tuple[str, ...] | None, option_name: str = "--eval_data") -> list[EvalText]:
@@ -214,7 +222,7 @@ def load_texts(eval_data: tuple[str, ...] | None, option_name: str = "--eval_dat
     """
     if eval_data is None:
         try:
-            return [_hub_text(name) for name in HUB_TEXTS]
+            return [_hub_text(name) for name in DEFAULT_TEXTS]
         except OSError as error:
             log.info("evaluation: %s; using the text of the Python manual instead (%s python_manual)", error, option_name)
             return [_python_manual()]

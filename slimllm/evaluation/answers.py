@@ -1,6 +1,8 @@
-"""What a model answers to a few prompts, greedily, and what is plainly wrong with an answer."""
+"""What a model answers to a few prompts, greedily, what is plainly wrong with an answer, and how likely another model finds it."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from transformers import GenerationConfig
@@ -8,12 +10,56 @@ from transformers import GenerationConfig
 from ..data.conversations import as_text
 from ..data.texts import as_it_came
 from ..errors import UserError
+from .perplexity import nats_after
 
 # (for a model with a chat template, for one without)
 PROMPTS = (
     ("What is the capital of France?", "The capital of France is"),
     ("Write one sentence about the sea.", "The sea is"),
     ("Why do we sleep? Answer in one sentence.", "We sleep because"),
+)
+# What a chat is measured by, as models are asked: facts, explanations, lists, sums, code, letters, small talk.
+CHAT = (
+    "What is the capital of Italy?",
+    "Who wrote Romeo and Juliet?",
+    "How many days are there in a week?",
+    "What is the largest planet of the solar system?",
+    "Which gas do plants take from the air?",
+    "What colour do you get when you mix blue and yellow?",
+    "Name three animals that live in the sea.",
+    "Name five fruits.",
+    "List the four seasons.",
+    "What do bees make?",
+    "Explain in two sentences why the sky is blue.",
+    "Explain to a child what a computer is.",
+    "What is the difference between a lake and a river?",
+    "How does a bicycle stay upright?",
+    "Why do leaves fall in autumn?",
+    "What is inflation? Answer in two sentences.",
+    "How do I boil an egg?",
+    "Give me three tips to sleep better.",
+    "How can I learn a new language?",
+    "What should I pack for a weekend in the mountains?",
+    "What is 12 plus 30?",
+    "I have 5 apples and eat 2. How many are left?",
+    "Which number comes next: 2, 4, 6, 8?",
+    "Is 17 a prime number?",
+    "Write a Python function that adds two numbers.",
+    "Write an SQL query that counts the rows of the table users.",
+    "What does a for loop do?",
+    "Write a short poem about rain.",
+    "Write the first sentence of a detective story.",
+    "Write a polite email that moves a meeting to Friday.",
+    "Thank a neighbour for watering the plants.",
+    "Give me a name for a small bakery.",
+    "Say this more politely: Give me the report.",
+    "Correct this sentence: She go to school every day.",
+    "Summarize in one sentence: The train was late because of snow, so we missed the concert.",
+    "Translate into French: Good morning.",
+    "Is this review good or bad: The food was cold and the waiter rude.",
+    "Hello, who are you?",
+    "Can you help me with my homework?",
+    "Tell me a joke.",
 )
 NEW_TOKENS = 40
 LOOP = 12  # tokens of repetition that are no accident
@@ -41,16 +87,54 @@ def as_chat(tokenizer, messages: list[dict]) -> list[int]:
 
 @torch.no_grad()
 def answers(model, tokenizer, prompts: list[str]) -> list[dict]:
-    """One entry per prompt: ``text``, the greedy answer in at most NEW_TOKENS tokens, and ``fault``, what is plainly wrong or None."""
+    """One entry per prompt: ``text``, the greedy answer in at most NEW_TOKENS tokens, and ``fault``, what is plainly wrong or None.
+
+    All are answered at once, padded on the left.
+    """
+    settings = settings_of(model, tokenizer, NEW_TOKENS)
+    end = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     found = []
     with as_it_came(tokenizer):
-        for prompt in prompts:
-            ids = torch.tensor([as_chat(tokenizer, [{"role": "user", "content": prompt}])], device=model.device)
-            output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings_of(model, tokenizer, NEW_TOKENS))
-            written = output[0, ids.shape[1] :].tolist()
-            text = tokenizer.decode(written, skip_special_tokens=True)
-            found.append({"text": text.strip(), "fault": STOPS if not text.strip() else LOOPS if loops(written) else None})
+        asked = [as_chat(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
+        longest = max(map(len, asked), default=0)
+        ids = torch.tensor([[settings.pad_token_id] * (longest - len(row)) + row for row in asked], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in asked], device=model.device)
+        for written in model.generate(ids, attention_mask=mask, generation_config=settings)[:, longest:].tolist():
+            written = written[: next((at for at, token in enumerate(written) if token in end), len(written))]
+            text = tokenizer.decode(written, skip_special_tokens=True).strip()
+            found.append({"text": text, "fault": STOPS if not text else LOOPS if loops(written) else None})
     return found
+
+
+@dataclass
+class ChatQuality:
+    """What became of the prompts of ``CHAT``: how many (``prompts``), in how many answers the model repeats itself (``loops``) or stops at
+    once (``stops``), and what the dense model makes of the others, in nats per token (``nats``; None where there are none): it is low for
+    what the dense model would have said.
+    """
+
+    prompts: int
+    loops: int
+    stops: int
+    nats: float | None
+
+    @property
+    def faults(self) -> int:
+        return self.loops + self.stops
+
+
+def chat_quality(entries: list[dict], dense, tokenizer, **where) -> ChatQuality:
+    """Of the ``entries`` that :func:`answers` gives for ``CHAT``, as the model or ModelSource ``dense`` finds them; ``where``: as of
+    :func:`nats_after`.
+    """
+    sound = [(prompt, entry["text"]) for prompt, entry in zip(CHAT, entries, strict=True) if entry["fault"] is None]
+    with as_it_came(tokenizer):
+        pairs = [
+            (as_chat(tokenizer, [{"role": "user", "content": prompt}]), tokenizer(text, add_special_tokens=False).input_ids)
+            for prompt, text in sound
+        ]
+    faults = [entry["fault"] for entry in entries]
+    return ChatQuality(len(CHAT), faults.count(LOOPS), faults.count(STOPS), nats_after(dense, pairs, **where) if pairs else None)
 
 
 def settings_of(model, tokenizer, new_tokens: int, temperature: float = 0.0) -> GenerationConfig:

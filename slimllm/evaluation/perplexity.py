@@ -52,14 +52,14 @@ def perplexities(
         room = MIN_ACTIVATION_BYTES // (blocks.shape[1] * source.config.hidden_size * (dtype or source.dtype).itemsize)
         chunks = blocks.split(max(1, room))
     parts = [_losses(LayerRunner(source, ids, device, progress, dtype, tmp_dir, split=False), " and ".join(descriptions)) for ids in chunks]
-    losses = [float(part.sum()) for part in torch.cat(parts).split([len(ids) for ids in shares])]
+    losses = [float(part.double().sum()) for part in torch.cat(parts).split([len(ids) for ids in shares])]
     counts = [ids[:, 1:].numel() for ids in shares]
     losses, counts = processes.total(*losses), processes.total(*counts)
     return [_perplexity(loss / n, what, dtype or source.dtype) for loss, n, what in zip(losses, counts, descriptions)]
 
 
 def _losses(runner: LayerRunner, description: str) -> torch.Tensor:
-    """The sum of the losses of each block, [blocks] float64."""
+    """The loss of each token but the first of each block, [blocks, seq_len - 1] float32."""
     states = runner.last_states(description)
     norm, head = runner.output_modules()
     losses = torch.zeros(runner.ids[:, 1:].shape, device=runner.device)  # filled in place: what lies between large tensors keeps their room
@@ -69,7 +69,29 @@ def _losses(runner: LayerRunner, description: str) -> torch.Tensor:
             part = slice(i, i + LOGIT_ROWS)
             into[part] = nn.functional.cross_entropy(runner.adapter.logits(head, rows[part]), targets[part], reduction="none")
     states.close()
-    return losses.double().sum(1).cpu()
+    return losses.cpu()
+
+
+@torch.no_grad()
+def nats_after(
+    model,
+    pairs: list[tuple[list[int], list[int]]],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: Progress = no_progress,
+    tmp_dir: str | None = None,
+) -> float:
+    """Mean negative log-likelihood per token of texts that follow others: of the second token ids of each pair, after the first.
+
+    The shorter pairs are filled up on the right, which nothing before sees. ``device`` to ``tmp_dir`` as of :func:`perplexities`.
+    """
+    source = ModelSource.of(model)
+    longest = max(len(first) + len(then) for first, then in pairs)
+    ids = torch.tensor([first + then + [0] * (longest - len(first) - len(then)) for first, then in pairs])
+    counted = torch.tensor([[len(first) <= at < len(first) + len(then) for at in range(1, longest)] for first, then in pairs])
+    device = source.home if device is None else torch.device(device)
+    losses = _losses(LayerRunner(source, ids, device, progress, dtype, tmp_dir, split=False), "answers")
+    return float(losses[counted].double().mean())
 
 
 def _perplexity(mean: float, description: str, dtype: torch.dtype) -> float:

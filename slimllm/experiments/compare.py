@@ -65,6 +65,7 @@ def run(config: CompareConfig) -> None:
 
     def score(bench: Bench, model, tokenizer, row: dict) -> None:
         row.setdefault("bytes", BYTES * row["parameters"])
+        row["chat"] = bench.chat_quality(model, tokenizer)
         row["tasks"] = bench.scores(model, tokenizer, config.data_dir, config.tasks, config.limit)
 
     identity = {"tasks": config.tasks, "limit": config.limit}

@@ -6,6 +6,7 @@ The model is read once; every trial prunes a fresh copy. One JSON file holds the
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from .. import stages
 from ..data import calibration
 from ..data.texts import blocks_in_other_tokens, blocks_of, load_texts
 from ..errors import UserError
-from ..evaluation import zero_shot
+from ..evaluation import answers, zero_shot
 from ..evaluation.perplexity import nats_per_byte, perplexity
 from ..models import loading
 from ..models.adapter import LayerAdapter
@@ -114,6 +115,16 @@ class Bench:
         """Zero-shot results, by task; with the model's own ``tokenizer``, where it is not the dense one's."""
         with loading.placed_for_evaluation(model, self.device):
             return {name: zero_shot.score(model, tokenizer or self.tokenizer, name, data_dir, limit) for name in tasks}
+
+    def chat_quality(self, model, tokenizer=None) -> dict | None:
+        """How it chats, by the dense model's judgement; None without a chat template. ``tokenizer`` as of :meth:`scores`."""
+        asked = tokenizer or self.tokenizer
+        if not asked.chat_template:
+            return None
+        with loading.placed_for_evaluation(model, self.device):
+            entries = answers.answers(model, asked, list(answers.CHAT))
+        with loading.placed_for_evaluation(self.model, self.device):
+            return dataclasses.asdict(answers.chat_quality(entries, self.model, self.tokenizer))
 
     def other_tokenizer(self, folder: str):
         """The tokenizer of a checkpoint, or None where its tokens are the dense model's."""

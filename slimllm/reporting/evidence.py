@@ -20,8 +20,19 @@ from .paper_table import task_cells
 from .published import PUBLISHED
 from .record import PruningRecord
 from .tables import TEXT_HEADINGS, aligned, limits_line
+from .trial_tables import CHAT, chat_cells
 
+ARENA_TASKS = {
+    "boolq": "BoolQ",
+    "arc_easy": "ARC-E",
+    "arc_challenge": "ARC-C",
+    "winogrande": "WinoG.",
+    "piqa": "PIQA",
+    "hellaswag": "HellaS.",
+    "openbookqa": "OBQA",
+}
 MARKDOWN, PAGE = "evidence.md", "evidence.html"
+RUNTIME_TITLES = {"llama_cpp": "llama.cpp", "vllm": "vLLM"}
 HEADINGS = ["model", "decoder removed", "whole model removed"]  # that each table begins with
 NOT_LIKE_FOR_LIKE = (
     "Not measured here. A figure belongs beside one above only where model, share and tokens per block are the same, and what calibrated "
@@ -56,18 +67,22 @@ class Section:
 
 @dataclass
 class Found:
-    """What there is of a row: the record of its pruning, what was measured of it, and its latency beside the dense model."""
+    """What there is of a row: the record of its pruning, what was measured of it, and its latency beside the dense model, in transformers
+    and by the name of another program (``speeds``).
+    """
 
     row: Row
     run: PruningRecord | None
     measured: dict
     latency: dict
+    speeds: dict[str, dict]
 
     @classmethod
     def of(cls, row: Row, folder: Path) -> Found:
         run = PruningRecord.read(row.model) if row.recipe and (Path(row.model) / PruningRecord.FILE).is_file() else None
-        files = [measured_file(folder, row), latency_file(folder, row)]
-        return cls(row, run, *(record.read_json(file) if file.is_file() else {} for file in files))
+        files = [measured_file(folder, row), latency_file(folder, row), *(speed_file(folder, row, name) for name in RUNTIME_TITLES)]
+        measured, latency, *speeds = (record.read_json(file) if file.is_file() else {} for file in files)
+        return cls(row, run, measured, latency, dict(zip(RUNTIME_TITLES, speeds)))
 
     @property
     def first_cells(self) -> list[str]:
@@ -91,6 +106,11 @@ def latency_file(folder: Path, row: Row) -> Path:
     return folder / "measured" / f"{row.name}_latency.json"
 
 
+def speed_file(folder: Path, row: Row, runtime: str) -> Path:
+    """The results of ``slimllm llama-cpp-speed`` or ``vllm-speed``."""
+    return folder / "measured" / f"{row.name}_{runtime}.json"
+
+
 def protocol_of(tokens: int) -> str:
     return f"{tokens} tokens per block ({PROTOCOLS[tokens]})"
 
@@ -105,7 +125,8 @@ def write(folder: Path, name: str, rows: list[Row], protocols: tuple[int, ...], 
     picture = nats_lost(lines, name, folder) if lines else None
     environment = results["environment"]
     about = f"{name}, pruned and measured by slimllm {environment['slimllm']}: {portable(results['command'])}"
-    measured = [_models(found), *(_perplexity(found, n) for n in protocols), _tasks(found), _generation(found), _latency(found)]
+    measured = [_models(found), *(_perplexity(found, n) for n in protocols), _tasks(found), _generation(found), _chat(found)]
+    measured += [_latency(found), *(_speeds(found, name) for name in RUNTIME_TITLES), _arena(found)]
     sections = [section for section in measured if len(section.rows) > 1]
     rest = [_faults(results), _commands(results), _published()]
     sections += [section for section in rest if section.notes or section.rows or section.commands]
@@ -201,6 +222,17 @@ def _generation(found: list[Found]) -> Section:
     return Section("Generation", notes + ([f"* limited: the first {most} questions of each task only"] if most else []), rows)
 
 
+def _chat(found: list[Found]) -> Section:
+    """The dense model's answers are in the record of every pruning."""
+    asked = [one for one in found if one.run is not None and one.run.chat.keys() >= {"dense", "pruned"}]
+    rows = [[*HEADINGS, *CHAT]]
+    if asked:
+        rows.append([*found[0].first_cells, *chat_cells(asked[0].run.chat["dense"])])
+    rows += [[*one.first_cells, *chat_cells(one.run.chat["pruned"])] for one in asked]
+    note = "Answers that repeat themselves or stop at once, and the nats per token that the dense model gives the others."
+    return Section("Chat", [note, "Before training, where a model was trained afterwards."], rows)
+
+
 def _latency(found: list[Found]) -> Section:
     header = [*HEADINGS, "batch", "prompt", "prefill", "faster", "decode per step", "faster", "weights", "peak memory"]
     section = Section("Latency and memory in transformers", ["Each beside the dense model, in turns: faster is against that."], [header])
@@ -219,6 +251,38 @@ def _latency(found: list[Found]) -> Section:
             peak = f"{beside['peak_bytes'] / 1e9:.2f} -> {e['peak_bytes'] / 1e9:.2f} GB"
             section.rows.append([*one.first_cells, *cells, weights, peak])
     return section
+
+
+def _speeds(found: list[Found], runtime: str) -> Section:
+    section = Section(
+        f"Speed in {RUNTIME_TITLES[runtime]}", ["Each beside the dense model, where that could be measured: faster is against it."]
+    )
+    section.rows = [[*HEADINGS, "size", "prompt, tokens/s", "generation, tokens/s"]]
+    for one in found:
+        models = one.speeds[runtime].get("models", ())
+        for f in models[-1:]:
+            faster = [f" ({f[kind] / models[0][kind]:.2f} x)" * (len(models) > 1) for kind in ("prompt", "generation")]
+            cells = [f"{f[kind]:.1f}{ratio}" for kind, ratio in zip(("prompt", "generation"), faster)]
+            section.rows.append([*one.first_cells, f"{f['bytes'] / 1e6:.1f} MB", *cells])
+    return section
+
+
+def _arena(found: list[Found]) -> Section:
+    """Whole texts and all questions only: what a leaderboard takes."""
+    rows = [["Keep", "Method", "WT2 PPL", "C4 PPL", *ARENA_TASKS.values(), "MCQ Avg.", "MathQA", "MMLU-M", "Q. Ret."]]
+    for one in found:
+        texts = {name: f["perplexity"] for name, f in one.figures(2048).items() if not f["limited"]}
+        scored = {name: t["metrics"][t["reported"]] for name, t in one.measured.get("tasks", {}).items() if not t["limited"]}
+        if not texts and not scored:
+            continue
+        removed = one.run.parameters.decoder_removed if one.run else 0.0
+        cells = [f"{texts[name]:.2f}" if name in texts else "-" for name in ("wikitext2", "c4")]
+        cells += [f"{scored[name]:.3f}" if name in scored else "-" for name in ARENA_TASKS]
+        cells.append(f"{sum(scored[name] for name in ARENA_TASKS) / len(ARENA_TASKS):.3f}" if scored.keys() >= ARENA_TASKS.keys() else "-")
+        method = "Dense FP" if one.row.recipe is None else f"SlimLLM, {one.row.title.rpartition(',')[0]}"
+        rows.append([f"{1 - removed:.0%}", method, *cells, "-", "-", "-"])
+    note = "In the columns of the LowRankArena leaderboard (github.com/Zishan-Shao/lowrankarena); what it measures besides is left open."
+    return Section("Rows for LowRankArena", [note], rows)
 
 
 def _faults(results: dict) -> Section:

@@ -38,6 +38,7 @@ def write(folder: Path, run: PruningRecord, target: str, program: str, exports: 
         sizes=summary.sizes(run, exports),
         limits=limits_line(run.evaluation),
         spent=summary.spent(run),
+        chatted=summary.chatted(run),
         picture=layer_svg(run),
         steps=summary.next_steps(run, target, program, exports),
         command=portable(run.command),

@@ -169,7 +169,7 @@ class PruningRecord(_Record):
     ``predicted_memory``: what was expected of ``peak_memory`` before the run began.
     ``bytes``: of the files of weights, ``dense`` and ``pruned``, where a checkpoint was written. ``vocabulary``: how many tokens
     stay and by which text, where some go. ``answers``: a ``prompt`` each, and what the ``dense`` and the
-    ``pruned`` model answer (``text``, ``fault``).
+    ``pruned`` model answer (``text``, ``fault``). ``chat``: a ChatQuality of each of the two, where the model has a chat template.
     """
 
     FILE: ClassVar[str] = "pruning.json"
@@ -189,6 +189,7 @@ class PruningRecord(_Record):
     bytes: dict[str, int] | None = None
     vocabulary: dict | None = None
     answers: list[dict] = field(default_factory=list)
+    chat: dict[str, dict] = field(default_factory=dict)
     command: str = field(default_factory=command)
     environment: dict = field(default_factory=environment)
     peak_memory: dict[str, int] = field(default_factory=peak_memory)

@@ -7,7 +7,7 @@ import shlex
 import textwrap
 
 from ..deploy import whole_model
-from ..evaluation.answers import LOOPS, STOPS
+from ..evaluation.answers import LOOPS, STOPS, ChatQuality
 from ..plan import is_gone
 from .record import PruningRecord
 from .tables import TEXT_HEADINGS, aligned, limits_line, odd_widths
@@ -110,7 +110,17 @@ def answered(run: PruningRecord) -> list[str]:
         worse = sum(entry["pruned"]["fault"] == fault != entry["dense"]["fault"] for entry in run.answers)
         if worse:
             lines += ["", f"warning: the pruned model {fault} on {worse} of {len(run.answers)} prompts, and the dense one does not"]
-    return lines
+    return lines + (["", *_wrapped(chatted(run))] if chatted(run) else [])
+
+
+def chatted(run: PruningRecord) -> str:
+    """How the two models did on the prompts that a chat is measured by, in a sentence; empty where they were not asked."""
+    if not {"dense", "pruned"} <= run.chat.keys():
+        return ""
+    dense, pruned = (ChatQuality(**run.chat[stage]) for stage in ("dense", "pruned"))
+    counts = f"it repeats itself on {pruned.loops} and stops at once on {pruned.stops} (dense {dense.loops} and {dense.stops})"
+    nats = [f"{quality.nats:.2f}" if quality.nats is not None else "-" for quality in (pruned, dense)]
+    return f"chat, {pruned.prompts} prompts: {counts}; the dense model gives its answers {nats[0]} nats per token, its own {nats[1]}"
 
 
 def _one_line(answer: dict) -> str:

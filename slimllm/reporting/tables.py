@@ -173,4 +173,4 @@ def speed_table(what: str, speeds: list[dict]) -> list[str]:
     return aligned(rows)
 
 
-TEXT_HEADINGS = {"wikitext2": "WikiText2", "ptb": "PTB", "python_manual": "Python manual"}
+TEXT_HEADINGS = {"wikitext2": "WikiText2", "ptb": "PTB", "c4": "C4", "python_manual": "Python manual"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from ..evaluation.answers import ChatQuality
 from ..settings.compare import QUANTIZATIONS
 from ..settings.methods import METHODS, title_of
 from .paper_table import _average
@@ -22,8 +23,9 @@ def comparison_table(rows: list[dict]) -> list[str]:
     per_byte = tokens_differ(rows)
     figure, digits = ("nats_per_byte", 4) if per_byte else ("pruned", 1)
     lost_heading = "More than dense" if per_byte else "Nats lost"
-    timed = any("tokens_per_second" in row for row in rows)
-    header = ["Decoder removed", "Method", "", *headings, lost_heading, "Zero-shot", "Parameters", "MB", "s", *["Tokens/s"] * timed]
+    timed, chatted = any("tokens_per_second" in row for row in rows), any(row.get("chat") for row in rows)
+    header = ["Decoder removed", "Method", "", *headings, lost_heading, "Zero-shot", *CHAT * chatted, "Parameters", "MB", "s"]
+    header += ["Tokens/s"] * timed
     dense = {f["data"]: f[figure] for row in rows if row["name"] == "dense" for f in row["perplexity"]}
     cells, tasks = [header], []
     for r in sorted(rows, key=lambda row: round(row["removed"], 2)):
@@ -40,11 +42,22 @@ def comparison_table(rows: list[dict]) -> list[str]:
         variant = Path(r["folder"]).name if "folder" in r else r["variant"]
         about = f"{r['removed']:.1%}".replace("%", " %"), title_of(METHODS, r["name"]), variant
         speed = f"{r['tokens_per_second']['generation']:.1f}" if "tokens_per_second" in r else "-"
-        cells.append([*about, *figures, shown, average, *size, *[speed] * timed])
+        cells.append([*about, *figures, shown, average, *chat_cells(r.get("chat")) * chatted, *size, *[speed] * timed])
     questions = sorted({task["questions"] for task in tasks if task["limited"]})
     limited = [f"* limited: zero-shot on the first {questions[-1]} questions of each task only"] if questions else []
     unit = ["nats per byte, since not all models have the same tokens"] if per_byte else []
     return [*aligned(cells), *unit, *limits_line([f for r in rows for f in r["perplexity"]]), *limited]
+
+
+CHAT = ["Chat faults", "Chat nats"]  # answers that loop or stop at once; nats per token that the dense model gives the others
+
+
+def chat_cells(chat: dict | None) -> list[str]:
+    """The cells below ``CHAT`` of a model's ChatQuality."""
+    if not chat:
+        return ["-", "-"]
+    quality = ChatQuality(**chat)
+    return [f"{quality.faults} of {quality.prompts}", "-" if quality.nats is None else f"{quality.nats:.2f}"]
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -57,7 +57,7 @@ class EvalConfig:
 
     eval_data: tuple[str, ...] | None = flag(
         "perplexity",
-        "any of wikitext2, ptb, python_manual, NAME=FILE, FILE, or none [wikitext2 ptb; python_manual where the hub is out of reach]",
+        "any of wikitext2, ptb, c4, python_manual, NAME=FILE, FILE, or none [wikitext2 ptb; python_manual where the hub is out of reach]",
     )
     max_seq_len: int = flag("perplexity", "tokens per block of text", 128)
     eval_limit: int | None = flag("perplexity", "only the first N blocks; the figures are marked as limited [all]")

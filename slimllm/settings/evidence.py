@@ -8,12 +8,13 @@ from pathlib import Path
 
 from ..cli import check_choice, check_choices, check_range, flag
 from ..errors import UserError
-from .common import DTYPES
+from .common import DTYPES, VLLM_PYTHON
 from .evaluate import check_generation
 from .methods import RECIPES
 from .tasks import TASKS
 
 PROTOCOLS = {128: "LLM-Pruner, SlimLLM", 2048: "SliceGPT, Wanda", 4096: "Týr"}  # tokens per block -> who measures so
+RUNTIMES = ("llama_cpp", "vllm")
 LORA, LORA_TITLE = "lora", "distilled, then LoRA"  # the recipe of two programs
 
 
@@ -47,7 +48,7 @@ class EvidenceConfig:
     )
     eval_data: tuple[str, ...] | None = flag(
         "perplexity",
-        "any of wikitext2, ptb, python_manual, NAME=FILE, FILE, or none [wikitext2 ptb; python_manual where the hub is out of reach]",
+        "any of wikitext2, ptb, c4, python_manual, NAME=FILE, FILE, or none [the first three; python_manual where the hub is out of reach]",
     )
     eval_limit: int | None = flag("perplexity", "only the first N blocks; the figures are marked as limited [all]")
 
@@ -65,6 +66,13 @@ class EvidenceConfig:
     batch_size: tuple[int, ...] = flag("latency", "sequences at once", (1, 8))
     length: tuple[int, ...] = flag("latency", "tokens of the prompt; lengths beyond the model's context are left out", (128, 512))
     repeats: int = flag("latency", "measurements of each kind", 7)
+    runtimes: tuple[str, ...] = flag(
+        "latency",
+        "other programs whose speeds are measured: llama_cpp (files in 16 bits), vllm (in the environment of script/vllm.sh) [none]",
+        (),
+        nargs="+",
+    )
+    vllm: str = flag("latency", "interpreter of an environment with vLLM", VLLM_PYTHON, metavar="PYTHON")
 
     output: str | None = flag("output", "folder for models, results and the page [eval_log/evidence_NAME of the model]")
     overwrite: bool = flag("output", "start anew", False)
@@ -93,6 +101,9 @@ class EvidenceConfig:
             check_choice("tasks", name, TASKS)
         if self.data_dir is not None and not os.path.isdir(self.data_dir):
             raise UserError(f"--data_dir {self.data_dir}: no such folder")
+        self.runtimes = tuple(name for name in self.runtimes if name != "none")
+        for name in self.runtimes:
+            check_choice("runtimes", name, RUNTIMES)
         check_generation(self)
         for name in ("eval_limit", "limit", "num_examples", "repeats"):
             check_range(self, name, 1)

@@ -17,6 +17,7 @@ class SpeedConfig:
     new_tokens: int = flag("measurement", "tokens generated", 64)
     repeats: int = flag("measurement", "runs of each file, in turns; the medians are shown", 5)
     threads: int | None = flag("measurement", "threads of the computation [llama.cpp's choice]")
+    json: str | None = flag("output", "write the speeds to this file as well")
 
     def __post_init__(self):
         if not self.files:

@@ -228,7 +228,7 @@ class PruneConfig:
 
     eval_data: tuple[str, ...] | None = flag(
         "evaluation",
-        "any of wikitext2, ptb, python_manual, NAME=FILE, FILE, or none [wikitext2 ptb; python_manual where the hub is out of reach]",
+        "any of wikitext2, ptb, c4, python_manual, NAME=FILE, FILE, or none [wikitext2 ptb; python_manual where the hub is out of reach]",
     )
     max_seq_len: int = flag("evaluation", "tokens per block of text for perplexity", 128)
     eval_limit: int | None = flag("evaluation", "only the first N blocks; the figures are marked as limited [all]")

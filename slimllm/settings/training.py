@@ -52,7 +52,7 @@ class TrainConfig:
     val_set_size: int | None = flag("data", "rows held out, for the validation loss [2000, at most a tenth of the rows]")
     extra_val_dataset: tuple[str, ...] | None = flag(
         "data",
-        "texts whose perplexity is taken before and after: wikitext2, ptb, python_manual, NAME=FILE, FILE, or none "
+        "texts whose perplexity is taken before and after: wikitext2, ptb, c4, python_manual, NAME=FILE, FILE, or none "
         "[wikitext2 ptb; python_manual where the hub is out of reach]",
     )
     eval_limit: int | None = flag("data", "of these texts, only the first N blocks; the figures are marked as limited [all]")

@@ -24,7 +24,7 @@ class TrialsConfig:
     seed: int = flag("calibration", "seed of the calibration samples", 42)
     eval_data: tuple[str, ...] | None = flag(
         "evaluation",
-        "any of wikitext2, ptb, python_manual, NAME=FILE, FILE [wikitext2 ptb; python_manual where the hub is out of reach]",
+        "any of wikitext2, ptb, c4, python_manual, NAME=FILE, FILE [wikitext2 ptb; python_manual where the hub is out of reach]",
     )
     eval_limit: int | None = flag("evaluation", "only the first N blocks of 128 tokens; the figures are marked as limited [all]")
     output: str | None = flag("output", "folder for what comes of it [eval_log/PROGRAM_NAME of the model]")

@@ -21,6 +21,7 @@ class VllmSpeedConfig:
     prompt_tokens: int = flag("measurement", "tokens of the prompt", 256)
     new_tokens: int = flag("measurement", "tokens generated", 64)
     repeats: int = flag("measurement", "runs of each model; the medians are shown", 5)
+    json: str | None = flag("output", "write the speeds to this file as well")
 
     def __post_init__(self):
         if not self.folders:
