@@ -1,12 +1,15 @@
 """The layer adapter, over every family of the table."""
 
 import copy
+import importlib
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, AutoModel
 
 from slimllm.errors import UserError
+from slimllm.models import loading
 from slimllm.models.adapter import LayerAdapter, Mixer, with_multi_head_attention
 from slimllm.models.families import FAMILIES, TEXT_MODELS, family_of
 from slimllm.models.refused import UNSUPPORTED, WRAPPERS
@@ -14,9 +17,12 @@ from slimllm.models.shape import shape_of
 from slimllm.pruning.part_run import part_runs
 from slimllm.streaming.runner import LayerRunner
 from tests.conftest import (
+    EXPERTS,
     FAMILY_CASES,
     MIXTURE_CASES,
     ODD_CASES,
+    ROUTED,
+    SIZES,
     count,
     logits,
     make_config,
@@ -145,3 +151,27 @@ def test_every_type_of_transformers_is_pruned_or_refused_with_its_reason():
 def test_a_type_that_is_in_no_table_is_not_known(name, message):
     with pytest.raises(UserError, match=f"model_type {name}: .*{message}"):
         family_of(SimpleNamespace(model_type=name))
+
+
+@pytest.mark.parametrize("kind", TEXT_MODELS)
+def test_the_text_model_inside_another_is_the_family_that_it_is_taken_for(kind):
+    config_class = CONFIG_MAPPING[kind]
+    known = config_class().to_dict()
+    heads = {"num_key_value_heads": 2, "first_k_dense_replace": 1}
+    settings = {name: value for name, value in {**SIZES, **ROUTED, **EXPERTS, **heads}.items() if name in known}
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    if "glm" in kind:
+        rope |= {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}
+    elif "qwen" in kind:
+        rope |= {"mrope_section": [2, 1, 1]}
+    config = config_class(**settings, rope_parameters=rope)
+    module = importlib.import_module(config_class.__module__.replace("configuration_", "modeling_"))
+    inside = next(c for c in vars(module).values() if str(c).endswith("TextModel'>") and c.config_class is config_class)
+    torch.manual_seed(0)
+    theirs = inside(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    ours = AutoModel.from_config(loading._as_text_model(config)).eval()
+    assert not any(ours.load_state_dict(theirs.state_dict(), strict=False))
+    assert torch.equal(ours(make_ids()).last_hidden_state, theirs(make_ids()).last_hidden_state)

@@ -14,11 +14,13 @@ from slimllm.commands import COMMANDS
 from slimllm.deploy import checkpoint, reference, runtimes, whole_model
 from slimllm.models import loading
 from slimllm.models.shape import shape_of
-from tests.conftest import FAMILY_CASES, family_config, logits, make_config, make_ids, prune
+from tests.conftest import FAMILY_CASES, MIXTURE_CASES, family_config, logits, make_config, make_ids, prune
 
 _VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
 _QWEN_VISION = dict(depth=1, hidden_size=16, out_hidden_size=32, num_heads=2, intermediate_size=16)
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+_GLM_MROPE = {**_MROPE, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}
+_GLM_VISION = dict(depth=1, hidden_size=16, out_hidden_size=32, num_heads=2, intermediate_size=16, image_size=28, patch_size=14)
 WRAPPERS = {  # what stands around the text model: (case of the text model, what its config says, the config of the other tower)
     "gemma3": ("gemma3", {}, {"model_type": "siglip_vision_model", **_VISION}),
     "llava": ("llama_gqa", {}, {"model_type": "clip_vision_model", **_VISION}),
@@ -41,6 +43,13 @@ WRAPPERS = {  # what stands around the text model: (case of the text model, what
         {**_QWEN_VISION, "deepstack_visual_indexes": []},
     ),
     "qwen3_5": ("qwen3_5", {}, _QWEN_VISION),
+    "qwen3_vl_moe": (
+        "qwen3_moe",
+        {"model_type": "qwen3_vl_moe_text", "norm_topk_prob": None, "rope_parameters": _MROPE},
+        {**_QWEN_VISION, "deepstack_visual_indexes": []},
+    ),
+    "glm4v": ("glm4", {"model_type": "glm4v_text", "rope_parameters": _GLM_MROPE}, _GLM_VISION),
+    "glm4v_moe": ("glm4_moe", {"model_type": "glm4v_moe_text", "rope_parameters": _GLM_MROPE}, _GLM_VISION),
 }
 
 
@@ -72,14 +81,19 @@ def put_back(*args):
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_the_text_model_is_read_pruned_and_put_back(wrapper, tmp_path, tiny_tokenizer):
+def test_the_text_model_is_read_pruned_and_put_back(wrapper, tmp_path, tiny_tokenizer, capsys):
     whole = saved_whole(wrapper, tmp_path / "whole", tiny_tokenizer)
     case = WRAPPERS[wrapper][0]
     assert loading.load_config(str(tmp_path / "whole")).dtype == torch.float32
     text = loading.load_model(str(tmp_path / "whole"), "auto")
-    assert text.config.model_type == FAMILY_CASES[case][0] and type(text).__name__.endswith("ForCausalLM")
+    assert text.config.model_type == (FAMILY_CASES | MIXTURE_CASES)[case][0] and type(text).__name__.endswith("ForCausalLM")
     assert torch.equal(logits(text, make_ids()), logits(whole, make_ids()))
-    smaller = pruned_text(tmp_path / "whole", tmp_path / "text", tiny_tokenizer, prune="channels")
+    units = "experts" if text.config.model_type in [case[0] for case in MIXTURE_CASES.values()] else "channels"
+    smaller = pruned_text(tmp_path / "whole", tmp_path / "text", tiny_tokenizer, prune=units)
+    if wrapper == "qwen3_vl_moe":  # its experts are stored together
+        assert put_back(tmp_path / "text", tmp_path / "out", "--into", tmp_path / "whole") == 2
+        assert "take the text model alone" in capsys.readouterr().err
+        return
     assert put_back(tmp_path / "text", tmp_path / "out", "--into", tmp_path / "whole") == 0
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
     assert type(again) is type(whole) and again.num_parameters() < whole.num_parameters()

@@ -78,11 +78,14 @@ def _write_weights(text: Path, whole: str, dense, folder: Path) -> None:
     smaller = Tensors(weight_files(text), text_alone=False)
     stored = {name: inside.stored_name(name) for name in inside.names}
     stored |= {name: _beside(name, stored, where) for name in smaller.names if name not in stored}  # biases that a recovery gave
-    if gone := sorted(set(inside.names) - set(smaller.names)):
-        raise UserError(f"{where}: the checkpoint has no {gone[0]}: not the same model")
+    gone = set(inside.names) - set(smaller.names)
+    if wrong := sorted(name for name in gone if ".experts." not in name):
+        raise UserError(f"{where}: the checkpoint has no {wrong[0]}: not the same model")
     readers = {name: (everything, name) for name in everything.names} | {stored[name]: (smaller, name) for name in smaller.names}
+    for name in gone:
+        del readers[stored[name]]
     layout = {name: (_DTYPE_OF[reader.dtype_name(own)], torch.Size(reader.shape(own))) for name, (reader, own) in readers.items()}
-    for name in inside.names:
+    for name in set(inside.names) - gone:
         if layout[stored[name]][0] != (dtype := _DTYPE_OF[inside.dtype_name(name)]):
             raise UserError(
                 f"{where}: its text model is in {inside.dtype_name(name)} and the checkpoint in {smaller.dtype_name(name)}; prune with "
@@ -98,6 +101,11 @@ def _beside(name: str, stored: dict[str, str], where: str) -> str:
     """What the files of the whole call a tensor of the text model that they do not have: by the weight of the same module."""
     module, _, last = name.rpartition(".")
     weight = f"{module}.weight"
+    if ".experts." in name:
+        raise UserError(
+            f"{where}: it stores the experts of a layer together, and the checkpoint each by itself: such a mixture is not put back; take "
+            "the text model alone"
+        )
     if weight not in stored:
         raise UserError(f"{where}: it has no place for {name} of the checkpoint: not the same model")
     return stored[weight].removesuffix("weight") + last

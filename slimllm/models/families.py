@@ -694,6 +694,18 @@ TEXT_MODELS = {  # model_type of the text model inside one of text and images ->
     "qwen2_vl_text": "qwen2",
     "qwen2_5_vl_text": "qwen2",
     "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
+    "qwen2_5_omni_text": "qwen2",
+    "qwen3_omni_moe_text": "qwen3_moe",
+    "glm4v_text": "glm4",
+    "glm_ocr_text": "glm4",
+    "glm4v_moe_text": "glm4_moe",
+    "granite4_vision_text": "granite",
+}
+UNSAID = {  # what the class of such a text model does, and its config does not say
+    "qwen3_vl_moe_text": {"norm_topk_prob": True},
+    "glm_ocr_text": {"attention_bias": False},
+    "glm4v_moe_text": {"use_qk_norm": False},
 }
 OF_IMAGES = ("mrope_section", "mrope_interleaved")  # settings of rope that say how places in an image are rotated
 

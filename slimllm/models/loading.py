@@ -19,7 +19,7 @@ from ..utils.device import evaluation_dtype
 from ..utils.memory import free_memory, return_free_memory
 from . import gguf_settings, hub
 from .checked import check_config
-from .families import OF_IMAGES, TEXT_MODELS, family_of
+from .families import OF_IMAGES, TEXT_MODELS, UNSAID, family_of
 from .gguf_tensors import GgufTensors, gguf_reader, parsed_once
 from .refused import UNSUPPORTED
 from .shape import ModelShape, shape_of
@@ -163,9 +163,12 @@ def _as_text_model(config):
     if config.model_type not in TEXT_MODELS:
         return config
     settings = {name: value for name, value in config.to_dict().items() if name != "model_type"}
+    settings |= UNSAID.get(config.model_type, {})
     settings["rope_parameters"] = {name: value for name, value in config.rope_parameters.items() if name not in OF_IMAGES}
     found = AutoConfig.for_model(TEXT_MODELS[config.model_type], **settings)
     found.architectures = None
+    if hasattr(found, "head_dim") and "head_dim" not in settings:  # its class derives it, the family's has a number
+        found.head_dim = found.hidden_size // found.num_attention_heads
     return found
 
 

@@ -149,7 +149,8 @@ def next_steps(run: PruningRecord, folder: str, program: str, exports: bool) -> 
         steps += [("chat", f"{program} chat {where} --beside {shlex.quote(config['base_model'])}"), ("check", f"{program} verify {where}")]
         steps += [("export", f"{program} export-gguf {where} --outtype {kind}")] if exports else []
         fewer = any(is_gone(layer["kept"]) for layer in run.layers)
-        if config["runtime"] == "transformers" and not fewer and whole_model.is_whole(config["base_model"]):
+        mixture = any("experts" in layer["kept"] for layer in run.layers)
+        if config["runtime"] == "transformers" and not fewer and not mixture and whole_model.is_whole(config["base_model"]):
             into = shlex.quote(config["base_model"])
             steps += [("whole", f"{program} export-transformers {where} {shlex.quote(f'{folder}_whole')} --into {into}")]
         steps += [("train", f"{program} train {where} --data_path YOUR.jsonl --merge")]
