@@ -173,6 +173,7 @@ NAMED = {  # what the card of a model says that each method made, and no other c
     "llm_pruner": "[LLM-Pruner](https://arxiv.org/abs/2305.11627) (Ma et al. 2023)",
     "flap": "[FLAP](https://arxiv.org/abs/2312.11983) (An et al. 2024)",
     "wanda_sp": "Wanda-sp ([An et al. 2024]",
+    "osscar": "[OSSCAR]",
     "shortgpt": "[ShortGPT]",
     "magnitude": "magnitude, a baseline",
     "random": "random choice, a baseline",

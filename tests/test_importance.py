@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from slimllm.experiments import plain
+from slimllm.pruning.importance import reconstruction
 from slimllm.pruning.importance.channels import ChannelStatistics, select_channels
-from slimllm.pruning.importance.heads import greedy_search, leave_one_out, output_gram, similarity
+from slimllm.pruning.importance.heads import HeadStatistics, greedy_search, leave_one_out, output_gram, similarity
 from slimllm.pruning.importance.layers import importance_weights, uniform_weights
 from slimllm.settings.methods import CHANNEL_SCORES
 from slimllm.streaming.runner import cosine_sum
@@ -176,3 +177,37 @@ def test_an_eigendecomposition_that_fails_is_tried_again_on_the_cpu_in_float64(m
     monkeypatch.setattr(torch.linalg, "eigh", fails_in_float32)
     torch.testing.assert_close(CHANNEL_SCORES["feature_space"](s), wanted, rtol=1e-4, atol=1e-4)
     assert tried == [torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("width, groups", [(1, 1), (3, 1), (3, 2)])
+def test_osscar_leaves_out_what_least_raises_the_error_of_a_fit_to_the_rest(width, groups):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(60, 12, generator=generator, dtype=torch.float64) @ torch.randn(12, 12, generator=generator, dtype=torch.float64)
+    weight, units = torch.randn(5, 12, generator=generator, dtype=torch.float64), 12 // width
+    h = x.T @ x / 60
+    h += reconstruction.DAMPING * h.diagonal().mean() * torch.eye(12)
+
+    def error(gone):
+        kept = [c for c in range(12) if c // width not in gone]
+        rest = [c for c in range(12) if c // width in gone]
+        w = weight[:, rest]
+        return float((w @ (h[rest][:, rest] - h[rest][:, kept] @ torch.linalg.solve(h[kept][:, kept], h[kept][:, rest])) @ w.T).trace())
+
+    most, gone, size = units // groups - 1, [], units // groups
+    while len(gone) < most * groups:
+        allowed = [u for u in range(units) if u not in gone and sum(u // size == g // size for g in gone) < most]
+        gone.append(min(allowed, key=lambda u: error([*gone, u])))
+    covariance = x.T @ x / 60
+    assert reconstruction.eliminate(covariance, weight, units, groups=groups, most=most).tolist() == gone
+    kept = reconstruction.heads(HeadStatistics(covariance, weight, units, groups), most)
+    assert kept == [u for u in range(units) if u not in gone]
+
+
+def test_osscar_s_score_of_a_channel_is_when_it_goes():
+    generator = torch.Generator().manual_seed(3)
+    x, down = torch.randn(400, 300, generator=generator), torch.randn(8, 300, generator=generator)
+    statistics = ChannelStatistics(None, down, None, down.T, x.norm(dim=0), down[:, 0], input_covariance=x.T @ x / 400)
+    score = reconstruction.channels(statistics)
+    assert sorted(score.tolist()) == list(range(300))
+    alone = set(reconstruction.eliminate(statistics.input_covariance, down, 300)[:60].tolist())  # one at a time
+    assert len(alone & set(score.argsort()[:60].tolist())) >= 36  # by chance 12

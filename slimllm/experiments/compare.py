@@ -21,6 +21,7 @@ from ..models import loading
 from ..reporting.figures import comparison
 from ..reporting.trial_tables import comparison_table, split_name
 from ..settings.compare import QUANTIZATIONS, CompareConfig
+from ..settings.methods import METHODS
 from ..utils.files import write_text
 from .trials import Bench, Trial, measure
 
@@ -38,6 +39,7 @@ def cases(config: CompareConfig) -> list[Trial]:
         Trial(method, ON_TOP, share, {"method": method, "recovery": "least_squares"})
         for share in config.target_sparsity
         for method in config.methods
+        if METHODS[method].recovery != "least_squares"
     ]
     return found + [
         Trial("slimllm", f"recipe {recipe}", share, {"recipe": recipe}) for share in config.target_sparsity for recipe in config.recipes

@@ -157,6 +157,7 @@ HEAD_CHOICES = {
     "taylor": HeadChoice("pruning.importance.heads:taylor", {"gradients"}),
     "fluctuation": HeadChoice("pruning.importance.heads:fluctuation"),
     "wanda": HeadChoice("pruning.importance.heads:wanda", {"input_norm"}),
+    "osscar": HeadChoice("pruning.importance.reconstruction:heads"),
     "magnitude": HeadChoice("pruning.importance.heads:magnitude"),
     "random": HeadChoice("pruning.importance.heads:random"),
 }
@@ -167,6 +168,7 @@ CHANNEL_SCORES = {
     "taylor": ChannelScore("pruning.importance.channels:taylor", {"gradients"}),
     "fluctuation": ChannelScore("pruning.importance.channels:fluctuation", {"input_variance"}),
     "wanda": ChannelScore("pruning.importance.channels:wanda"),
+    "osscar": ChannelScore("pruning.importance.reconstruction:channels", {"input_covariance"}),
     "magnitude": ChannelScore("pruning.importance.channels:magnitude"),
     "random": ChannelScore("pruning.importance.channels:random"),
 }
@@ -236,6 +238,15 @@ METHODS = {
         all_layers=True,
         title="Wanda-sp",
         source="Wanda-sp ([An et al. 2024](https://arxiv.org/abs/2312.11983), after [Wanda](https://arxiv.org/abs/2306.11695))",
+    ),
+    "osscar": Method(
+        "osscar",
+        "osscar",
+        "uniform",
+        "least_squares",
+        all_layers=True,
+        title="OSSCAR",
+        source="[OSSCAR](https://arxiv.org/abs/2403.12983) (Meng et al. 2024)",
     ),
     "shortgpt": Method(
         "random",
