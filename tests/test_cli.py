@@ -511,15 +511,6 @@ def below_c_code_that_clears_errors(interruption):
     ctypes.pythonapi.PyObject_HasAttrString(ctypes.py_object(Interrupted()), b"anything")
 
 
-@pytest.fixture
-def as_in_a_terminal(monkeypatch):
-    """With the handlers that signals have where a program begins, put back afterwards."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_while_a_line_is_logged_ends_the_program_and_is_no_error_of_the_log(as_in_a_terminal, monkeypatch, capfd, sent):
     def write(text):

@@ -98,6 +98,7 @@ def test_quantized_weights_are_near_and_take_the_bytes_of_their_type(kind, bits)
         (["--also", "dense=."], "dense is the name of another row"),
         (["--also", "x, q8_0=."], "says how many bits a row has"),
         (["--tasks", "piqa"], "none of the tasks"),
+        (["--data_dir", "nowhere", "--tasks", "none"], "no such folder"),
     ],
 )
 def test_mistakes(flags, wrong, said, capsys):

@@ -207,7 +207,9 @@ def test_a_run_that_is_refused_leaves_no_folder_and_takes_no_leftover(tmp_path):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_right_after_the_final_rename_says_that_all_is_there(sent, tiny_folder, text_file, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_right_after_the_final_rename_says_that_all_is_there(
+    sent, as_in_a_terminal, tiny_folder, text_file, tmp_path, monkeypatch, capsys
+):
     replace = outputs._replace
 
     def interrupted(*paths):

@@ -197,7 +197,7 @@ def test_what_is_typed(typed, said, tiny_folder, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("sent, status", [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
-def test_ctrl_c_ends_an_answer_and_sigterm_the_program(sent, status, tiny_folder, monkeypatch, capsys):
+def test_ctrl_c_ends_an_answer_and_sigterm_the_program(sent, status, as_in_a_terminal, tiny_folder, monkeypatch, capsys):
     from slimllm.evaluation.partner import Partner
 
     def pieces(*_):

@@ -105,6 +105,14 @@ def test_the_text_model_is_read_pruned_and_put_back(wrapper, tmp_path, tiny_toke
     assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"size": 28}'
 
 
+@pytest.mark.parametrize("inside", ["whole", "text"])
+def test_nothing_is_written_inside_what_is_read(inside, tmp_path, capsys):
+    for name in ("whole", "text"):
+        (tmp_path / name).mkdir()
+    assert put_back(tmp_path / "text", tmp_path / inside / "a/out", "--into", tmp_path / "whole") == 2
+    assert f"lies inside {'DIR' if inside == 'text' else '--into'}" in capsys.readouterr().err and not any((tmp_path / inside).iterdir())
+
+
 def test_heads_go_and_the_biases_of_a_recovery_find_their_place(tmp_path, tiny_tokenizer, text_file):
     saved_whole("llava", tmp_path / "whole", tiny_tokenizer)
     smaller = pruned_text(tmp_path / "whole", tmp_path / "text", tiny_tokenizer, prune="heads", target_sparsity=0.1)

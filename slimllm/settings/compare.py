@@ -51,6 +51,8 @@ class CompareConfig(TrialsConfig):
             setattr(self, name, tuple(value for value in getattr(self, name) if value != "none"))
             for value in getattr(self, name):
                 check_choice(name, value, allowed)
+        if self.data_dir is not None and not os.path.isdir(self.data_dir):
+            raise UserError(f"--data_dir {self.data_dir}: no such folder")
         if self.data_dir is not None and self.tasks:
             self.tasks = tuple(name for name in self.tasks if os.path.isfile(os.path.join(self.data_dir, f"{name}.jsonl")))
             if not self.tasks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..cli import flag
 from ..errors import UserError
@@ -23,3 +24,7 @@ class StockConfig:
     def __post_init__(self):
         if len(self.folders) != 2:
             raise UserError("name two folders: slimllm export-transformers prune_log/NAME OUT")
+        target = Path(self.folders[1]).resolve()
+        for name, folder in (("DIR", self.folders[0]), ("--into", self.into)):
+            if folder is not None and Path(folder).is_dir() and Path(folder).resolve() in target.parents:
+                raise UserError(f"{self.folders[1]} lies inside {name} {folder}: name another folder")
