@@ -14,7 +14,7 @@ from slimllm.commands import COMMANDS
 from slimllm.deploy import checkpoint, reference, runtimes, whole_model
 from slimllm.models import loading
 from slimllm.models.shape import shape_of
-from tests.conftest import FAMILY_CASES, family_config, logits, make_config, make_ids, prune
+from tests.conftest import FAMILY_CASES, ODD_CASES, family_config, logits, make_config, make_ids, prune
 
 _VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
 _QWEN_VISION = dict(depth=1, hidden_size=16, out_hidden_size=32, num_heads=2, intermediate_size=16)
@@ -41,6 +41,7 @@ WRAPPERS = {  # what stands around the text model: (case of the text model, what
         {**_QWEN_VISION, "deepstack_visual_indexes": []},
     ),
     "qwen3_5": ("qwen3_5", {}, _QWEN_VISION),
+    "gemma4": ("gemma4_shared", {}, {**_VISION, "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 64}),
 }
 
 
@@ -77,7 +78,7 @@ def test_the_text_model_is_read_pruned_and_put_back(wrapper, tmp_path, tiny_toke
     case = WRAPPERS[wrapper][0]
     assert loading.load_config(str(tmp_path / "whole")).dtype == torch.float32
     text = loading.load_model(str(tmp_path / "whole"), "auto")
-    assert text.config.model_type == FAMILY_CASES[case][0] and type(text).__name__.endswith("ForCausalLM")
+    assert text.config.model_type == (FAMILY_CASES | ODD_CASES)[case][0] and type(text).__name__.endswith("ForCausalLM")
     assert torch.equal(logits(text, make_ids()), logits(whole, make_ids()))
     smaller = pruned_text(tmp_path / "whole", tmp_path / "text", tiny_tokenizer, prune="channels")
     assert put_back(tmp_path / "text", tmp_path / "out", "--into", tmp_path / "whole") == 0
@@ -89,6 +90,18 @@ def test_the_text_model_is_read_pruned_and_put_back(wrapper, tmp_path, tiny_toke
     now = again.state_dict()
     assert others and all(torch.equal(now[name], tensor) for name, tensor in others.items())
     assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"size": 28}'
+
+
+def test_what_files_hold_of_layers_that_share_keys_and_values_is_left_as_it_is(tmp_path, tiny_tokenizer):
+    saved_whole("gemma4", tmp_path / "whole", tiny_tokenizer)
+    name, path = "model.language_model.layers.2.self_attn.k_proj.weight", tmp_path / "whole" / "model.safetensors"
+    stored = load_file(path)
+    assert name not in stored
+    save_file(stored | {name: torch.ones(16, 32)}, path, {"format": "pt"})
+    pruned_text(tmp_path / "whole", tmp_path / "text", tiny_tokenizer)
+    assert put_back(tmp_path / "text", tmp_path / "out", "--into", tmp_path / "whole") == 0
+    assert name not in load_file(tmp_path / "text" / "model.safetensors")
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[name], torch.ones(16, 32))
 
 
 def test_heads_go_and_the_biases_of_a_recovery_find_their_place(tmp_path, tiny_tokenizer, text_file):

@@ -16,6 +16,8 @@ from transformers import PreTrainedConfig
 from ..errors import UserError
 from ..models import hub, loading
 from ..models.families import family_of
+from ..models.skeleton import skeleton_of
+from ..models.source import stored_tensors
 from ..models.tensor_file import DTYPES
 from ..models.weights import Tensors, weight_files
 from .config_files import CONFIG
@@ -78,7 +80,8 @@ def _write_weights(text: Path, whole: str, dense, folder: Path) -> None:
     smaller = Tensors(weight_files(text), text_alone=False)
     stored = {name: inside.stored_name(name) for name in inside.names}
     stored |= {name: _beside(name, stored, where) for name in smaller.names if name not in stored}  # biases that a recovery gave
-    if gone := sorted(set(inside.names) - set(smaller.names)):
+    used = stored_tensors(skeleton_of(dense, dense.dtype))  # published files hold keys and values of layers that share others' instead
+    if gone := sorted(used.keys() & set(inside.names) - set(smaller.names)):
         raise UserError(f"{where}: the checkpoint has no {gone[0]}: not the same model")
     readers = {name: (everything, name) for name in everything.names} | {stored[name]: (smaller, name) for name in smaller.names}
     layout = {name: (_DTYPE_OF[reader.dtype_name(own)], torch.Size(reader.shape(own))) for name, (reader, own) in readers.items()}
