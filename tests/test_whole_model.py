@@ -136,6 +136,7 @@ REFUSED = {  # what is pruned, how, and what it is put into -> what is said
         "whole",
         "prune with --prune channels",
     ),
+    "quantized weights": ("llava", {}, "quantized", "its weights are quantized, and the checkpoint's are not"),
     "no folder": ("llava", {}, "nowhere/at/all", "no such folder"),
 }
 
@@ -146,6 +147,10 @@ def test_what_cannot_be_put_back_is_refused_in_one_line(what, tmp_path, tiny_tok
     saved_whole(wrapper, tmp_path / "whole", tiny_tokenizer)
     saved_whole(wrapper, tmp_path / "other", tiny_tokenizer, num_hidden_layers=1)
     saved_whole(wrapper, tmp_path / "deeper", tiny_tokenizer, num_hidden_layers=3)
+    if into == "quantized":
+        shutil.copytree(tmp_path / "whole", tmp_path / into)
+        config = json.loads((tmp_path / into / "config.json").read_text())
+        (tmp_path / into / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
     if into == "turned":
         saved_whole(wrapper, tmp_path / "turned", tiny_tokenizer, rope_parameters={"rope_type": "default", "rope_theta": 123.0})
     pruned_text(tmp_path / "whole", tmp_path / "text", tiny_tokenizer, **settings)

@@ -45,6 +45,8 @@ def put_back(text: Path, whole: str, folder: Path) -> None:
     outer, _ = PreTrainedConfig.get_config_dict(whole)
     if not isinstance(outer.get("text_config"), dict):
         raise UserError(f"{where}: a text model, with nothing around it to put another into; leave --into out")
+    if "quantization_config" in outer or "quantization_config" in outer["text_config"]:
+        raise UserError(f"{where}: its weights are quantized, and the checkpoint's are not; name the unquantized model it was made from")
     for name in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "rope_parameters", _epsilon_of(dense)):
         had, has = getattr(dense, name), getattr(now, name)
         if name == "num_hidden_layers" and has < had:

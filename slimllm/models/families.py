@@ -574,7 +574,7 @@ FAMILIES = {
         ),
         Family(
             "gpt_oss",
-            "gpt-oss, in a form that is not quantized",
+            "gpt-oss",
             None,
             steps=with_experts({"per_head": ("sinks",)}, {"inputs": ("router",), "transposed": True}),
         ),
