@@ -16,11 +16,12 @@ from slimllm.models.adapter import LayerAdapter
 from slimllm.models.shape import shape_of
 from slimllm.models.vocabulary import trimmed_source
 from slimllm.plan import removed_parameters
+from slimllm.pruning.allocation import timing
 from slimllm.pruning.importance.taylor import saliencies
 from slimllm.pruning.layer import LayerPruner
 from slimllm.streaming import runner as runner_module
 from slimllm.streaming.runner import LayerRunner
-from tests.conftest import family_config, logits, make_config, make_ids, make_model, make_shape, plan
+from tests.conftest import family_config, logits, make_config, make_ids, make_model, make_shape, plan, run_of
 
 CASES = ("gemma4_inputs", "gemma4_shared", "gemma4_unified")
 
@@ -62,6 +63,13 @@ def logits_with_gradients(model, ids):
 def test_what_goes_by_prices_and_gradients_runs_to_the_end(settings):
     result = slimllm.prune(make_model("gemma4_shared"), calibration=make_ids(), target_sparsity=0.1, look_back=0.3, **settings)
     assert result.parameters.pruned == result.model.num_parameters() == shape_of(result.model.config).parameters
+
+
+def test_the_time_of_what_is_never_cut_is_measured_where_a_layer_has_several_such_parts(monkeypatch):
+    monkeypatch.setattr(timing, "REPEATS", 2)
+    model = make_model("gemma4_shared")
+    times = timing.measured(run_of(model, make_ids(), make_config(4, shape_of(model.config))))
+    assert times.rest > 0 and set(times.parts) == {"mlp"}
 
 
 @pytest.mark.parametrize("stop", [2, 3, 4])  # the second layer is the last that keeps keys and values
