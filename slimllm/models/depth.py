@@ -32,8 +32,6 @@ def shallow_source(source: ModelSource, kept: list[int], changed: dict[str, torc
     ``changed``: tensors that take the place of the model's, by their names in it.
     Raises UserError where a layer that stays would compute something else at its new place, since its family goes by the number of a layer.
     """
-    if table := source.adapter.token_table_name():
-        raise UserError(f"--drop_layers: {table} holds something for every layer, and no layer can be taken out of it yet; leave it out")
     config = shallow_config(source.config, kept)
     check_config(config, "--drop_layers: of what is left")
     skeleton = skeleton_of(config, source.dtype)

@@ -110,8 +110,15 @@ class ModelShape:
         return found
 
     def with_layers(self, kept: list[int]) -> ModelShape:
-        """That of the model that was given with these of its layers alone, by the numbers that they have in it, ascending."""
+        """That of the model that was given with these of its layers alone, by the numbers that they have in it, ascending.
+
+        Raises UserError where a table of the model holds something for every layer.
+        """
         layers = self.given_layers
+        if self.token_inputs and len(kept) < len(layers):
+            raise UserError(
+                "--drop_layers, --plan: no whole layer of this model can go, since all take inputs from one table; keep them all"
+            )
         gone = tuple((index, layer) for index, layer in enumerate(layers) if index not in kept)
         return replace(self, layers=tuple(layers[index] for index in kept), layers_gone=gone)
 
