@@ -168,3 +168,11 @@ def test_what_cannot_be_run_or_counted_is_refused_in_one_line(tmp_path):
     for cut in (lambda: shape.with_fewer_layers(1), lambda: shape.with_layers([0, 1, 3])):
         with pytest.raises(UserError, match="no whole layer of this model can go, since all take inputs from one table"):
             cut()
+
+
+@pytest.mark.parametrize("case", [*CASES, "gemma4_moe"])
+def test_a_model_that_keeps_all_gives_the_same_logits(case):
+    model, ids = make_model(case), make_ids()
+    before = logits(model, ids)
+    result = slimllm.prune(model, calibration=ids, pruning_ratio=0.0)
+    assert torch.equal(logits(result.model, ids), before) and result.parameters.removed == 0
