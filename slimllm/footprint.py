@@ -36,7 +36,8 @@ TYPICAL_TEXTS = 450_000  # tokens of WikiText-2 and PTB together
 def footprint(run: Run, plans: list[LayerPlan], stored: torch.dtype | None, saved: torch.dtype) -> Footprint:
     """What a run with these plans takes; weights are ``stored`` (None: in a .gguf file), computed, then ``saved`` in these."""
     shape, config, sizes = run.shape, run.config, sizes_of(run, stored, saved)
-    embedding = (shape.vocab + shape.tokens_gone) * shape.hidden * sizes.compute + PIECE * max(sizes.stored, sizes.compute)
+    rows = shape.vocab + shape.tokens_gone
+    embedding = rows * (shape.hidden + shape.token_inputs) * sizes.compute + PIECE * max(sizes.stored, sizes.compute)
     peak = max(
         layer.peak_bytes(run, plans, sizes),
         prices.peak_bytes(run, sizes),
@@ -57,7 +58,7 @@ def footprint(run: Run, plans: list[LayerPlan], stored: torch.dtype | None, save
     )
     journal = 0  # the states after a layer, and after the next
     if config.resume is not False:
-        journal = 2 * sizes.tokens * shape.hidden * sizes.compute * (2 if config.look_back else 1)
+        journal = 2 * sizes.tokens * shape.streamed * sizes.compute * (2 if config.look_back else 1)
     temporary, beside = (temporary, journal) if config.tmp_dir is None else (temporary + journal, 0)
     beside = max(beside, distillation.kept_bytes(run, plans))
     if sizes.on_gpu:
@@ -79,7 +80,7 @@ def _beyond_memory(layer_bytes: int, activation_bytes: int, sizes: Sizes) -> int
 
 def _evaluated(run: Run, largest: int, sizes: Sizes) -> int:
     """Bytes of the states of the texts measured on that go to the disk; ``largest``: parameters of a layer."""
-    states = sizes.evaluated_tokens * run.shape.hidden * sizes.evaluation
+    states = sizes.evaluated_tokens * (run.shape.streamed + run.shape.token_inputs) * sizes.evaluation
     return _beyond_memory(largest * sizes.evaluation, states, sizes)
 
 

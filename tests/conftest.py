@@ -67,6 +67,16 @@ EXPERTS = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16)
 ROUTED = dict(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, n_shared_experts=1, n_group=1, topk_group=1)
 LATENT = dict(head_dim=4, num_key_value_heads=4, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8)
 INDEXER = dict(index_topk=24, index_n_heads=2, index_head_dim=8)  # of attention that looks at so many tokens
+GEMMA4 = dict(
+    num_key_value_heads=2,
+    global_head_dim=16,
+    num_global_key_value_heads=1,
+    attention_k_eq_v=True,
+    final_logit_softcapping=5.0,
+    allow_global_per_layer_attribute_access=True,
+    **{name: GEMMA[name] for name in ("sliding_window", "layer_types")},
+)
+TOKEN_INPUTS = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=97, num_hidden_layers=4, attention_k_eq_v=False)
 NEMOTRON_H = dict(num_key_value_heads=2, mamba_num_heads=4, mamba_head_dim=8, n_groups=1, ssm_state_size=8, chunk_size=8)
 HYBRID = dict(layer_types=["linear_attention", "full_attention"])
 
@@ -282,6 +292,10 @@ MIXTURE_CASES = {  # the same of mixtures of experts, which lose other units tha
             **EXPERTS,
         ),
     ),
+    "gemma4_moe": (
+        "gemma4_text",
+        GEMMA4 | dict(hidden_size_per_layer_input=0, enable_moe_block=True, num_experts=8, top_k_experts=2, moe_intermediate_size=16),
+    ),
     "gpt_oss": (
         "gpt_oss",
         dict(num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2, sliding_window=6, layer_types=GEMMA["layer_types"]),
@@ -289,21 +303,10 @@ MIXTURE_CASES = {  # the same of mixtures of experts, which lose other units tha
 }
 ODD_CASES = {  # the same of models that the tests of all families do not fit
     "nemotron_h": ("nemotron_h", dict(num_hidden_layers=4, layer_types=["linear_attention", "mlp", "full_attention", "mlp"], **NEMOTRON_H)),
-    "gemma4": (
-        "gemma4_text",
-        dict(
-            num_key_value_heads=2,
-            global_head_dim=16,
-            num_global_key_value_heads=1,
-            attention_k_eq_v=True,
-            hidden_size_per_layer_input=0,
-            num_kv_shared_layers=0,
-            final_logit_softcapping=5.0,
-            sliding_window=6,
-            layer_types=GEMMA["layer_types"],
-            allow_global_per_layer_attribute_access=True,
-        ),
-    ),
+    "gemma4": ("gemma4_text", GEMMA4 | dict(hidden_size_per_layer_input=0)),
+    "gemma4_inputs": ("gemma4_text", GEMMA4 | TOKEN_INPUTS),
+    "gemma4_shared": ("gemma4_text", GEMMA4 | TOKEN_INPUTS | dict(num_kv_shared_layers=2, use_double_wide_mlp=True)),
+    "gemma4_unified": ("gemma4_unified_text", GEMMA4 | dict(num_hidden_layers=4, num_kv_shared_layers=2)),
 }
 DISTINCT_CASES = (  # one of each way in which layers are built and computed, for tests that take long
     *("llama_mha", "llama_gqa", "llama_tied", "llama_biases", "mistral_window", "qwen2", "qwen3", "gemma2", "gemma3", "granite", "phi3"),

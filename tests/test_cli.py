@@ -288,7 +288,7 @@ def break_model(folder, how):
         ("mamba2", "a state space or recurrence only"),
         ("llama4_text", "model_type llama4_text: its router scales what its experts read"),
         ("falcon", "in one projection, head by head"),
-        ("gemma3n_text", "share keys and values"),
+        ("gemma3n_text", "hand on several states"),
         *((name, f"its weights are quantized ({name})") for name in ("bitsandbytes", "awq", "gptq", "compressed-tensors")),
     ],
 )

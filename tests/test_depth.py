@@ -38,7 +38,7 @@ def skipping(source, ids, kept):
     return runner.adapter.logits(head, norm(torch.cat(list(states))))
 
 
-@pytest.mark.parametrize("case", [*DISTINCT_CASES, "lfm2_moe", "deepseek_v3", "gemma4"])
+@pytest.mark.parametrize("case", [*DISTINCT_CASES, "lfm2_moe", "deepseek_v3", "gemma4", "gemma4_unified"])
 @torch.no_grad()
 def test_what_is_left_is_the_model_with_the_others_skipped(case, tmp_path):
     saved(case, tmp_path / "dense")

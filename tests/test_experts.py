@@ -169,13 +169,14 @@ def test_the_statistics_are_those_of_single_experts(case):
 
 def check_statistics(run, hidden):
     states, seen = torch.cat([run.part.read(states).flatten(0, 1) for states in hidden]), []
+    act = getattr(run.part.experts, "act_fn", functional.silu)
     hook = run.part.experts.register_forward_pre_hook(lambda _, args: seen.append(args))
-    run.part.module(states[None])
+    run.part.give(torch.cat(list(hidden)))
     hook.remove()
     _, chosen, weights = seen[0]
     for expert in range(8):
         gate, up = functional.linear(states, run.part.experts.gate_up_proj[expert]).chunk(2, -1)
-        given = functional.linear(functional.silu(gate) * up, run.part.experts.down_proj[expert])
+        given = functional.linear(act(gate) * up, run.part.experts.down_proj[expert])
         share = (weights * (chosen == expert)).sum(1)
         assert run.tokens[expert] == (chosen == expert).sum()
         torch.testing.assert_close(run.norms[expert], (given * share[:, None]).norm(dim=1).sum(), rtol=1e-3, atol=1e-3)

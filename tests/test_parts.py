@@ -170,7 +170,7 @@ def test_layers_of_one_part_each_or_with_settings_of_their_own(case, runtime, tm
     shape = shape_of(dense.config)
     settings = dict(calibration=ids, target_sparsity=0.15, layer_ratio="uniform", pruned_layers=len(shape.layers))
     assert shape.parameters == dense.num_parameters() and shape.units == LayerAdapter(dense.config).units(dense)
-    assert [list(layer) for layer in shape.units] == [[], ["mlp"], ["attention"], ["mlp"]] or case == "gemma4"
+    assert [list(layer) for layer in shape.units] == [[], ["mlp"], ["attention"], ["mlp"]] or case.startswith("gemma4")
     result = slimllm.prune(copy.deepcopy(dense), recovery="none", runtime=runtime, **settings)
     torch.testing.assert_close(logits(result.model, ids), logits(masked(dense, result.layers), ids), rtol=1e-4, atol=1e-4)
     assert result.parameters.pruned == result.model.num_parameters() < dense.num_parameters()

@@ -14,7 +14,7 @@ from slimllm.commands import COMMANDS
 from slimllm.deploy import checkpoint, reference, runtimes, whole_model
 from slimllm.models import loading
 from slimllm.models.shape import shape_of
-from tests.conftest import FAMILY_CASES, MIXTURE_CASES, family_config, logits, make_config, make_ids, prune
+from tests.conftest import FAMILY_CASES, MIXTURE_CASES, ODD_CASES, family_config, logits, make_config, make_ids, prune
 
 _VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
 _QWEN_VISION = dict(depth=1, hidden_size=16, out_hidden_size=32, num_heads=2, intermediate_size=16)
@@ -50,6 +50,7 @@ WRAPPERS = {  # what stands around the text model: (case of the text model, what
     ),
     "glm4v": ("glm4", {"model_type": "glm4v_text", "rope_parameters": _GLM_MROPE}, _GLM_VISION),
     "glm4v_moe": ("glm4_moe", {"model_type": "glm4v_moe_text", "rope_parameters": _GLM_MROPE}, _GLM_VISION),
+    "gemma4": ("gemma4_shared", {}, {**_VISION, "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 64}),
 }
 
 
@@ -86,9 +87,9 @@ def test_the_text_model_is_read_pruned_and_put_back(wrapper, tmp_path, tiny_toke
     case = WRAPPERS[wrapper][0]
     assert loading.load_config(str(tmp_path / "whole")).dtype == torch.float32
     text = loading.load_model(str(tmp_path / "whole"), "auto")
-    assert text.config.model_type == (FAMILY_CASES | MIXTURE_CASES)[case][0] and type(text).__name__.endswith("ForCausalLM")
+    assert text.config.model_type == (FAMILY_CASES | MIXTURE_CASES | ODD_CASES)[case][0] and type(text).__name__.endswith("ForCausalLM")
     assert torch.equal(logits(text, make_ids()), logits(whole, make_ids()))
-    units = "experts" if text.config.model_type in [case[0] for case in MIXTURE_CASES.values()] else "channels"
+    units = "experts" if case in MIXTURE_CASES else "channels"
     smaller = pruned_text(tmp_path / "whole", tmp_path / "text", tiny_tokenizer, prune=units)
     if wrapper == "qwen3_vl_moe":  # its experts are stored together
         assert put_back(tmp_path / "text", tmp_path / "out", "--into", tmp_path / "whole") == 2
@@ -111,6 +112,18 @@ def test_nothing_is_written_inside_what_is_read(inside, tmp_path, capsys):
         (tmp_path / name).mkdir()
     assert put_back(tmp_path / "text", tmp_path / inside / "a/out", "--into", tmp_path / "whole") == 2
     assert f"lies inside {'DIR' if inside == 'text' else '--into'}" in capsys.readouterr().err and not any((tmp_path / inside).iterdir())
+
+
+def test_what_files_hold_of_layers_that_share_keys_and_values_is_left_as_it_is(tmp_path, tiny_tokenizer):
+    saved_whole("gemma4", tmp_path / "whole", tiny_tokenizer)
+    name, path = "model.language_model.layers.2.self_attn.k_proj.weight", tmp_path / "whole" / "model.safetensors"
+    stored = load_file(path)
+    assert name not in stored
+    save_file(stored | {name: torch.ones(16, 32)}, path, {"format": "pt"})
+    pruned_text(tmp_path / "whole", tmp_path / "text", tiny_tokenizer)
+    assert put_back(tmp_path / "text", tmp_path / "out", "--into", tmp_path / "whole") == 0
+    assert name not in load_file(tmp_path / "text" / "model.safetensors")
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[name], torch.ones(16, 32))
 
 
 def test_heads_go_and_the_biases_of_a_recovery_find_their_place(tmp_path, tiny_tokenizer, text_file):
@@ -145,6 +158,7 @@ REFUSED = {  # what is pruned, how, and what it is put into -> what is said
         "whole",
         "prune with --prune channels",
     ),
+    "quantized weights": ("llava", {}, "quantized", "its weights are quantized, and the checkpoint's are not"),
     "no folder": ("llava", {}, "nowhere/at/all", "no such folder"),
 }
 
@@ -155,6 +169,10 @@ def test_what_cannot_be_put_back_is_refused_in_one_line(what, tmp_path, tiny_tok
     saved_whole(wrapper, tmp_path / "whole", tiny_tokenizer)
     saved_whole(wrapper, tmp_path / "other", tiny_tokenizer, num_hidden_layers=1)
     saved_whole(wrapper, tmp_path / "deeper", tiny_tokenizer, num_hidden_layers=3)
+    if into == "quantized":
+        shutil.copytree(tmp_path / "whole", tmp_path / into)
+        config = json.loads((tmp_path / into / "config.json").read_text())
+        (tmp_path / into / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
     if into == "turned":
         saved_whole(wrapper, tmp_path / "turned", tiny_tokenizer, rope_parameters={"rope_type": "default", "rope_theta": 123.0})
     pruned_text(tmp_path / "whole", tmp_path / "text", tiny_tokenizer, **settings)

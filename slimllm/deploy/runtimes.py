@@ -9,7 +9,7 @@ from ..modeling import per_layer_settings, slim_models
 from ..models.adapter import LayerAdapter
 from ..models.families import family_of, is_pruned
 from ..models.parts import KINDS, Units, has_bias, value_in_layer
-from ..models.shape import irregular, limits_of, shape_of, units_of
+from ..models.shape import alike, irregular, limits_of, shape_of, units_of
 
 
 def check_buildable(units: list[dict[str, Units]]) -> None:
@@ -90,7 +90,7 @@ def as_stock_model(model):
     """
     config, family, adapter = model.config, family_of(model.config), LayerAdapter(model.config)
     way = "prune with --runtime transformers"
-    if odd := irregular(adapter.units(model)):
+    if odd := irregular(alike(shape_of(config), adapter.units(model))):
         raise UserError(f"{type(model).__name__}: {odd}; a stock model needs one width: {way}")
     first = list({part.kind: part for part in reversed(adapter.all_parts(model))}.values())
     heads = next((part.units["heads"] for part in first if "heads" in part.units), 1)

@@ -16,6 +16,8 @@ from transformers import PreTrainedConfig
 from ..errors import UserError
 from ..models import hub, loading
 from ..models.families import family_of
+from ..models.skeleton import skeleton_of
+from ..models.source import stored_tensors
 from ..models.tensor_file import DTYPES
 from ..models.weights import Tensors, weight_files
 from .config_files import CONFIG
@@ -43,6 +45,8 @@ def put_back(text: Path, whole: str, folder: Path) -> None:
     outer, _ = PreTrainedConfig.get_config_dict(whole)
     if not isinstance(outer.get("text_config"), dict):
         raise UserError(f"{where}: a text model, with nothing around it to put another into; leave --into out")
+    if "quantization_config" in outer or "quantization_config" in outer["text_config"]:
+        raise UserError(f"{where}: its weights are quantized, and the checkpoint's are not; name the unquantized model it was made from")
     for name in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "rope_parameters", _epsilon_of(dense)):
         had, has = getattr(dense, name), getattr(now, name)
         if name == "num_hidden_layers" and has < had:
@@ -78,12 +82,14 @@ def _write_weights(text: Path, whole: str, dense, folder: Path) -> None:
     smaller = Tensors(weight_files(text), text_alone=False)
     stored = {name: inside.stored_name(name) for name in inside.names}
     stored |= {name: _beside(name, stored, where) for name in smaller.names if name not in stored}  # biases that a recovery gave
+    used = stored_tensors(skeleton_of(dense, dense.dtype))  # published files hold keys and values of layers that share others' instead
     gone = set(inside.names) - set(smaller.names)
-    if wrong := sorted(name for name in gone if ".experts." not in name):
+    if wrong := sorted(name for name in gone & used.keys() if ".experts." not in name):
         raise UserError(f"{where}: the checkpoint has no {wrong[0]}: not the same model")
     readers = {name: (everything, name) for name in everything.names} | {stored[name]: (smaller, name) for name in smaller.names}
     for name in gone:
-        del readers[stored[name]]
+        if ".experts." in name:
+            del readers[stored[name]]
     layout = {name: (_DTYPE_OF[reader.dtype_name(own)], torch.Size(reader.shape(own))) for name, (reader, own) in readers.items()}
     for name in set(inside.names) - gone:
         if layout[stored[name]][0] != (dtype := _DTYPE_OF[inside.dtype_name(name)]):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .families import Family, PartRow, family_of
-from .parts import Kept, Units, head_dim_of
+from .parts import Kept, Units, head_dim_of, token_inputs_of
 
 
 def blocks_of_columns(blocks: torch.Tensor, width: int) -> torch.Tensor:
@@ -248,12 +248,17 @@ class Experts(Part):
         """
         count, cut = self.units["experts"], [self.module, *self.router.modules(), *self.experts.modules()]
         found = []
-        for module in self.module.modules():
+        for module in (inner for holder in self._holders for inner in holder.modules()):
             own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
             for name, tensor in own:
                 axis = list(tensor.shape).index(count) if count in tensor.shape and any(module is one for one in cut) else None
                 found.append((module, name, tensor, axis))
         return found
+
+    @property
+    def _holders(self) -> list[nn.Module]:
+        """The modules that hold all that the part counts."""
+        return [self.module]
 
     def note_units(self, units: Units) -> None:
         """Brings the numbers of experts that the modules store up to date, once they are sliced."""
@@ -264,6 +269,32 @@ class Experts(Part):
                 module.out_features = len(module.weight)
         for name in vars(self.experts).keys() & set(_WIDTHS):
             setattr(self.experts, name, units["channels"])
+
+
+class ExpertsBeside(Experts):
+    """A router and its experts beside a feed-forward part that stays whole: each gives something that is normed, and their sum is normed
+    again before it joins the residual stream. What experts give, which is fitted, is counted before these norms.
+    """
+
+    def __init__(self, row: PartRow, layer: nn.Module, head_dim: int, multiplier: float):
+        Part.__init__(self, row, layer, head_dim, multiplier)
+        self.router, self.experts = getattr(layer, row.inputs[0]), self.module
+        self.own_norm, self.beside = getattr(layer, row.own_norm), Mlp(row.beside, layer, head_dim, 1.0)
+
+    def give(self, states: torch.Tensor) -> torch.Tensor:
+        """What the experts make of the residual stream ``states`` [..., D]."""
+        states = states.flatten(0, -2)
+        _, weights, routed = self.router(states)
+        return self.experts(self.read(states), routed, weights)
+
+    def join(self, states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The residual stream behind both, where the experts give ``output`` [T, D]."""
+        beside = self.beside.post_norm(self.beside.module(self.beside.read(states)))
+        return super().join(states, beside + self.own_norm(output.view_as(states)))
+
+    @property
+    def _holders(self) -> list[nn.Module]:
+        return [self.router, self.experts]
 
 
 class _Reached(Exception):
@@ -303,7 +334,25 @@ class Mixer:
         raise RuntimeError(f"{type(self._layer).__name__} never came to the norm of its next part")
 
 
+class TokenInput(Mixer):
+    """What a layer makes of the input that it is given for each token, besides the state (:data:`families.TOKEN_INPUT`)."""
+
+    def __init__(self, row: PartRow, layer: nn.Module, argument: str):
+        self._layer, self._row, self._argument = layer, row, argument
+
+    def after(self, states: torch.Tensor, arguments: dict) -> torch.Tensor:
+        """The residual stream behind it. ``arguments``: what the layer is called with besides the ``states`` [..., D]."""
+        layer, row = self._layer, self._row
+        inner = layer.act_fn(getattr(layer, row.inputs[0])(states)) * arguments[self._argument]
+        return states + getattr(layer, row.post_norm)(getattr(layer, row.module)(inner))
+
+
 _PARTS = {"attention": Attention, "mlp": Mlp, "experts": Experts}
+
+
+def part_of(row: PartRow, layer: nn.Module, head_dim: int, multiplier: float) -> Part:
+    """The part of a layer that this row says where to find."""
+    return (ExpertsBeside if row.beside else _PARTS[row.kind])(row, layer, head_dim, multiplier)
 
 
 class LayerAdapter:
@@ -365,10 +414,12 @@ class LayerAdapter:
         steps, found = [step for step in steps if step], []
         for number, step in enumerate(steps):
             if step[0].sizes:
-                found.append([_PARTS[row.kind](row, layer, self.head_dim, multiplier) for row in step])
+                found.append([part_of(row, layer, self.head_dim, multiplier) for row in step])
+            elif step[0].kind == "token_input":
+                found.append([TokenInput(step[0], layer, self.family.token_input)])
             else:
-                following = steps[number + 1 :]
-                until = getattr(layer, following[0][0].norm, None) if following and following[0][0].sizes else None
+                following = next((row.beside or row for row in sum(steps[number + 1 : number + 2], []) if row.sizes), None)
+                until = following and getattr(layer, following.norm, None)
                 found.append([Mixer(layer, until, getattr(layer, step[0].module))])
         return found
 
@@ -417,6 +468,10 @@ class LayerAdapter:
     def decoder_name(self) -> str:
         """What the names of all the decoder's tensors begin with."""
         return f"{self.family.decoder}."
+
+    def token_table_name(self) -> str | None:
+        """The name of the table of what layers are given for each token, in a model that has one."""
+        return f"{self.family.decoder}.{self.family.token_table}.weight" if token_inputs_of(self.config, self.family) else None
 
     def is_output_bias(self, name: str) -> bool:
         """Whether this is the name of a bias of an output projection, which only a recovery or the config's flags give."""

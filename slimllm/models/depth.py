@@ -21,6 +21,7 @@ from .weights import OfAnother
 
 _PER_LAYER = re.compile(r"layer|block|types")  # in the names of a config's lists that have one entry per layer
 _NUMBERS = ("_idxs", "_indices", "only_layers")  # how the names of its lists of layers' numbers end
+_LAST = ("num_kv_shared_layers",)  # numbers of layers that count from the last
 _UP_TO = ("first_k_dense_replace", "num_dense_layers", "max_window_layers")  # numbers of layers that count from the first
 _OWN_NUMBER = ("layer_idx", "training")
 
@@ -61,6 +62,8 @@ def shallow_config(config, kept: list[int]):
     for name, value in list(vars(config).items()):
         if name in _UP_TO and isinstance(value, int):
             setattr(found, name, sum(index < value for index in kept))
+        elif name in _LAST:
+            setattr(found, name, sum(index >= depth - value for index in kept))
         elif isinstance(value, list | tuple) and name.endswith(_NUMBERS):
             setattr(found, name, [new[index] for index in value if index in new])
         elif isinstance(value, list | tuple) and len(value) == depth and _PER_LAYER.search(name):

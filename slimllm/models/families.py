@@ -39,7 +39,11 @@ class PartRow:
     that a token is routed to; ``groups``: those with the numbers of groups that they lie in, and of groups that these are taken from;
     ``stacked``: the parameters of that module that hold the input projections of all experts, gate and up, and their output projections.
     ``transposed``: these have inputs before outputs, and the columns of gate and up take turns. ``fits``: their output projections can
-    be refitted. Where ``sizes`` does not name their width, no channels of experts can go.
+    be refitted. Where ``sizes`` does not name their width, no channels of experts can go. ``beside``: a feed-forward part that stays whole
+    and is added to them behind a norm of each, ``own_norm`` of the experts, and before ``post_norm``; the layer itself holds the router
+    and them, ``module``, and the router reads the residual stream.
+
+    ``doubled``: of a feed-forward part, whether a layer, by the config and its number, has twice as many channels as ``sizes`` says.
     """
 
     kind: str
@@ -66,6 +70,9 @@ class PartRow:
     transposed: bool = False
     fits: bool = True
     groups: tuple[str, str] | None = None
+    beside: PartRow | None = None
+    own_norm: str | None = None
+    doubled: Callable[[object, int], bool] | None = None
 
     def is_in(self, layer) -> bool:
         """Whether a layer, the module, has the part: layers may hold experts or a feed-forward part under one name."""
@@ -84,6 +91,8 @@ ATTENTION = PartRow(
     output_bias="attention_bias",
 )
 MLP = PartRow("mlp", "mlp", ("gate_proj", "up_proj"), "down_proj", ("intermediate_size",), norm="post_attention_layernorm")
+# What a layer makes of the input that it is given for each token: down(act(gate(states)) * input), normed. It is run and never cut.
+TOKEN_INPUT = PartRow("token_input", "per_layer_projection", ("per_layer_input_gate",), "", (), None, post_norm="post_per_layer_input_norm")
 EXPERTS = PartRow("experts", "mlp", ("gate",), "experts", ("num_experts", "intermediate_size"), norm="post_attention_layernorm")
 
 
@@ -104,6 +113,10 @@ class Family:
     layers with a sliding window, where that is one of its own.
 
     ``begins_text``: it computes something else where a text does not begin with its first token (<bos>).
+
+    ``token_inputs``: of the config entry with the size of what each layer is given for a token besides the state, and of the one with the
+    rows of the table that holds this for all layers (``token_table``); its layers take it by the name ``token_input``. ``shared``: the
+    argument of its layers in which some leave keys and values, by the layer's type, for later layers of that type that have none.
 
     ``pairs``: its layers give the states with something beside them, which its decoder takes apart.
 
@@ -146,6 +159,10 @@ class Family:
     sparse_rope: str | None = None
     local_rope: str | None = None
     begins_text: bool = False
+    token_inputs: tuple[str, str] | None = None
+    token_table: str | None = None
+    token_input: str | None = None
+    shared: str | None = None
     activation: str = "silu"  # its feed-forward part's, as llama.cpp computes it
     heads_divide_hidden: bool = False  # its config class takes no other number of heads
     pairs: bool = False
@@ -232,6 +249,15 @@ def _settle_lfm2(config) -> None:
 
 def _settle_gemma4(config) -> None:
     config.allow_global_per_layer_attribute_access = True  # head sizes, which differ by kind of layer, and which nothing here goes by
+    own, rows = (getattr(config, f"{name}_size_per_layer_input", 0) for name in ("hidden", "vocab"))
+    if own and rows != config.vocab_size:
+        raise UserError(f"vocab_size_per_layer_input {rows} is not vocab_size {config.vocab_size}: no such model has been verified")
+    if config.model_type == "gemma4_text" and config.num_kv_shared_layers and not own:
+        raise UserError("num_kv_shared_layers without hidden_size_per_layer_input: transformers cannot run such a model either")
+
+
+def _doubled(config, index: int) -> bool:
+    return config.use_double_wide_mlp and config.kv_sharing_modes[index] == "reuse"
 
 
 _LFM2_MLP = replace(MLP, module="feed_forward", inputs=("w1", "w3"), output="w2", norm="ffn_norm")
@@ -290,6 +316,34 @@ _BY_ROUTER = {"inputs": ("router",), **_WHOLE_EXPERTS}
 _JAMBA_EXPERTS = replace(EXPERTS, **_BY_ROUTER)
 _ROUTED_SIZES = {"sizes": ("n_routed_experts", "moe_intermediate_size")}
 _LOCAL_SIZES = {"sizes": ("num_local_experts", "intermediate_size")}
+
+
+_GEMMA4_MLP = replace(MLP, **_NORMS_AROUND["mlp"], doubled=_doubled)
+_GEMMA4_EXPERTS = replace(
+    EXPERTS,
+    module="experts",
+    inputs=("router",),
+    output="",
+    norm="pre_feedforward_layernorm_2",
+    own_norm="post_feedforward_layernorm_2",
+    post_norm="post_feedforward_layernorm",
+    beside=replace(_GEMMA4_MLP, post_norm="post_feedforward_layernorm_1"),
+    top_k="top_k_experts",
+    **_MOE_SIZES,
+)
+_GEMMA4_LAST = (TOKEN_INPUT,), (mixer("layer_scalar"),)
+_GEMMA4_DENSE = ((_WHOLE,), (_GEMMA4_MLP,), *_GEMMA4_LAST)
+_GEMMA4 = partial(
+    Family,
+    gguf=None,
+    steps=_GEMMA4_DENSE,
+    logits_softcap="final_logit_softcapping",
+    begins_text=True,
+    shared="shared_kv_states",
+    activation="gelu_pytorch_tanh",
+    regular=True,
+    settle=_settle_gemma4,
+)
 
 
 def _with_shared_mlp(attention: dict | None = None) -> tuple[tuple[PartRow, ...], ...]:
@@ -520,7 +574,7 @@ FAMILIES = {
         ),
         Family(
             "gpt_oss",
-            "gpt-oss, in a form that is not quantized",
+            "gpt-oss",
             None,
             steps=with_experts({"per_head": ("sinks",)}, {"inputs": ("router",), "transposed": True}),
         ),
@@ -670,21 +724,15 @@ FAMILIES = {
             norm_epsilon="layer_norm_eps",
             logits_multiplier="logit_scale",
         ),
-        Family(
+        _GEMMA4("gemma4_unified_text", "Gemma 4 12B, without images and sound"),
+        _GEMMA4(
             "gemma4_text",
-            "Gemma 4, dense, without its vision part",
-            None,
-            steps=((_WHOLE,), (replace(MLP, **_NORMS_AROUND["mlp"]),), (mixer("layer_scalar"),)),
-            logits_softcap="final_logit_softcapping",
-            begins_text=True,
-            activation="gelu_pytorch_tanh",
-            regular=True,
-            settle=_settle_gemma4,
-            needs=(
-                ("hidden_size_per_layer_input", 0, "its layers take embeddings of their own, besides what the layer before gives"),
-                ("num_kv_shared_layers", 0, "its layers share keys and values"),
-                ("enable_moe_block", False, "its experts read another norm of the state than the router and the part beside them"),
-            ),
+            "Gemma 4, without images and sound",
+            steps=((_WHOLE,), (_GEMMA4_EXPERTS,), *_GEMMA4_LAST),
+            variant=("enable_moe_block", False, _GEMMA4_DENSE),
+            token_inputs=("hidden_size_per_layer_input", "vocab_size_per_layer_input"),
+            token_table="embed_tokens_per_layer",
+            token_input="per_layer_input",
         ),
         Family("exaone4", "EXAONE 4", "exaone4", steps=_normed(_NORMS_AFTER, qk_norm="head", **_NO_BIAS)),
     )

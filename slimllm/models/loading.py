@@ -21,6 +21,7 @@ from . import gguf_settings, hub
 from .checked import check_config
 from .families import OF_IMAGES, TEXT_MODELS, UNSAID, family_of
 from .gguf_tensors import GgufTensors, gguf_reader, parsed_once
+from .quantized import READERS
 from .refused import UNSUPPORTED
 from .shape import ModelShape, shape_of
 from .skeleton import in_float32, skeleton_of
@@ -129,8 +130,8 @@ def load_config(base_model: str, option_name: str = "--base_model"):
     """
     source, kwargs = _source(base_model, option_name)
     where = f"{option_name} {base_model}"
-    config = _read("config", base_model, option_name, lambda: AutoConfig.from_pretrained(source, trust_remote_code=False, **kwargs))
-    quantization = getattr(config, "quantization_config", None)
+    config = _stored_config(source, base_model, option_name, **kwargs)
+    quantization = _quantization(config)
     if (text := getattr(config, "text_config", None)) and config.model_type not in UNSUPPORTED:
         if not isinstance(text, PreTrainedConfig):
             raise UserError(f"{option_name} {base_model}: config.json: text_config is {text!r}, not the settings of a model")
@@ -150,12 +151,22 @@ def load_config(base_model: str, option_name: str = "--base_model"):
     check_config(config, where if kwargs else f"{where}: config.json")
     _read("config", base_model, option_name, lambda: shape_of(config, family))
     if quantization is not None and not kwargs:
-        settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        raise UserError(
-            f"{option_name} {base_model}: its weights are quantized ({settings.get('quant_method', 'unknown method')}); "
-            "name the unquantized model it was made from"
-        )
+        method = quantization.get("quant_method", "unknown method")
+        if method not in READERS:
+            raise UserError(
+                f"{where}: its weights are quantized ({method}), and only {' and '.join(READERS)} are read; "
+                "name the unquantized model it was made from"
+            )
+        config.__dict__.pop("quantization_config", None)  # its weights are dequantized as they are read
+        config.dtype = config.dtype or torch.bfloat16
     return config
+
+
+def _quantization(config) -> dict | None:
+    """What a config says of quantized weights; of a model of text and images that of its text model counts too."""
+    found = [getattr(one, "quantization_config", None) for one in (config, getattr(config, "text_config", None))]
+    found = next((settings for settings in found if settings is not None), None)
+    return found if isinstance(found, dict | None) else found.to_dict()
 
 
 def _as_text_model(config):
@@ -195,12 +206,28 @@ def open_source(base_model: str, dtype: torch.dtype | str, option_name: str = "-
     weights = _read("weights", base_model, option_name, lambda: _weights(base_model, source, config, names))
     if _settle_head(config, weights):
         skeleton = skeleton_of(config, dtype)
+    if not kwargs and not all(map(weights.is_number, weights.names)):
+        weights = _dequantized(weights, _stored_config(source, base_model, option_name))
     if family_of(config).is_mixture:
         weights = Stacked(weights, skeleton)
     _check_tensors(skeleton, weights, where)
     if not kwargs and (generation := _generation_config(source, base_model, option_name)) is not None:
         skeleton.generation_config = generation
     return ModelSource(skeleton, weights, dtype)
+
+
+def _dequantized(weights, stored):
+    """``weights`` as numbers of the dtype that the model's files say, whatever it is computed in. ``stored``: their config."""
+    quantization = _quantization(stored)
+    if quantization is None:
+        return weights
+    dtype = getattr(getattr(stored, "text_config", None), "dtype", None) or stored.dtype or torch.bfloat16
+    return READERS[quantization["quant_method"]](weights, dtype, quantization)
+
+
+def _stored_config(source: str, base_model: str, option_name: str, **kwargs):
+    """What config.json says, as it stands there."""
+    return _read("config", base_model, option_name, lambda: AutoConfig.from_pretrained(source, trust_remote_code=False, **kwargs))
 
 
 def _generation_config(source: str, base_model: str, option_name: str) -> GenerationConfig | None:

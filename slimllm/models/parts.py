@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .families import PartRow
+from .families import Family, PartRow
 
 Units = dict[str, int]  # how many units of each sort
 Kept = dict[str, list]  # which units of each sort, ascending; of the channels of experts a list for each expert, where these differ
@@ -49,6 +49,19 @@ def is_in_layer(config, row: PartRow, index: int) -> bool:
 def head_dim_of(config) -> int:
     """The size of one head: the config's own, or hidden size / heads where it names none."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def token_inputs_of(config, family: Family) -> int:
+    """How many numbers each layer is given for a token besides the state."""
+    return (getattr(config, family.token_inputs[0], 0) or 0) if family.token_inputs else 0
+
+
+def shared_numbers_of(config, family: Family) -> int:
+    """Numbers of the keys and values that some layers leave of a token for layers that have none."""
+    if family.shared is None:
+        return 0
+    own = [config.per_layer_config[index] for index, mode in enumerate(config.kv_sharing_modes) if mode == "store"]
+    return sum(2 * layer.num_key_value_heads * layer.head_dim for layer in own)
 
 
 def has_bias(config, bias: str | bool) -> bool:
@@ -145,16 +158,18 @@ class ExpertSteps:
 
 
 class ChannelSteps:
-    """Feed-forward channels go one by one, or in multiples of ``round_to``."""
+    """Feed-forward channels go one by one, or in multiples of ``round_to``; ``at_once`` of them where the part's class makes it so many
+    times as wide as the config says.
+    """
 
     sort, fine, least = "channels", True, 1
 
-    def __init__(self, channels: int):
-        self.count = channels
+    def __init__(self, channels: int, at_once: int = 1):
+        self.count, self._at_once = channels // at_once, at_once
 
     def units(self, kept: int) -> Units:
-        """What a layer with so many steps has: each step is one channel."""
-        return {"channels": kept}
+        """What a layer with so many steps has."""
+        return {"channels": kept * self._at_once}
 
     def kept(self, ratio: float, round_to: int) -> int:
         """Channels kept at ``ratio``: count - round(ratio * count), to the nearest multiple of ``round_to``, at least one such multiple."""
@@ -169,11 +184,11 @@ class ChannelSteps:
 
     def of(self, units: Units) -> int:
         """The steps of a layer that has these units."""
-        return units["channels"]
+        return units["channels"] // self._at_once
 
     def of_columns(self, scores):
-        """Scores of the steps [count], from those of the output projection's columns, which are the same here."""
-        return scores
+        """Scores of the steps [count], from those of the output projection's columns: the same, or means of the next lowest."""
+        return scores if self._at_once == 1 else scores.sort().values.view(self.count, -1).mean(1)
 
 
 @dataclass(frozen=True)
@@ -184,6 +199,7 @@ class AttentionShape:
     sorts: ClassVar[tuple[str, ...]] = ("heads", "kv_heads")
     title: ClassVar[str] = "attention"
     fine: ClassVar[bool] = False  # its steps are few: where a size is to be met, finer ones make up for it
+    times: ClassVar[int] = 1  # how many times as large as the config says its class makes it
 
     hidden: int
     heads: int
@@ -284,14 +300,16 @@ class MlpShape:
     output_flag: str | None = None
     gate: bool = True
     single: int = 0  # parameters besides
+    times: int = 1
 
     @classmethod
     def of(cls, config, row: PartRow, index: int) -> MlpShape:
         """That of layer ``index`` of a model, dense or pruned."""
         biases = has_bias(config, row.input_bias), _has_output_bias(config, row, index)
         flags = _flag(row.input_bias), _flag(row.output_bias)
-        channels = value_in_layer(config, row.sizes[0], index)
-        return cls(config.hidden_size, channels, *biases, *flags, row.gate, len(row.single))
+        times = 2 if row.doubled and row.doubled(config, index) else 1
+        channels = times * value_in_layer(config, row.sizes[0], index)
+        return cls(config.hidden_size, channels, *biases, *flags, row.gate, len(row.single), times)
 
     @property
     def units(self) -> Units:
@@ -305,7 +323,7 @@ class MlpShape:
 
     def steps(self, head_unit: str = "query", divisor: int = 0) -> ChannelSteps:
         """The steps in which its channels can go; the arguments are of heads alone."""
-        return ChannelSteps(self.channels)
+        return ChannelSteps(self.channels, self.times)
 
     def parameters(self, units: Units | None = None, input_bias: bool | None = None, output_bias: bool | None = None) -> int:
         """Parameters of the part with these units; what is not mentioned is as in the model."""
@@ -344,8 +362,8 @@ class MlpShape:
         return f"{self.channels} channels"
 
     def check_kept(self, kept: Kept) -> str | None:
-        """None: any channels may stay."""
-        return None
+        """What forbids these indices, in words: a number of channels that its class cannot have."""
+        return f"the number of its channels must be a multiple of {self.times}" if len(kept["channels"]) % self.times else None
 
 
 @dataclass(frozen=True)
@@ -363,6 +381,7 @@ class ExpertsShape:
     sorts: ClassVar[tuple[str, ...]] = ("experts", "channels")
     title: ClassVar[str] = "experts"
     fine: ClassVar[bool] = False
+    times: ClassVar[int] = 1
     input_bias: ClassVar[bool] = False
     output_bias: ClassVar[bool] = False
     input_flag: ClassVar[None] = None

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import UserError
 from .families import Family, family_of
-from .parts import KINDS, Counted, PartShape, Units, biases_of, has_bias, is_in_layer
+from .parts import KINDS, Counted, PartShape, Units, biases_of, has_bias, is_in_layer, shared_numbers_of, token_inputs_of
 
 # architectures of llama.cpp that take no fewer heads
 HEADS_FILL_HIDDEN = ("qwen2", "phi3", "chatglm", "olmo", "olmo2", "exaone4", "starcoder2", "nemotron", "phi2", "command-r", "cohere2")
@@ -46,7 +46,7 @@ class ModelShape:
     hidden: int
     vocab: int
     tied: bool
-    norm_parameters: int  # of the final norm
+    norm_parameters: int  # of the final norm, and of what makes the inputs of layers for each token besides their table
     head_bias: bool  # the output head has one
     heads_fixed: str | None  # why no head can go, where none can
     stock_bias: bool  # the family's own class can have biases in its output projections
@@ -56,6 +56,8 @@ class ModelShape:
     gguf: str | None  # the llama.cpp architecture that holds it where its layers have one width, if there is one
     gguf_free: str | None  # the one in which they may differ
     vllm_free: bool  # vLLM computes it where they do
+    shared: int = 0  # numbers of the keys and values that some layers leave of a token for others
+    token_inputs: int = 0  # numbers that all layers together are given for a token besides the state, from a table
     regular: bool = False  # no class holds it with layers of different widths
     tokens_gone: int = 0  # of the vocabulary that the model came with
     layers_gone: tuple[tuple[int, LayerShape], ...] = ()  # whole layers of it, by the numbers that they had
@@ -72,7 +74,12 @@ class ModelShape:
 
     @property
     def _token_parameters(self) -> int:
-        return self.hidden * (1 if self.tied else 2) + self.head_bias
+        return self.hidden * (1 if self.tied else 2) + self.head_bias + self.token_inputs
+
+    @property
+    def streamed(self) -> int:
+        """Numbers of a token that are kept while its states go from layer to layer."""
+        return self.hidden + self.shared
 
     @property
     def token_parameters_gone(self) -> int:
@@ -103,8 +110,15 @@ class ModelShape:
         return found
 
     def with_layers(self, kept: list[int]) -> ModelShape:
-        """That of the model that was given with these of its layers alone, by the numbers that they have in it, ascending."""
+        """That of the model that was given with these of its layers alone, by the numbers that they have in it, ascending.
+
+        Raises UserError where a table of the model holds something for every layer.
+        """
         layers = self.given_layers
+        if self.token_inputs and len(kept) < len(layers):
+            raise UserError(
+                "--drop_layers, --plan: no whole layer of this model can go, since all take inputs from one table; keep them all"
+            )
         gone = tuple((index, layer) for index, layer in enumerate(layers) if index not in kept)
         return replace(self, layers=tuple(layers[index] for index in kept), layers_gone=gone)
 
@@ -159,12 +173,16 @@ def shape_of(config, family: Family | None = None) -> ModelShape:
         from .skeleton import counted  # takes torch, which flags and their help do without
 
         modules = counted(config, family)
+    own = token_inputs_of(config, family)
+    token_inputs = own * config.num_hidden_layers
     return ModelShape(
         layers=tuple(_layer_shape(config, family, index, modules[index]) for index in range(config.num_hidden_layers)),
         hidden=config.hidden_size,
         vocab=config.vocab_size,
         tied=config.tie_word_embeddings,
-        norm_parameters=family.norm_vectors * config.hidden_size,
+        norm_parameters=family.norm_vectors * config.hidden_size + token_inputs * config.hidden_size + own,
+        shared=shared_numbers_of(config, family),
+        token_inputs=token_inputs,
         head_bias=has_bias(config, family.head_bias),
         heads_fixed=family.heads_fixed(config),
         stock_bias=all(isinstance(row.output_bias, str) for row in family.parts),
@@ -187,6 +205,15 @@ def _layer_shape(config, family: Family, index: int, modules: Counted | None) ->
         rows, uncut = [row for row in family.parts if row.kind in modules.kinds], modules.uncut
     parts = (modules.experts if row.kind == "experts" else KINDS[row.kind].of(config, row, index) for row in rows)
     return LayerShape(tuple(parts), uncut)
+
+
+def alike(shape: ModelShape, units: list[dict[str, Units]]) -> list[dict[str, Units]]:
+    """``units`` of the layers of a model of this shape, as they are compared: a part that its class makes twice as wide counts as half."""
+    parts = [{part.kind: part for part in layer.parts} for layer in shape.layers]
+    return [
+        {kind: {sort: count // own[kind].times for sort, count in counts.items()} for kind, counts in left.items()}
+        for own, left in zip(parts, units, strict=True)
+    ]
 
 
 def window_of(config) -> int | None:

@@ -9,7 +9,7 @@ import re
 import torch
 from torch import nn
 
-from .adapter import Experts
+from .adapter import part_of
 from .families import PRUNED, Family, PartRow, family_of
 from .parts import Counted, ExpertsShape
 
@@ -74,14 +74,14 @@ def _in_float32(settings: str, dtype: torch.dtype) -> frozenset[str]:
 
 def _of_layer(layer: nn.Module, config, family: Family) -> Counted:
     rows = [row for row in family.parts if row.is_in(layer)]
-    cut = {row.module for row in rows}
+    cut = {name for row in rows for name in (row.module, *(row.inputs if row.beside else ()))}
     uncut = sum(p.numel() for name, p in layer.named_parameters() if name.partition(".")[0] not in cut)
     experts = next((row for row in rows if row.kind == "experts"), None)
     return Counted(uncut, frozenset(row.kind for row in rows), experts and _experts(layer, config, experts))
 
 
 def _experts(layer: nn.Module, config, row: PartRow) -> ExpertsShape:
-    part = Experts(row, layer, 0, 1.0)
+    part = part_of(row, layer, 0, 1.0)
     count, inside = part.units["experts"], list(part.experts.modules())
     numbers = {"expert": 0, "router": 0, "fixed": 0}
     for module, _, tensor, axis in part.tensors():

@@ -149,13 +149,15 @@ def trimmed_source(source: ModelSource, kept: list[int]) -> ModelSource:
     new = {old: index for index, old in enumerate(kept)}
     config = copy.deepcopy(source.config)
     config.vocab_size = len(kept)
+    if table := adapter.token_table_name():
+        setattr(config, adapter.family.token_inputs[1], len(kept))
     _number_anew(config, new)
     skeleton = skeleton_of(config, source.dtype)
     if getattr(source.model, "generation_config", None) is not None:
         skeleton.generation_config = copy.deepcopy(source.model.generation_config)
         _number_anew(skeleton.generation_config, new)
     heads = adapter.head_name()
-    names = [adapter.embedding_name(), *(name for name in source.weights.names if name.startswith(heads))]
+    names = [adapter.embedding_name(), *([table] if table else []), *(name for name in source.weights.names if name.startswith(heads))]
     return ModelSource(skeleton, Selected(source.weights, names, rows), source.dtype)
 
 

@@ -136,7 +136,8 @@ def _checked(c: Choice, scores: torch.Tensor, count: int, sort: str, flag: str |
 
 def channels(c: Choice, kept_steps: int) -> Kept:
     """Feed-forward channels by their importance."""
-    return {"channels": select_channels(c.scores, c.shape.channels - kept_steps, c.config.keep_lowest).tolist()}
+    gone = c.shape.channels - c.shape.steps().units(kept_steps)["channels"]
+    return {"channels": select_channels(c.scores, gone, c.config.keep_lowest).tolist()}
 
 
 def expert_scores(c: Choice) -> torch.Tensor:

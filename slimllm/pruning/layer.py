@@ -108,7 +108,7 @@ def activation_bytes(run: Run, sizes: Sizes) -> int:
     """
     most = max(widest(layer) for layer in run.shape.layers)
     streams = 2 if run.config.look_back else 1
-    return sizes.tokens * (run.shape.hidden * (2 * streams * sizes.compute + 4) + most * sizes.compute)
+    return sizes.tokens * (run.shape.hidden * 4 + (2 * streams * run.shape.streamed + most + run.shape.token_inputs) * sizes.compute)
 
 
 def peak_bytes(run: Run, plans: list[LayerPlan], sizes: Sizes) -> int:

@@ -43,15 +43,18 @@ class Aim:
 
 def part_runs(runner: LayerRunner, hidden: ActivationStore, step: list[Part | Mixer], index: int) -> list[PartRun | MixerRun | ExpertsRun]:
     """The runs of the parts of one step, which read the same states ``hidden``."""
-    kinds = {Mixer: MixerRun, Experts: ExpertsRun}
-    return [kinds.get(type(part), PartRun)(runner, hidden, part, index) for part in step]
+
+    def kind_of(part) -> type:
+        return MixerRun if isinstance(part, Mixer) else ExpertsRun if isinstance(part, Experts) else PartRun
+
+    return [kind_of(part)(runner, hidden, part, index) for part in step]
 
 
 class MixerRun:
     """A part that is run on the residual stream ``hidden`` as it is; there are no statistics to take of it."""
 
     def __init__(self, runner: LayerRunner, hidden: ActivationStore, part: Mixer, index: int):
-        self.part, self.hidden, self._arguments = part, hidden, runner.arguments[index]
+        self.part, self.hidden, self._runner, self._index = part, hidden, runner, index
 
     def take(self) -> None:
         """Nothing: it is computed where it joins."""
@@ -59,7 +62,8 @@ class MixerRun:
     def join(self) -> None:
         """Advances the residual stream."""
         for i, states in enumerate(self.hidden):
-            self.hidden[i] = self.part.after(states, self._arguments)
+            with self._runner.arguments_of(self.hidden, i, self._index) as arguments:
+                self.hidden[i] = self.part.after(states, arguments)
 
     def close(self) -> None:
         """Nothing is kept."""

@@ -31,10 +31,13 @@ class ActivationStore:
 
     So memory does not grow with the number of samples, and nothing is left behind when a run is killed. Numbers are kept exactly:
     what comes out does not depend on how much memory was free.
+
+    ``beside``: what some layers leave of these batches for later layers, by name.
     """
 
     def __init__(self, memory: ActivationMemory):
         self._memory = memory
+        self.beside: dict[str, ActivationStore] = {}
         self._items: list = []  # a tensor, or (offset, shape, dtype, device) of one in the file
         self._file = None
         self._end = 0
@@ -78,17 +81,25 @@ class ActivationStore:
     def __iter__(self):
         return (self[index] for index in range(len(self)))
 
+    def store_beside(self, name: str) -> ActivationStore:
+        """The store of this name in ``beside``; an empty one at first."""
+        return self.beside.setdefault(name, ActivationStore(self._memory))
+
     def copy(self) -> ActivationStore:
         """Another store of the same batches; replacing one in either leaves the other as it is."""
         twin = ActivationStore(self._memory)
         for tensor in self:
             twin.append(tensor)
+        twin.beside = {name: store.copy() for name, store in self.beside.items()}
         return twin
 
     def close(self) -> None:
-        """Forgets all batches: gives their memory back to the other stores, and removes the temporary file."""
+        """Forgets all batches, and what is beside them: gives their memory back to the other stores, and removes the temporary file."""
         self._memory.left += self._reserved
         self._reserved, self._items = 0, []
         if self._file is not None:
             self._file.close()
             self._file = None
+        for store in self.beside.values():
+            store.close()
+        self.beside = {}

@@ -86,6 +86,8 @@ class Journal:
 
     def finish_layer(self, index: int, report: dict, streams: dict[str, ActivationStore]) -> None:
         """Keeps a layer's report, and the states after it, by name; those after the layer before it go."""
+        beside = {f"{name}/{what}": own for name, store in streams.items() for what, own in store.beside.items()}
+        streams = streams | beside
         layout = {f"{name}.{i}": (states.dtype, states.shape) for name, store in streams.items() for i, states in enumerate(store)}
         path = self._states(index)
         if layout:
@@ -106,8 +108,11 @@ class Journal:
             raise UserError(f"--resume: {self._states(index)}, which the stopped run had written, is gone; start anew without the flag")
         with resuming(self._states(index)):
             tensors = Tensors([self._states(index)])
-        while (key := f"{name}.{len(store)}") in tensors.names:
-            store.append(tensors.read(key).to(device))
+        own = {key.rpartition(".")[0] for key in tensors.names}
+        beside = {prefix: store.store_beside(prefix.removeprefix(f"{name}/")) for prefix in own if prefix.startswith(f"{name}/")}
+        for prefix, into in ({name: store} | beside).items():
+            while (key := f"{prefix}.{len(into)}") in tensors.names:
+                into.append(tensors.read(key).to(device))
         return store
 
     def _states(self, index: int) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -44,6 +44,7 @@ class LayerRunner:
         layer_bytes = sum(p.numel() for p in layer.parameters()) * self.dtype.itemsize
         self.memory = ActivationMemory(activation_room(self.device, max(MIN_ACTIVATION_BYTES, layer_bytes)), tmp_dir)
         self.arguments: list[dict] | None = None
+        self._token_inputs: list[ActivationStore] = []  # one for each layer, of families whose layers are given something for each token
 
     def store(self) -> ActivationStore:
         """An empty store for activations, which shares the memory that this runner may use with its other stores."""
@@ -51,7 +52,7 @@ class LayerRunner:
 
     @contextmanager
     def _decoder(self):
-        """(the decoder with recorders in place of its layers, the first recorder)"""
+        """(what runs the decoder with recorders in place of its layers, the first recorder)"""
         recorders = nn.ModuleList(_Recorder(layer, self.adapter.family.pairs) for layer in self.adapter.layers(self.source.model))
         with self.source.decoder(recorders) as decoder:
 
@@ -60,13 +61,51 @@ class LayerRunner:
 
             if self.arguments is None:
                 run(self.ids[:1])
-                self.arguments = [_to(_to(recorder.arguments, self.device), self.dtype) for recorder in recorders]
+                self.arguments = [self._own(recorder.arguments) for recorder in recorders]
+                self._keep_token_inputs(run, recorders)
             yield run, recorders[0]
+
+    def _own(self, value):
+        return _to(_to(value, self.device), self.dtype)
+
+    def _keep_token_inputs(self, run, recorders) -> None:
+        name = self.adapter.family.token_input
+        if self.arguments[0].get(name) is None:
+            return
+        self._token_inputs = [self.store() for _ in recorders]
+        for batch in self.ids.split(self.batch):
+            run(batch)
+            for store, recorder in zip(self._token_inputs, recorders):
+                store.append(self._own(recorder.arguments[name]).contiguous())
 
     def prepare(self) -> None:
         """Finds the ``arguments`` of the layers where no states are embedded."""
         with self._decoder():
             pass
+
+    @contextmanager
+    def arguments_of(self, hidden: ActivationStore, i: int, index: int, shared: torch.Tensor | None = None):
+        """What layer ``index`` is called with besides the states of batch ``i`` of ``hidden``; the keys and values that it leaves there
+        for later layers are kept beside ``hidden``. ``shared``: those of an earlier layer [2, ...], where not those beside ``hidden``.
+        """
+        family, arguments = self.adapter.family, dict(self.arguments[index])
+        if self._token_inputs:
+            arguments[family.token_input] = self._token_inputs[index][i]
+        if family.shared is None:
+            yield arguments
+            return
+        kind = self.source.config.layer_types[index]
+        shared = self._shared(hidden, i, kind) if shared is None else shared
+        arguments[family.shared] = {} if shared is None else {kind: tuple(shared)}
+        yield arguments
+        if shared is None and kind in arguments[family.shared]:
+            hidden.store_beside(kind).append(torch.stack(arguments[family.shared][kind]).detach())
+
+    @staticmethod
+    def _shared(hidden: ActivationStore, i: int, kind: str) -> torch.Tensor | None:
+        """The keys and values that layers of this kind share of batch ``i`` [2, ...], where one has left them."""
+        store = hidden.beside.get(kind, ())
+        return store[i] if i < len(store) else None
 
     def embed(self) -> ActivationStore:
         """The hidden states before the first layer, as the decoder gives them to it."""
@@ -85,16 +124,39 @@ class LayerRunner:
             if stage:
                 self.progress(stage, index + 1, total)
 
-    def output(self, layer: nn.Module, states: torch.Tensor, index: int) -> torch.Tensor:
-        """What the layer makes of the states of some samples [samples, length, D]."""
-        output = layer(states, **self.arguments[index])
-        return output[0] if isinstance(output, tuple) else output
+    def backward(
+        self, layer: nn.Module, index: int, inputs: ActivationStore, upstream: ActivationStore, i: int, others: Callable[[], list]
+    ) -> list[torch.Tensor]:
+        """Replaces batch ``i`` of ``upstream``, the gradient of what the layer gives, by that of what it was given, batch ``i`` of
+        ``inputs``; returns those of the tensors that ``others()`` names once the layer has run.
+
+        Gradients of keys and values that layers share add up beside ``upstream`` until the layer that left them takes them.
+        """
+        kind = self.source.config.layer_types[index] if self.adapter.family.shared else ""
+        states, shared = inputs[i].detach().requires_grad_(), self._shared(inputs, i, kind)
+        shared = None if shared is None else shared.detach().requires_grad_()
+        with torch.enable_grad(), self.arguments_of(inputs, i, index, shared) as arguments:
+            outputs, gradients = [_states_of(layer(states, **arguments))], [upstream[i]]
+            sums = upstream.beside.get(f"gradient of {kind}", ())
+            if shared is None and len(sums) and kind in arguments[self.adapter.family.shared]:
+                outputs.append(torch.stack(arguments[self.adapter.family.shared][kind]))
+                gradients.append(sums[i])
+        wanted = [states, *([] if shared is None else [shared]), *others()]
+        upstream[i], *found = torch.autograd.grad(outputs, wanted, gradients)
+        if shared is not None:
+            into, own = upstream.store_beside(f"gradient of {kind}"), found.pop(0)
+            if i < len(into):
+                into[i] = into[i] + own
+            else:
+                into.append(own)
+        return found
 
     def advance(self, hidden: ActivationStore, layer: nn.Module, index: int) -> float:
         """Replaces the hidden states by the layer's output; returns the sum over tokens of the cosine similarity of the two."""
         cosines = 0.0
         for i, states in enumerate(hidden):
-            output = self.output(layer, states, index)
+            with self.arguments_of(hidden, i, index) as arguments:
+                output = _states_of(layer(states, **arguments))
             cosines += cosine_sum(states, output)
             hidden[i] = output
         return cosines
@@ -137,6 +199,11 @@ class LayerRunner:
         return [value / tokens for value in sums]
 
 
+def _states_of(output) -> torch.Tensor:
+    """The states that a layer gives, alone or with something beside them."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 @contextmanager
 def frozen(layer: nn.Module):
     """No parameter of the layer takes a gradient, unless the block asks for one; afterwards each does as before."""
@@ -174,7 +241,7 @@ class _Recorder(nn.Module):
         return (hidden_states, None) if self._pair else hidden_states
 
 
-def _to(value, place: torch.device | torch.dtype):
+def _to(value, place):
     """The tensors inside on another device, or its floating-point ones in another dtype."""
     if isinstance(value, torch.Tensor):
         return value if isinstance(place, torch.dtype) and not value.is_floating_point() else value.to(place)

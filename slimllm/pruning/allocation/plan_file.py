@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...errors import UserError
 from ...models.parts import Kept, PartShape
-from ...models.shape import LayerShape, ModelShape, irregular, limits_of
+from ...models.shape import LayerShape, ModelShape, alike, irregular, limits_of
 from ...plan import LayerPlan, by_part, shape_by_part
 from ...utils.files import check_plain
 
@@ -68,8 +68,8 @@ def _check_limits(path: str, plans: list[LayerPlan], shape: ModelShape, runtime:
     limits = limits_of(runtime, shape)
     coarse = [{part.kind: plan.units[part.kind] for part in layer.parts if not part.fine} for layer, plan in zip(shape.layers, plans)]
     units = [plan.units for plan in plans]
-    if limits.same_heads and irregular(units if limits.same_channels else coarse):
-        raise UserError(f"--plan {path}: {irregular(units)}; --runtime {runtime} needs them alike")
+    if limits.same_heads and irregular(alike(shape, units if limits.same_channels else coarse)):
+        raise UserError(f"--plan {path}: {irregular(alike(shape, units))}; --runtime {runtime} needs them alike")
     whole = [layer.units[kind] == counts for layer, kept in zip(shape.layers, coarse) for kind, counts in kept.items() if "heads" in counts]
     if limits.whole_heads and not all(whole):
         raise UserError(f"--plan {path}: it removes heads, and no head of this model can go; choose by --prune channels")

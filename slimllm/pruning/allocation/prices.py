@@ -163,11 +163,8 @@ def _backward(runner: LayerRunner, layer: nn.Module, index: int, inputs, upstrea
         for part in runner.adapter.parts(layer)
     ]
     with frozen(layer):
-        for i, states in enumerate(inputs):
-            states = states.detach().requires_grad_()
-            with torch.enable_grad():
-                output = runner.output(layer, states, index)
-            upstream[i], *gradients = torch.autograd.grad(output, [states, *(y for _, y in caught.values())], upstream[i])
+        for i in range(len(inputs)):
+            gradients = runner.backward(layer, index, inputs, upstream, i, lambda: [y for _, y in caught.values()])
             of = {kind: [t.detach().flatten(0, -2) for t in (x, y, g)] for (kind, (x, y)), g in zip(caught.items(), gradients)}
             for k, option in enumerate(options):
                 x, y, g = of[option.part]
@@ -215,7 +212,8 @@ def activation_bytes(run: Run, sizes: Sizes) -> int:
     kept = len(run.shape.layers) * (probes + min(FIT_TOKENS, sizes.tokens))
     if run.config.prices == "streams":
         kept = sum(len(levels_of(part.steps(run.config.head_unit))) for layer in run.shape.layers for part in layer.parts) * probes
-    return kept * run.shape.hidden * sizes.evaluation
+    inputs = (probes + min(FIT_TOKENS, sizes.tokens)) * run.shape.token_inputs
+    return (kept * run.shape.streamed + inputs) * sizes.evaluation
 
 
 def peak_bytes(run: Run, sizes: Sizes) -> int:

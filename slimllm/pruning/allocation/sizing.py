@@ -8,7 +8,7 @@ from functools import cached_property
 
 from ...errors import UserError
 from ...models.parts import ChannelSteps, ExpertSteps, HeadSteps, PartShape, all_steps, goes
-from ...models.shape import ModelShape, irregular, limits_of
+from ...models.shape import ModelShape, alike, irregular, limits_of
 from ...plan import LayerPlan, bias_flags, removed_parameters
 from ...settings.pruning import PruneConfig
 
@@ -88,10 +88,10 @@ class Sizing:
     def _check_alike(self) -> None:
         if not self.limits.same_heads:
             return
-        alike = [
+        units = [
             {part.kind: part.units for part in layer.parts if self.limits.same_channels or not part.fine} for layer in self.shape.layers
         ]
-        if odd := irregular(alike):
+        if odd := irregular(alike(self.shape, units)):
             raise UserError(
                 f"--runtime {self.config.runtime}: it needs layers alike, and in this model {odd}; prune the dense model it came from"
             )
@@ -214,7 +214,7 @@ class Sizing:
         flags = bias_flags(self.shape, plans, self.config)
         pruned = self.fine if together else [slot for slot in self.fine if slot.kept(plans) < slot.steps.count]
         part, units = self.fine[0].part, plans[self.fine[0].layer].units[self.fine[0].part.kind]
-        unit = step * part.unit_parameters(part.input_flag in flags, units) * (len(pruned) if together else 1)
+        unit = step * part.unit_parameters(part.input_flag in flags, units) * (sum(slot.part.times for slot in pruned) if together else 1)
         surplus = round((self.removed(plans) - self.target) / unit)  # steps to give back
         if together:
             before, count = pruned[0].kept(plans), pruned[0].steps.count

@@ -53,8 +53,9 @@ def measured(run: Run) -> Times:
     wanted = {part.kind for layer in run.shape.layers for part in layer.parts}
     for index, layer in runner.visit():
         if mixers[index] and uncut is None:
-            [mixer] = _mixers(runner, layer)
-            uncut = sum(map(len, mixers)) * _median(partial(mixer.after, states, runner.arguments[index]), run.device)
+            own = _mixers(runner, layer)
+            times = [_median(partial(mixer.after, states, runner.arguments[index]), run.device) for mixer in own]
+            uncut = sum(map(len, mixers)) * sum(times) / len(times)
         shapes = {part.kind: part for part in run.shape.layers[index].parts if part.kind not in parts}
         for kind, shape in shapes.items():
             steps = shape.steps("group")

@@ -70,17 +70,12 @@ def _backward(runner: LayerRunner, layer: nn.Module, index: int, inputs, upstrea
     with frozen(layer):
         for linear in linears:
             linear.weight.requires_grad_()
-        for i, states in enumerate(inputs):
-            states = states.detach().requires_grad_()
-            with torch.enable_grad():
-                output = runner.output(layer, states, index)
-            output.backward(upstream[i])
-            upstream[i] = states.grad
-        gradients = [linear.weight.grad for linear in linears]
+        gradients = []
+        for i in range(len(inputs)):
+            found = runner.backward(layer, index, inputs, upstream, i, lambda: [linear.weight for linear in linears])
+            gradients = [total + own for total, own in zip(gradients, found)] if gradients else found
         processes.add(*gradients)
         importance = {linear: (linear.weight.detach() * gradient).abs().float() for linear, gradient in zip(linears, gradients)}
-        for linear in linears:
-            linear.weight.grad = None
     return {part.kind: _unit_sums(part, importance) for part in parts}
 
 
