@@ -44,14 +44,14 @@ SAMPLES = (
 )
 
 
-def bpe_tokenizer(split="gpt-2"):
-    """A byte-level BPE tokenizer trained on the tests' text."""
+def bpe_tokenizer(split="gpt-2", more=()):
+    """A byte-level BPE tokenizer trained on the tests' text, and on ``more``."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = SPLITS[split]
     trainer = trainers.BpeTrainer(
         vocab_size=310, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    tokenizer.train_from_iterator([TEXT, "12345 2024 users devices"], trainer)
+    tokenizer.train_from_iterator([TEXT, "12345 2024 users devices", *more], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template="{{ messages }}")
 
 
@@ -275,6 +275,15 @@ def test_every_type_is_within_its_tolerance(outtype, tmp_path):
     if outtype == "q8_0":  # rows of 75 or 150 channels fill no blocks of 32
         assert tensors["blk.1.ffn_down.weight"] == "F16"
     assert checks(folder, path)[1].measured < 10 * verify.GGUF_TOLERANCE[outtype.upper()]  # random weights are larger than a model's
+
+
+@pytest.mark.parametrize("split", ["qwen2", "qwen35"])
+def test_letters_with_marks_are_split_as_the_tokenizer_does(split, tmp_path):
+    text = "e\u0301te\u0301 हिन्दी "
+    tokenizer = bpe_tokenizer(split, [text * 50])
+    path = export_gguf.export(save("llama_gqa", tmp_path, tokenizer, pruned=False), tmp_path / "x.gguf", "f16")
+    with LlamaCpp(path) as llama:
+        assert llama.tokenize(text) == tokenizer(text).input_ids
 
 
 @pytest.mark.parametrize("split", SPLITS)

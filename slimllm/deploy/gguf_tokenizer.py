@@ -38,6 +38,9 @@ PRE_TOKENIZERS = {
     ("Digits", "ByteLevel"): "smollm",
     (_CONTRACTIONS + r"\p{N}{1,3}" + _REST,): "llama-bpe",
     (_CONTRACTIONS + r"\p{N}" + _REST,): "qwen2",
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ): "qwen35",
     (f"{_LEAD}{_UPPER}*{_LOWER}+|{_LEAD}{_UPPER}+{_LOWER}*" + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",): "tekken",
 }
 
