@@ -434,7 +434,7 @@ def test_heads_may_go_in_place_of_experts():
         ("mixtral", dict(target_speedup=1.5), "^--target_speedup 1.5: it goes by prices"),
         ("mixtral", dict(target_sparsity=0.1, price_list="p.json"), "^--price_list p.json: it goes by prices"),
         ("mixtral", dict(vocab="auto", smaller=0.2), "^--vocab auto: it goes by prices"),
-        ("mixtral", dict(runtime="gguf"), "^--runtime gguf: llama.cpp has no architecture"),
+        ("phimoe", dict(runtime="gguf"), "^--runtime gguf: llama.cpp has no architecture"),
     ],
 )
 def test_what_a_mixture_cannot_lose_is_refused_in_one_line(case, settings, message):
