@@ -320,6 +320,14 @@ def test_a_mixture_that_llama_cpp_computes_otherwise_is_refused(case, settings, 
         gguf_architecture.architecture_of(config, biased=False)
 
 
+def test_a_model_that_llama_cpp_computes_otherwise_is_refused_before_it_is_pruned_for_it(capsys, tmp_path, text_file):
+    make_model("gpt_oss").save_pretrained(tmp_path / "m")
+    tiny_tokenizer_of().save_pretrained(tmp_path / "m")
+    assert slim(["prune", str(tmp_path / "m"), "--runtime", "gguf", "--calibration", str(text_file), "--dry_run"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search("--runtime gguf: rope_type yarn with truncate false.*name another runtime", error)
+
+
 def test_a_mixture_goes_from_its_files_to_llama_cpp(tmp_path, capsys, text_file):
     """With the commands that a user types, least squares and two kinds of units."""
     make_model("qwen3_moe", **{**SIZES, **MIXTURES["qwen3_moe"], "moe_intermediate_size": 128}).save_pretrained(tmp_path / "m")
