@@ -48,7 +48,10 @@ SPLITS = {  # name in the file -> pre-tokenizer
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
     **{
         name: pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(key[0]), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+            [
+                *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in key),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
         )
         for key, name in gguf_tokenizer.PRE_TOKENIZERS.items()
         if name not in ("gpt-2", "smollm")
@@ -427,9 +430,9 @@ def test_every_type_is_within_its_tolerance(outtype, tmp_path):
     assert checks(folder, path)[1].measured < 10 * verify.GGUF_TOLERANCE[outtype.upper()]  # random weights are larger than a model's
 
 
-@pytest.mark.parametrize("split", ["qwen2", "qwen35"])
-def test_letters_with_marks_are_split_as_the_tokenizer_does(split, tmp_path):
-    text = "e\u0301te\u0301 हिन्दी "
+@pytest.mark.parametrize("split", ["llama-bpe", "qwen2", "qwen35", "deepseek-v3"])
+def test_marks_and_other_letters_are_split_as_the_tokenizer_does(split, tmp_path):
+    text = "e\u0301te\u0301 हिन्दी 漢字abc "
     tokenizer = bpe_tokenizer(split, [text * 50])
     path = export_gguf.export(save("llama_gqa", tmp_path, tokenizer, pruned=False), tmp_path / "x.gguf", "f16")
     with LlamaCpp(path) as llama:
