@@ -443,6 +443,10 @@ def test_what_a_mixture_cannot_lose_is_refused_in_one_line(case, settings, messa
         config_of(case, **settings)
 
 
+def test_the_number_of_experts_of_a_token_may_be_a_list():
+    assert make_shape("hunyuan_v1_moe", moe_topk=[2, 2]) == make_shape("hunyuan_v1_moe", moe_topk=2)
+
+
 def test_widths_are_multiples_only_where_they_change():
     """llama.cpp wants blocks of 32, and these experts have 16 channels: they may go whole."""
     shape = make_shape("qwen3_moe")

@@ -212,6 +212,7 @@ def test_full_attention_has_to_come_in_each_layer_of_a_fixed_number(types, held,
 
 
 LINEAR_ROPE = {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}
+HUNYUAN_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0}  # as it is published
 MIXTURES = {  # those that llama.cpp computes -> what their config has to say for that
     "qwen3_moe": {"norm_topk_prob": True},
     "mixtral": {},
@@ -226,7 +227,7 @@ MIXTURES = {  # those that llama.cpp computes -> what their config has to say fo
     "dots1": {"num_key_value_heads": 4, "n_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 1.5},
     "ernie4_5_moe": {"use_bias": False},
     "exaone_moe": {},
-    "hunyuan_v1_moe": {"moe_intermediate_size": 16},
+    "hunyuan_v1_moe": {"moe_topk": [2, 2], "rope_parameters": HUNYUAN_ROPE},
     "solar_open": {},
     "gpt_oss": LINEAR_ROPE,
     "deepseek_v2": {},
@@ -262,6 +263,12 @@ def test_a_mixture_that_was_pruned_for_llama_cpp_is_the_same_there(case, prune, 
 
 def test_every_mixture_with_an_architecture_is_compared():
     assert {MIXTURE_CASES[case][0] for case in MIXTURES} == {name for name, family in FAMILIES.items() if family.is_mixture and family.gguf}
+
+
+def test_a_base_that_hunyuan_calls_dynamic_is_that_of_the_file(tmp_path):
+    folder = save("hunyuan_v1_dense", tmp_path, bpe_tokenizer(), False, {**SIZES, "rope_parameters": HUNYUAN_ROPE})
+    for check in checks(folder, export_gguf.export(folder, tmp_path / "x.gguf", "f32"), length=40):
+        assert check.measured < 1e-3, check
 
 
 @pytest.mark.parametrize("case", ["qwen3_moe", "gpt_oss"])  # a tensor for each expert in the files, and all of a layer in one

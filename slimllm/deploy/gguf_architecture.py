@@ -27,6 +27,7 @@ OWN_WINDOWS = ("gemma2", "gemma3", "olmo2", "exaone4", "exaone-moe", "cohere2", 
 WINDOWS_ASKED = ("exaone-moe", "gpt-oss")  # of these, those that take no model without a window
 LINEAR_ATTENTION = ("qwen35", "qwen35moe", "qwen3next")
 EXAONE_WINDOWS = (64, 4)  # layers of the one model to which exaone4's graph gives windows, and their period
+FIXED_ALPHA = ("hunyuan-dense", "hunyuan-moe")  # those whose dynamic rope is another base for all lengths
 SPARSE_ROPE = 4  # smollm3's graph leaves out the rotary embeddings of every fourth layer, and exaone4's of layers without a window
 XIELU, XIELU_MODULE = ("alpha_n", "alpha_p", "beta", "eps"), "act_fn"  # the numbers that apertus' graph reads as settings
 ROPE_SETTINGS = {  # rope types, and what of each llama.cpp computes as transformers does
@@ -195,6 +196,8 @@ def _add_norm_epsilon(writer, config, epsilon: str | float) -> None:
 def _strange_rope(rope: dict, arch: str) -> str | None:
     """What of the settings of rotary embeddings llama.cpp has no form for, in words."""
     kind = rope.get("rope_type", "default")
+    if arch in FIXED_ALPHA and kind == "dynamic" and rope.get("alpha"):
+        return None
     if kind not in ROPE_SETTINGS:
         return f"rope_type {kind}: cannot be written to GGUF; {', '.join(ROPE_SETTINGS)} can"
     if kind == "yarn" and not rope.get("truncate", True):
@@ -212,7 +215,11 @@ def _strange_rope(rope: dict, arch: str) -> str | None:
 
 def _add_rope(writer, config, rope: dict) -> None:
     kind, arch = rope.get("rope_type", "default"), writer.arch
-    writer.add_rope_freq_base(rope["rope_theta"])
+    base = rope["rope_theta"]
+    if kind == "dynamic":  # with a fixed factor of the base
+        dimensions = head_dim_of(config)
+        base *= rope["alpha"] ** (dimensions / (dimensions - 2))
+    writer.add_rope_freq_base(base)
     original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
     original = original or config.max_position_embeddings
     if kind in ("linear", "yarn", "longrope"):
