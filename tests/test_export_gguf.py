@@ -517,6 +517,16 @@ def test_a_mistake_is_one_line_and_leaves_no_file(make, arguments, says, tmp_pat
     assert not [path for path in tmp_path.rglob("*gguf*")]
 
 
+@pytest.mark.parametrize("case", ["llama_gqa", "qwen3_moe"])
+def test_pytorch_s_own_files_are_exported_as_well(case, tmp_path):
+    folder = save(case, tmp_path, bpe_tokenizer(), False, {**SIZES, **MIXTURES.get(case, {})})
+    first = export_gguf.export(folder, tmp_path / "first.gguf", "f32")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    for path in folder.glob("model.safetensors*"):
+        path.unlink()
+    assert export_gguf.export(folder, tmp_path / "second.gguf", "f32").read_bytes() == first.read_bytes()
+
+
 def test_an_existing_file_stays(tmp_path, capsys):
     folder = save("llama_gqa", tmp_path / "m", bpe_tokenizer())
     assert slim(["export-gguf", str(folder)]) == 0
