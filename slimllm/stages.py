@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from . import cli, plugins
 from .data import calibration, texts
 from .data.calibration import Calibration, CalibrationSource
-from .deploy import checkpoint, export_gguf, whole_model
+from .deploy import checkpoint, export_gguf, gguf_architecture, whole_model
 from .deploy.runtimes import check_buildable, convert_for_runtime
 from .deploy.sink import CheckpointSink, pruned_skeleton
 from .deploy.weight_files import weight_bytes
@@ -127,8 +127,12 @@ def go_through(stages: Sequence[Stage], work: Work, announce: Callable[[str], No
 
 
 def plans_of(run: Run) -> list[LayerPlan] | None:
-    """The plans of ``--plan``, or None where the layers' importance decides. Raises UserError early for a sparsity that cannot be met."""
+    """The plans of ``--plan``, or None where the layers' importance decides. Raises UserError early for a sparsity that cannot be met,
+    and for a model that the runtime cannot compute.
+    """
     kept, tokens = run.config.tokens_of(run.shape.vocab), run.shape.vocab
+    if run.config.runtime == "gguf" and (reason := gguf_architecture.difference(run.model_config)):
+        raise UserError(f"--runtime gguf: {reason}; name another runtime")
     if run.config.vocab != "keep":
         run.tokenizer = run.tokenizer or loading.load_tokenizer(run.config.base_model)
         always = vocabulary.check(run)

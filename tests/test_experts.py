@@ -27,6 +27,7 @@ from slimllm.plan import LayerPlan, removed_parameters
 from slimllm.pruning import experts_run as experts_run_module
 from slimllm.pruning.allocation.layer_ratios import without_scores
 from slimllm.pruning.allocation.plan_file import read_plan
+from slimllm.pruning.allocation.sizing import Sizing
 from slimllm.pruning.importance.experts import ExpertStatistics
 from slimllm.pruning.layer import LayerPruner
 from slimllm.pruning.part_run import part_runs
@@ -435,12 +436,26 @@ def test_heads_may_go_in_place_of_experts():
         ("mixtral", dict(target_speedup=1.5), "^--target_speedup 1.5: it goes by prices"),
         ("mixtral", dict(target_sparsity=0.1, price_list="p.json"), "^--price_list p.json: it goes by prices"),
         ("mixtral", dict(vocab="auto", smaller=0.2), "^--vocab auto: it goes by prices"),
-        ("mixtral", dict(runtime="gguf"), "^--runtime gguf: llama.cpp has no architecture"),
+        ("phimoe", dict(runtime="gguf"), "^--runtime gguf: llama.cpp has no architecture"),
     ],
 )
 def test_what_a_mixture_cannot_lose_is_refused_in_one_line(case, settings, message):
     with pytest.raises(UserError, match=message):
         config_of(case, **settings)
+
+
+def test_the_number_of_experts_of_a_token_may_be_a_list():
+    assert make_shape("hunyuan_v1_moe", moe_topk=[2, 2]) == make_shape("hunyuan_v1_moe", moe_topk=2)
+
+
+def test_widths_are_multiples_only_where_they_change():
+    """llama.cpp wants blocks of 32, and these experts have 16 channels: they may go whole."""
+    shape = make_shape("qwen3_moe")
+    assert not Sizing(shape, make_config(2, shape, runtime="gguf", target_sparsity=0.2)).fine
+    with pytest.raises(
+        UserError, match="^--round_to 32: the model's 4 heads of size 8 and 8 experts of 16 channels allow no such multiple"
+    ):
+        Sizing(shape, make_config(2, shape, runtime="gguf", target_sparsity=0.2, prune="channels"))
 
 
 def test_what_a_recipe_would_do_by_prices_is_uniform_and_says_so():

@@ -17,13 +17,29 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import slimllm
 from slimllm.__main__ import main as slim
 from slimllm.data import texts
-from slimllm.deploy import checkpoint, export_gguf, gguf_tokenizer, reference, runtimes, verify
+from slimllm.deploy import checkpoint, export_gguf, gguf_architecture, gguf_tokenizer, reference, runtimes, verify
 from slimllm.deploy.llama_cpp import LlamaCpp
 from slimllm.errors import UserError
 from slimllm.models import loading
 from slimllm.models.families import FAMILIES
 from slimllm.models.shape import HEADS_FILL_HIDDEN
-from tests.conftest import FAMILY_CASES, ROOT, TEXT, make_config, make_ids, make_model, make_shape, prune, runtimes_of, tiny_tokenizer_of
+from slimllm.models.stored_names import Stacked
+from tests.conftest import (
+    FAMILY_CASES,
+    LLAMA3,
+    MIXTURE_CASES,
+    ROOT,
+    TEXT,
+    YARN,
+    family_config,
+    make_config,
+    make_ids,
+    make_model,
+    make_shape,
+    prune,
+    runtimes_of,
+    tiny_tokenizer_of,
+)
 
 VOCAB = 320
 SIZES = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=3)
@@ -32,7 +48,10 @@ SPLITS = {  # name in the file -> pre-tokenizer
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
     **{
         name: pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(key[0]), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+            [
+                *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in key),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
         )
         for key, name in gguf_tokenizer.PRE_TOKENIZERS.items()
         if name not in ("gpt-2", "smollm")
@@ -44,14 +63,14 @@ SAMPLES = (
 )
 
 
-def bpe_tokenizer(split="gpt-2"):
-    """A byte-level BPE tokenizer trained on the tests' text."""
+def bpe_tokenizer(split="gpt-2", more=()):
+    """A byte-level BPE tokenizer trained on the tests' text, and on ``more``."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = SPLITS[split]
     trainer = trainers.BpeTrainer(
         vocab_size=310, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    tokenizer.train_from_iterator([TEXT, "12345 2024 users devices"], trainer)
+    tokenizer.train_from_iterator([TEXT, "12345 2024 users devices", *more], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template="{{ messages }}")
 
 
@@ -192,6 +211,147 @@ def test_full_attention_has_to_come_in_each_layer_of_a_fixed_number(types, held,
     assert checks(folder, export_gguf.export(folder, tmp_path / "y.gguf", "q8_0"))[0].passed  # it is loaded, and splits text alike
 
 
+LINEAR_ROPE = {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}
+HUNYUAN_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0}  # as it is published
+MIXTURES = {  # those that llama.cpp computes -> what their config has to say for that
+    "qwen3_moe": {"norm_topk_prob": True},
+    "mixtral": {},
+    "olmoe": {"norm_topk_prob": False, "num_key_value_heads": 4, "head_dim": 16},
+    "minimax_m2": {},
+    "qwen2_moe": {"head_dim": 16},
+    "qwen3_5_moe": {},
+    "granitemoe": {},
+    "granitemoeshared": {},
+    "qwen3_next": {"mlp_only_layers": []},
+    "glm4_moe": {},
+    "dots1": {"num_key_value_heads": 4, "n_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 1.5},
+    "ernie4_5_moe": {"use_bias": False},
+    "exaone_moe": {},
+    "hunyuan_v1_moe": {"moe_topk": [2, 2], "rope_parameters": HUNYUAN_ROPE},
+    "solar_open": {},
+    "gpt_oss": LINEAR_ROPE,
+    "deepseek_v2": {},
+    "deepseek_v3": {"rope_parameters": {**YARN, "llama_4_scaling_beta": None}, "qk_rope_head_dim": 16, "head_dim": 16},
+    "deepseek_v3_groups": {},
+    "glm4_moe_lite": {},
+}
+
+
+def save_mixture(case, folder, prune, **sizes):
+    """A mixture, pruned for llama.cpp, as a checkpoint folder; half of its experts, heads or channels go, or nothing."""
+    sizes = {**SIZES, "num_hidden_layers": 2, "moe_intermediate_size": 32, **MIXTURES[case], **sizes}
+    if prune is None:
+        return save(case, folder, bpe_tokenizer(), False, sizes)
+    return save(case, folder, bpe_tokenizer(), True, sizes, prune=prune, round_to=8, recovery="none", runtime="gguf")
+
+
+@pytest.mark.parametrize(
+    "case, prune",
+    [
+        *((case, "both" if len(FAMILIES[MIXTURE_CASES[case][0]].part("experts").sizes) > 1 else "experts") for case in MIXTURES),
+        *((case, "heads") for case in ("granitemoe", "qwen3_5_moe", "gpt_oss")),
+        ("mixtral", None),
+    ],
+)
+def test_a_mixture_that_was_pruned_for_llama_cpp_is_the_same_there(case, prune, tmp_path):
+    folder = save_mixture(case, tmp_path, prune)
+    path = export_gguf.export(folder, tmp_path / "x.gguf", "f32")
+    assert architecture(path) == FAMILIES[MIXTURE_CASES[case][0]].gguf
+    for check in checks(folder, path):
+        assert check.measured < 1e-3, check
+
+
+def test_every_mixture_with_an_architecture_is_compared():
+    assert {MIXTURE_CASES[case][0] for case in MIXTURES} == {name for name, family in FAMILIES.items() if family.is_mixture and family.gguf}
+
+
+def test_a_base_that_hunyuan_calls_dynamic_is_that_of_the_file(tmp_path):
+    folder = save("hunyuan_v1_dense", tmp_path, bpe_tokenizer(), False, {**SIZES, "rope_parameters": HUNYUAN_ROPE})
+    for check in checks(folder, export_gguf.export(folder, tmp_path / "x.gguf", "f32"), length=40):
+        assert check.measured < 1e-3, check
+
+
+@pytest.mark.parametrize("case", ["qwen3_moe", "gpt_oss"])  # a tensor for each expert in the files, and all of a layer in one
+def test_experts_are_exported_one_at_a_time_in_every_type(case, tmp_path, monkeypatch):
+    folder, read = save_mixture(case, tmp_path, None, intermediate_size=48), Stacked.read
+    monkeypatch.setattr(Stacked, "read", lambda self, name, *rest: pytest.fail(name) if ".experts." in name else read(self, name, *rest))
+    for outtype in export_gguf.OUTTYPES:
+        path = export_gguf.export(folder, tmp_path / f"{outtype}.gguf", outtype)
+        kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+        assert kinds["blk.1.ffn_up_exps.weight"] == kinds["blk.1.attn_q.weight"] == outtype.upper()
+        assert kinds["blk.1.ffn_gate_inp.weight"] == "F32"  # which expert a token goes to is no matter of rounding
+        if case == "gpt_oss":  # 48 channels fill no blocks of 32
+            assert kinds["blk.1.ffn_down_exps.weight"] == ("F16" if outtype == "q8_0" else outtype.upper())
+            assert kinds["blk.1.ffn_down_exps.bias"] == "F32"
+    monkeypatch.undo()
+    for outtype in ("f16", "q8_0"):  # random weights are larger than a model's
+        assert checks(folder, tmp_path / f"{outtype}.gguf")[1].measured < 10 * verify.GGUF_TOLERANCE[outtype.upper()]
+
+
+@pytest.mark.parametrize("case", ["qwen3_moe", "gpt_oss"])
+def test_weights_that_are_rounded_in_memory_are_those_of_the_file(case, tmp_path):
+    folder = save_mixture(case, tmp_path, None)
+    path, model = export_gguf.export(folder, tmp_path / "x.gguf", "q8_0"), checkpoint.load(folder, torch.float32)
+    held = sum(tensor.n_bytes for tensor in gguf.GGUFReader(path).tensors)
+    assert export_gguf.quantized_bytes(model, "q8_0") == held
+    ups = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "blk.1.ffn_up_exps.weight")
+    ours = model.model.layers[1].mlp.experts.gate_up_proj
+    ours = ours.transpose(1, 2)[:, 1::2] if case == "gpt_oss" else ours[:, 32:]
+    assert torch.equal(torch.from_numpy(gguf.dequantize(ups.data, ups.tensor_type)), ours)
+
+
+@pytest.mark.parametrize(
+    "case, settings, says",
+    [
+        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob False: llama.cpp's qwen3moe computes True"),
+        ("olmoe", {"norm_topk_prob": True}, "norm_topk_prob True: llama.cpp's olmoe computes False"),
+        ("olmoe", {"num_key_value_heads": 2}, "num_key_value_heads 2: llama.cpp's olmoe wants as many as 4 heads"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0: llama.cpp's olmoe does not compute it"),
+        ("olmoe", {"tie_word_embeddings": True}, "tie_word_embeddings: llama.cpp's olmoe wants an output head of its own"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "layers 0 have no experts: llama.cpp's qwen3moe has some in every layer"),
+        ("exaone_moe", {"mlp_layer_types": ["sparse", "dense"]}, "layers 1 have no experts: .* has the layers without experts first"),
+        ("exaone_moe", {"layer_types": ["full_attention"]}, "layer_types: llama.cpp's exaone-moe has layers with a sliding window"),
+        ("qwen3_moe", {"rope_parameters": LLAMA3}, "rope_type llama3: llama.cpp's qwen3moe does not scale single frequencies"),
+        ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit 5.0: .* computes 7.0"),
+        ("gpt_oss", {"rope_parameters": {**YARN, "truncate": False}}, "rope_type yarn with truncate false: llama.cpp rounds"),
+        ("ernie4_5_moe", {"use_bias": True}, "biases of the output projections"),
+        ("deepseek_v3", {"rope_parameters": {**YARN, "mscale": 0.5}}, "one number for mscale and mscale_all_dim"),
+        ("deepseek_v3", {"attention_bias": True}, "attention_bias: llama.cpp's deepseek2 has none"),
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave False"),
+        ("deepseek_v2", {"q_lora_rank": None}, "q_lora_rank null: .* with 26 or 27 layers only"),
+        ("deepseek_v2", {"num_hidden_layers": 27}, "q_lora_rank 8: .* has none in models of 27 layers"),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 2}, "n_group 2: llama.cpp chooses groups"),
+        ("phimoe", {}, "model_type phimoe: llama.cpp has no architecture"),
+    ],
+)
+def test_a_mixture_that_llama_cpp_computes_otherwise_is_refused(case, settings, says):
+    config = family_config(case, **{**MIXTURES.get(case, {}), **settings})
+    with pytest.raises(UserError, match=says):
+        gguf_architecture.architecture_of(config, biased=False)
+
+
+def test_a_model_that_llama_cpp_computes_otherwise_is_refused_before_it_is_pruned_for_it(capsys, tmp_path, text_file):
+    make_model("gpt_oss").save_pretrained(tmp_path / "m")
+    tiny_tokenizer_of().save_pretrained(tmp_path / "m")
+    assert slim(["prune", str(tmp_path / "m"), "--runtime", "gguf", "--calibration", str(text_file), "--dry_run"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search("--runtime gguf: rope_type yarn with truncate false.*name another runtime", error)
+
+
+def test_a_mixture_goes_from_its_files_to_llama_cpp(tmp_path, capsys, text_file):
+    """With the commands that a user types, least squares and two kinds of units."""
+    make_model("qwen3_moe", **{**SIZES, **MIXTURES["qwen3_moe"], "moe_intermediate_size": 128}).save_pretrained(tmp_path / "m")
+    bpe_tokenizer().save_pretrained(tmp_path / "m")
+    flags = ["--calibration", text_file, "--num_examples", 4, "--seq_len", 32, "--target_sparsity", 0.5, "--prune", "both"]
+    flags += ["--runtime", "gguf", "--eval_data", "none", "--prompt", "none", "--output_dir", tmp_path / "out"]
+    assert slim(["prune", *map(str, [tmp_path / "m", *flags])]) == 0 and "export-gguf" in capsys.readouterr().out
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["num_experts"] < 8 and config["moe_intermediate_size"] in (32, 64, 96)  # of 128: blocks of 32
+    assert slim(["export-gguf", str(tmp_path / "out"), "--outtype", "f32,q8_0"]) == 0 and "stayed f16" not in capsys.readouterr().out
+    path = tmp_path / "out" / "out-f32.gguf"
+    assert run_verify(tmp_path / "out", path, "--text", text_file, "--seq_len", 16, "--blocks", 1) == 0, capsys.readouterr().out
+
+
 @pytest.mark.parametrize("case, flags", [("starcoder2", {"use_bias": False}), ("jais2", {"mlp_bias": False})])
 def test_an_architecture_that_asks_for_biases_gets_no_model_without_them(case, flags, tmp_path):
     folder = save(case, tmp_path, bpe_tokenizer(), False, {**SIZES, "head_dim": 16, **flags})
@@ -277,6 +437,15 @@ def test_every_type_is_within_its_tolerance(outtype, tmp_path):
     assert checks(folder, path)[1].measured < 10 * verify.GGUF_TOLERANCE[outtype.upper()]  # random weights are larger than a model's
 
 
+@pytest.mark.parametrize("split", ["llama-bpe", "qwen2", "qwen35", "deepseek-v3"])
+def test_marks_and_other_letters_are_split_as_the_tokenizer_does(split, tmp_path):
+    text = "e\u0301te\u0301 हिन्दी 漢字abc "
+    tokenizer = bpe_tokenizer(split, [text * 50])
+    path = export_gguf.export(save("llama_gqa", tmp_path, tokenizer, pruned=False), tmp_path / "x.gguf", "f16")
+    with LlamaCpp(path) as llama:
+        assert llama.tokenize(text) == tokenizer(text).input_ids
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_byte_level_tokenizers(split, tmp_path):
     tokenizer = bpe_tokenizer(split)
@@ -346,6 +515,16 @@ def test_a_mistake_is_one_line_and_leaves_no_file(make, arguments, says, tmp_pat
     error = capsys.readouterr().err
     assert re.search(says, error) and error.count("\n") == 1
     assert not [path for path in tmp_path.rglob("*gguf*")]
+
+
+@pytest.mark.parametrize("case", ["llama_gqa", "qwen3_moe"])
+def test_pytorch_s_own_files_are_exported_as_well(case, tmp_path):
+    folder = save(case, tmp_path, bpe_tokenizer(), False, {**SIZES, **MIXTURES.get(case, {})})
+    first = export_gguf.export(folder, tmp_path / "first.gguf", "f32")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    for path in folder.glob("model.safetensors*"):
+        path.unlink()
+    assert export_gguf.export(folder, tmp_path / "second.gguf", "f32").read_bytes() == first.read_bytes()
 
 
 def test_an_existing_file_stays(tmp_path, capsys):

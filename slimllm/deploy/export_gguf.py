@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import gguf
@@ -14,13 +15,14 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import UserError
+from ..models.families import family_of
 from ..models.loading import open_source
 from ..models.skeleton import skeleton_of
 from ..models.source import stored_tensors
 from ..settings.common import OUTTYPES
 from ..utils.files import atomic_file
 from ..utils.outputs import GGUF_MARK
-from . import checkpoint, gguf_linear_attention, gguf_tokenizer
+from . import checkpoint, gguf_experts, gguf_linear_attention, gguf_tokenizer
 from .gguf_architecture import BIASES_ASKED, Arrangement, add_activation, add_settings, architecture_of, rope_factors
 
 log = logging.getLogger("slimllm")
@@ -97,6 +99,8 @@ def _writer(path: Path | None, folder: Path, source, arch: str, outtype: str) ->
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_settings(writer, source.config)
     add_activation(writer, source)
+    if source.adapter.family.is_mixture:
+        gguf_experts.add_settings(writer, source)
     gguf_tokenizer.add(writer, folder, source.config.vocab_size)
     return writer
 
@@ -111,26 +115,41 @@ def _write_tensors(writer, source, arch: str, quantization) -> None:
     for name in arrangement.pieces:
         of_norm = source.adapter.family.is_norm(name.replace(".bias", ".weight"))
         optional = name.endswith(".bias") and arch not in BIASES_ASKED and not of_norm
-        if optional and not arrangement.value(name, tensors).any():
+        if optional and not any(piece.any() for piece in arrangement.values(name, tensors)):
             continue  # a bias of zeros is none
-        place, shape = places.get_name(gguf_linear_attention.renamed(name), (".weight", ".bias")), arrangement.shape(name)
+        place, shape = _place(places, name), arrangement.shape(name)
         if place is None:
             raise UserError(f"tensor {name}: the architecture {arch} has no place for it")
-        float32 = gguf_linear_attention.LINEAR in name and name.endswith(gguf_linear_attention.ALWAYS_FLOAT32)
-        kind = gguf.GGMLQuantizationType.F32 if float32 else _kind(shape, quantization)
+        kind = _kind_of(name, shape, quantization)
         size = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
         writer.add_tensor_info(place, shape, np.dtype(np.float32), size, kind)
-        listed.append((name, kind))
-    _log_what_stayed([name for name, kind in listed if kind == F16 != quantization], arrangement, quantization)
+        listed.append((name, kind, size))
+    _log_what_stayed([name for name, kind, _ in listed if kind == F16 != quantization], arrangement, quantization)
     for name, values in factors.items():
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name, kind in tqdm(listed, desc="writing", unit="tensor", leave=False, disable=None):
-        writer.write_tensor_data(gguf.quantize(arrangement.value(name, tensors).numpy(), kind))
+    for name, kind, size in tqdm(listed, desc="writing", unit="tensor", leave=False, disable=None):
+        _write_tensor(writer, arrangement.values(name, tensors), kind, size)
     for values in factors.values():
-        writer.write_tensor_data(values)
+        _write_tensor(writer, [torch.from_numpy(values)], gguf.GGMLQuantizationType.F32, values.nbytes)
+
+
+def _place(places: gguf.TensorNameMap, name: str) -> str | None:
+    """What llama.cpp calls a tensor; None where it has no place for it."""
+    return places.get_name(gguf_experts.renamed(gguf_linear_attention.renamed(name)), (".weight", ".bias"))
+
+
+def _write_tensor(writer: gguf.GGUFWriter, pieces: Iterable[torch.Tensor], kind: gguf.GGMLQuantizationType, size: int) -> None:
+    """Writes the next tensor, of ``size`` bytes, a piece at a time, where the writer itself would want it whole."""
+    (file,) = writer.fout
+    writer.write_padding(file, file.tell())
+    end = file.tell() + size
+    for piece in pieces:
+        gguf.quantize(piece.numpy(), kind).tofile(file)
+    assert file.tell() == end, "a tensor has another size than its entry in the list says"
+    writer.write_padding(file, end)
 
 
 def _log_what_stayed(names: list[str], arrangement: Arrangement, quantization) -> None:
@@ -151,18 +170,25 @@ def _log_what_stayed(names: list[str], arrangement: Arrangement, quantization) -
 
 def quantized_bytes(model, outtype: str) -> int:
     """Rounds the weights of ``model``, in place, to what a GGUF file of type ``outtype`` would hold; returns their bytes in it."""
-    total = 0
-    for parameter in model.parameters():
-        kind = _kind(list(parameter.shape), gguf.GGMLQuantizationType[outtype.upper()])
-        quantized = gguf.quantize(parameter.detach().float().cpu().numpy(), kind)
+    total, family = 0, family_of(model.config)
+    for name, parameter in model.named_parameters():
+        weights = parameter.detach().float().cpu()
+        swapped = gguf_experts.inputs_first(name, family)
+        weights = (weights.transpose(1, 2) if swapped else weights).contiguous()
+        kind = _kind_of(name, gguf_experts.shape(name, list(weights.shape)), gguf.GGMLQuantizationType[outtype.upper()])
+        quantized = gguf.quantize(weights.numpy(), kind)
         total += quantized.nbytes
-        parameter.data.copy_(torch.from_numpy(gguf.dequantize(quantized, kind)))
+        rounded = torch.from_numpy(gguf.dequantize(quantized, kind))
+        parameter.data.copy_(rounded.transpose(1, 2) if swapped else rounded)
     return total
 
 
-def _kind(shape: list[int], quantization) -> gguf.GGMLQuantizationType:
-    """The type of a tensor: vectors are float32; a matrix whose rows do not fill the blocks of ``quantization`` is float16."""
-    if len(shape) == 1:
+def _kind_of(name: str, shape: list[int], quantization) -> gguf.GGMLQuantizationType:
+    """The type of a tensor: vectors are float32, and so are biases of experts, routers and kernels of convolutions; a matrix whose rows do
+    not fill the blocks of ``quantization`` is float16.
+    """
+    always = ("bias", *gguf_linear_attention.ALWAYS_FLOAT32, *gguf_experts.ALWAYS_FLOAT32)
+    if len(shape) == 1 or name.endswith(always):
         return gguf.GGMLQuantizationType.F32
     block, _ = gguf.GGML_QUANT_SIZES[quantization]
     return quantization if shape[-1] % block == 0 else gguf.GGMLQuantizationType.F16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import gguf
@@ -11,26 +12,29 @@ import torch
 
 from ..errors import UserError
 from ..models.adapter import LayerAdapter
-from ..models.families import FAMILIES, family_of
+from ..models.families import FAMILIES, MLP, family_of
 from ..models.gguf_settings import SCALAR_OF_HIDDEN, llama3_factors
 from ..models.gguf_tensors import ROPE_IN_PAIRS, in_pairs
-from ..models.parts import head_dim_of
+from ..models.parts import Units, has_bias, head_dim_of
 from ..models.shape import HEADS_FILL_HIDDEN, free_architecture_of, irregular, rope_of, units_of, window_of
-from . import gguf_linear_attention
+from . import gguf_experts, gguf_latent_attention, gguf_linear_attention
 
 PER_LAYER = ("deci", "openelm")  # architectures that read the widths of each layer
 # those that have biases in the output projections
-OUTPUT_BIASES = ("llama", "deci", "granite", "starcoder2", "jais2", "nemotron", "apertus", "phi2")
-BIASES_ASKED = ("starcoder2", "jais2", "phi2")  # those that take no projection without one
-OWN_WINDOWS = ("gemma2", "gemma3", "olmo2", "exaone4", "cohere2")  # those whose layers may look back only so far
+OUTPUT_BIASES = ("llama", "deci", "granite", "granitemoe", "starcoder2", "jais2", "nemotron", "apertus", "phi2", "gpt-oss")
+BIASES_ASKED = ("starcoder2", "jais2", "phi2", "gpt-oss")  # those that take no projection without one
+OWN_WINDOWS = ("gemma2", "gemma3", "olmo2", "exaone4", "exaone-moe", "cohere2", "gpt-oss")  # those whose layers may look back only so far
+WINDOWS_ASKED = ("exaone-moe", "gpt-oss")  # of these, those that take no model without a window
+LINEAR_ATTENTION = ("qwen35", "qwen35moe", "qwen3next")
 EXAONE_WINDOWS = (64, 4)  # layers of the one model to which exaone4's graph gives windows, and their period
+FIXED_ALPHA = ("hunyuan-dense", "hunyuan-moe")  # those whose dynamic rope is another base for all lengths
 SPARSE_ROPE = 4  # smollm3's graph leaves out the rotary embeddings of every fourth layer, and exaone4's of layers without a window
 XIELU, XIELU_MODULE = ("alpha_n", "alpha_p", "beta", "eps"), "act_fn"  # the numbers that apertus' graph reads as settings
 ROPE_SETTINGS = {  # rope types, and what of each llama.cpp computes as transformers does
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate"),
     "longrope": ("short_factor", "long_factor", "factor", "original_max_position_embeddings"),
 }
 # settings that every type may have; in a text all axes of an image's places are the same
@@ -44,14 +48,10 @@ def architecture_of(config, biased: bool, requested: str = "auto") -> str:
     the layers in question and the flag that would have avoided it.
     """
     family, units = family_of(config), units_of(config)
-    stock, free = family.gguf, free_architecture_of(config)
-    if stock is None:
-        raise UserError(f"model_type {family.model_type}: llama.cpp has no architecture that computes it")
-    heads = next((layer["attention"]["heads"] for layer in units if "attention" in layer), 0)
-    if (activation := getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", family.activation)) != family.activation:
-        raise UserError(f"hidden_act {activation}: llama.cpp computes {family.activation} for {family.model_type}")
-    if reason := _difference_of_graph(config):
+    if reason := difference(config):
         raise UserError(reason)
+    stock, free = family.gguf, free_architecture_of(config)
+    heads = next((layer["attention"]["heads"] for layer in units if "attention" in layer), 0)
     if requested == "llama":
         if irregular(units):
             raise UserError(f"--arch llama: {irregular(units)}; prune with --runtime transformers, or export with --arch deci")
@@ -72,6 +72,16 @@ def architecture_of(config, biased: bool, requested: str = "auto") -> str:
     raise UserError(f"{what}: llama.cpp's {free or stock} takes {', '.join(needs)} only; prune with --runtime gguf")
 
 
+def difference(config) -> str | None:
+    """Why llama.cpp computes no such model, whatever its widths, in words; None where it does."""
+    family = family_of(config)
+    if family.gguf is None:
+        return f"model_type {family.model_type}: llama.cpp has no architecture that computes it"
+    if (activation := getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", family.activation)) != family.activation:
+        return f"hidden_act {activation}: llama.cpp computes {family.activation} for {family.model_type}"
+    return _difference_of_graph(config)
+
+
 def _difference_of_graph(config) -> str | None:
     """What llama.cpp's graph of this family computes otherwise than this model, in words; None where it is the same."""
     family = family_of(config)
@@ -81,22 +91,31 @@ def _difference_of_graph(config) -> str | None:
             return f"{family.sparse_rope}: llama.cpp leaves the rotary embeddings of every fourth layer out, this model those of {without}"
     if family.gguf in OWN_WINDOWS and window_of(config) and _period(config) is None:
         return "layer_types: the layers with a sliding window follow no period, as llama.cpp has it"
+    if family.gguf in WINDOWS_ASKED and not window_of(config):
+        return f"layer_types: llama.cpp's {family.gguf} has layers with a sliding window, and this model has none"
     if family.gguf == "exaone4" and window_of(config) and (config.num_hidden_layers, _period(config)) != EXAONE_WINDOWS:
         return "sliding_window: llama.cpp's exaone4 has windows in models of 64 layers only, three layers of four"
     if family.gguf == "gemma2" and None in (getattr(config, family.attention_softcap), getattr(config, family.logits_softcap)):
         return "attn_logit_softcapping, final_logit_softcapping: llama.cpp's gemma2 computes both, and this model has one or none"
     if family.gguf == "gemma3" and getattr(config, family.logits_softcap):
         return "final_logit_softcapping: llama.cpp's gemma3 does not compute it"
-    if family.gguf == "qwen35" and (reason := gguf_linear_attention.difference(config)):
+    if family.gguf in LINEAR_ATTENTION and (reason := gguf_linear_attention.difference(config)):
         return reason
+    if family.gguf == gguf_latent_attention.ARCH and (reason := gguf_latent_attention.difference(config)):
+        return reason
+    if family.is_mixture and (reason := gguf_experts.difference(config)):
+        return reason
+    if family.is_mixture and family.gguf not in OUTPUT_BIASES and any(has_bias(config, row.output_bias) for row in family.parts):
+        return f"biases of the output projections: llama.cpp's {family.gguf} has none"
     without = [row.output_bias for row in family.parts if isinstance(row.output_bias, str) and not getattr(config, row.output_bias)]
     if family.gguf in BIASES_ASKED and without:
         return f"{' and '.join(dict.fromkeys(without))}: llama.cpp's {family.gguf} takes no projection without a bias"
-    if (flag := family.part("attention").qk_norm_flag) and getattr(config, flag):
+    attention = next((row for row in family.parts if row.kind == "attention"), None)
+    if attention and attention.qk_norm == "all" and (flag := attention.qk_norm_flag) and getattr(config, flag):
         return f"{flag}: the norms of queries and keys have weights for each head, which are not written to GGUF"
     if getattr(config, "use_bidirectional_attention", False):
         return "use_bidirectional_attention: llama.cpp reads from left to right"
-    return None
+    return _strange_rope(rope_of(config), family.gguf)
 
 
 def _period(config) -> int | None:
@@ -109,11 +128,9 @@ def _period(config) -> int | None:
 def add_settings(writer: gguf.GGUFWriter, config) -> None:
     """Adds what llama.cpp reads of a config besides the tokenizer and the tensors."""
     units, family, arch = units_of(config), family_of(config), writer.arch
-    heads, kv_heads = ([layer["attention"][sort] for layer in units if "attention" in layer] for sort in ("heads", "kv_heads"))
-    channels = [layer["mlp"]["channels"] for layer in units]
-    if arch not in PER_LAYER:
-        heads, kv_heads, channels = heads[0], kv_heads[0], channels[0]
-    head_dim, window, rope = head_dim_of(config), window_of(config), rope_of(config)
+    channels = [layer["experts" if "experts" in layer else "mlp"]["channels"] for layer in units]
+    writer.add_feed_forward_length(channels if arch in PER_LAYER else channels[0])
+    window, rope = window_of(config), rope_of(config)
     context = config.max_position_embeddings
     if arch in OWN_WINDOWS and (window or arch.startswith("gemma")):  # without one, it would take the published models'
         writer.add_sliding_window(window or context)
@@ -124,14 +141,9 @@ def add_settings(writer: gguf.GGUFWriter, config) -> None:
     writer.add_context_length(context)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(channels)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    rotary = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    rotary = _add_heads(writer, config, units)
     writer.add_rope_dimension_count(rotary)
-    if arch == "qwen35":
+    if arch in LINEAR_ATTENTION:
         gguf_linear_attention.add_settings(writer, config, rotary)
     _add_norm_epsilon(writer, config, family.norm_epsilon)
     writer.add_vocab_size(config.vocab_size)
@@ -152,13 +164,27 @@ def add_settings(writer: gguf.GGUFWriter, config) -> None:
             add(float(getattr(config, name)))
 
 
+def _add_heads(writer: gguf.GGUFWriter, config, units: list[dict[str, Units]]) -> int:
+    """Adds the numbers and sizes of heads; returns how many dimensions of a head rotary embeddings rotate."""
+    if writer.arch == gguf_latent_attention.ARCH:
+        gguf_latent_attention.add_settings(writer, config)
+        return config.qk_rope_head_dim
+    heads, kv_heads = ([layer["attention"][sort] for layer in units if "attention" in layer] for sort in ("heads", "kv_heads"))
+    writer.add_head_count(heads if writer.arch in PER_LAYER else heads[0])
+    writer.add_head_count_kv(kv_heads if writer.arch in PER_LAYER else kv_heads[0])
+    head_dim = head_dim_of(config)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    return int(head_dim * rope_of(config).get("partial_rotary_factor", 1.0))
+
+
 def add_activation(writer, source) -> None:
     """Adds the numbers of an activation that has some of its own, one of each for every layer. ``source``: a ModelSource."""
     if writer.arch != "apertus":
         return
     module, adapter, layers = source.adapter.family.part("mlp").module, source.adapter, range(len(source))
     for number in XIELU:
-        values = [float(source.weights[f"{adapter.layer_name(index)}{module}.{XIELU_MODULE}.{number}"]) for index in layers]
+        values = [float(source.weights.read(f"{adapter.layer_name(index)}{module}.{XIELU_MODULE}.{number}")) for index in layers]
         getattr(writer, f"add_xielu_{number}")(values)
 
 
@@ -167,19 +193,33 @@ def _add_norm_epsilon(writer, config, epsilon: str | float) -> None:
     (writer.add_layer_norm_rms_eps if epsilon == "rms_norm_eps" else writer.add_layer_norm_eps)(value)
 
 
-def _add_rope(writer, config, rope: dict) -> None:
-    kind, arch = rope.get("rope_type", "default"), writer.arch
+def _strange_rope(rope: dict, arch: str) -> str | None:
+    """What of the settings of rotary embeddings llama.cpp has no form for, in words."""
+    kind = rope.get("rope_type", "default")
+    if arch in FIXED_ALPHA and kind == "dynamic" and rope.get("alpha"):
+        return None
     if kind not in ROPE_SETTINGS:
-        raise UserError(f"rope_type {kind}: cannot be written to GGUF; {', '.join(ROPE_SETTINGS)} can")
+        return f"rope_type {kind}: cannot be written to GGUF; {', '.join(ROPE_SETTINGS)} can"
+    if kind == "yarn" and not rope.get("truncate", True):
+        return "rope_type yarn with truncate false: llama.cpp rounds to whole dimensions where the scaling begins and ends"
+    if arch == gguf_latent_attention.ARCH and kind == "yarn" and not rope.get("mscale") == rope.get("mscale_all_dim") is not None:
+        return f"rope_type yarn: llama.cpp's {arch} has one number for mscale and mscale_all_dim"
     supported = {*NEUTRAL, *ROPE_SETTINGS[kind]}
-    if arch == "mistral3":
+    if arch in ("mistral3", gguf_latent_attention.ARCH):
         supported |= {"mscale", "mscale_all_dim", "llama_4_scaling_beta", "max_position_embeddings"}
     if kind == "yarn" and rope.get("attention_factor") and math.isclose(rope["attention_factor"], 1 + 0.1 * math.log(rope["factor"])):
         supported |= {"attention_factor"}  # what it is without being named
     strange = sorted(key for key in rope if rope[key] is not None and key not in supported)
-    if strange:
-        raise UserError(f"rope_type {kind} with {', '.join(strange)}: cannot be written to GGUF")
-    writer.add_rope_freq_base(rope["rope_theta"])
+    return f"rope_type {kind} with {', '.join(strange)}: cannot be written to GGUF" if strange else None
+
+
+def _add_rope(writer, config, rope: dict) -> None:
+    kind, arch = rope.get("rope_type", "default"), writer.arch
+    base = rope["rope_theta"]
+    if kind == "dynamic":  # with a fixed factor of the base
+        dimensions = head_dim_of(config)
+        base *= rope["alpha"] ** (dimensions / (dimensions - 2))
+    writer.add_rope_freq_base(base)
     original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
     original = original or config.max_position_embeddings
     if kind in ("linear", "yarn", "longrope"):
@@ -194,6 +234,8 @@ def _add_rope(writer, config, rope: dict) -> None:
     if kind == "longrope":
         factor = rope.get("factor") or config.max_position_embeddings / original
         writer.add_rope_scaling_attn_factors(1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original)))
+    if arch == gguf_latent_attention.ARCH and kind == "yarn":  # llama.cpp divides by 0.1 what it finds
+        writer.add_rope_scaling_yarn_log_mul(0.1 * (rope.get("mscale_all_dim") or 0.0))
     if arch == "mistral3" and kind == "yarn":
         writer.add_rope_scaling_yarn_log_mul(rope.get("mscale_all_dim") or 0.0)
     if arch == "mistral3" and rope.get("llama_4_scaling_beta"):
@@ -231,7 +273,7 @@ class Arrangement:
         self.config, self.arch, self.family = config, arch, family_of(config)
         self.units, self._shapes = units_of(config), shapes
         self._split = LayerAdapter(config, FAMILIES["llama"])
-        self.pieces: dict[str, Piece] = {}
+        self.pieces: dict[str, Piece | gguf_experts.OfExperts] = {}
         for name in shapes:
             self.pieces |= self._pieces_of(name)
         self._factors = _factors(config, arch)
@@ -239,30 +281,53 @@ class Arrangement:
     def shape(self, name: str) -> list[int]:
         """The shape of a tensor of the file."""
         piece = self.pieces[name]
+        if isinstance(piece, gguf_experts.OfExperts):
+            return piece.shape(self._shapes[piece.source])
         rows = sum(self._shapes[source][0] for source in piece.sources)
         stop = rows if piece.stop is None else piece.stop
         shape = [stop - piece.start, *self._shapes[piece.sources[0]][1:]]
-        return gguf_linear_attention.shape(name, shape) if gguf_linear_attention.LINEAR in name else shape
+        if gguf_linear_attention.LINEAR in name:
+            return gguf_linear_attention.shape(name, shape, self.config)
+        if gguf_latent_attention.JOINED in piece.sources[0]:
+            return gguf_latent_attention.shape(name, self.config)
+        return gguf_experts.shape(name, shape)
 
-    def value(self, name: str, tensors) -> torch.Tensor:
-        """A tensor of the file, float32; ``tensors``: the checkpoint's, by name."""
+    def values(self, name: str, tensors) -> Iterator[torch.Tensor]:
+        """A tensor of the file, float32, in pieces that follow one another in it: one for each expert. ``tensors``: the checkpoint's."""
         piece = self.pieces[name]
-        parts = [tensors[source].float() for source in piece.sources]
+        if isinstance(piece, gguf_experts.OfExperts):
+            for expert in range(self._shapes[piece.source][0]):
+                yield piece.value(tensors.expert(piece.source, expert, torch.float32)).contiguous()
+        else:
+            yield self._value(name, piece, tensors)
+
+    def _value(self, name: str, piece: Piece, tensors) -> torch.Tensor:
+        parts = [tensors.read(source, torch.float32) for source in piece.sources]
         tensor = (parts[0] if len(parts) == 1 else torch.cat(parts))[piece.start : piece.stop]
         if gguf_linear_attention.LINEAR in name:
             return gguf_linear_attention.value(name, tensor, self.config)
+        if gguf_latent_attention.JOINED in piece.sources[0]:
+            return gguf_latent_attention.value(name, tensor, self.config).contiguous()
         if self.arch in ROPE_IN_PAIRS and (heads := self._split.rotary_heads(name, self.units)):
             tensor = in_pairs(tensor, heads)
         if self.family.is_norm(name):
             tensor = tensor + self.family.norm_offset
         stem = name.rpartition(".")[0].rpartition(".")[2]
-        return tensor * self._factors.get(stem, 1.0)
+        return (tensor * self._factors.get(stem, 1.0)).view(self.shape(name))
 
     def _pieces_of(self, name: str) -> dict[str, Piece]:
+        if self.family.is_mixture and (found := gguf_experts.pieces(name, self._shapes[name], self.family.part("experts"))):
+            return found
         stem, _, suffix = name.rpartition(".")
         block, _, part = stem.rpartition(".")
         if part == XIELU_MODULE:
             return {}
+        if part == gguf_linear_attention.FUSED:
+            return {f"{block}.{one}": Piece((name,)) for one in gguf_linear_attention.OF_FUSED}
+        if part == gguf_latent_attention.JOINED:
+            return {f"{block}.{one}": Piece((name,)) for one in (gguf_latent_attention.KEYS, gguf_latent_attention.VALUES)}
+        if self.family.is_mixture and (found := self._pieces_of_shared(name)):
+            return found
         split, fused = ({row.kind: row.inputs for row in FAMILIES[name].parts} for name in ("llama", "phi3"))
         if self.arch == "openelm" and part in split["attention"]:
             sources = tuple(f"{block}.{one}.{suffix}" for one in split["attention"])
@@ -274,6 +339,17 @@ class Arrangement:
             ends = [sum(counts[: i + 1]) for i in range(len(counts))]
             return {f"{block}.{one}.{suffix}": Piece((name,), end - n, end) for one, n, end in zip(split[kind], counts, ends)}
         return {name: Piece((name,))}
+
+    def _pieces_of_shared(self, name: str) -> dict[str, Piece]:
+        """The same of a part beside the experts whose inputs are fused, which llama.cpp has split."""
+        row = next((row for row in self.family.parts if row.kind == "mlp" and len(row.inputs) == 1), None)
+        if row is None or f".{row.module}." not in name:
+            return {}
+        block = f"{name.partition(f'.{row.module}.')[0]}.{MLP.module}.{row.module}"
+        if f".{row.output}." in name:
+            return {f"{block}.{MLP.output}.weight": Piece((name,))}
+        half, (gate, up) = self._shapes[name][0] // 2, MLP.inputs
+        return {f"{block}.{gate}.weight": Piece((name,), 0, half), f"{block}.{up}.weight": Piece((name,), half)}
 
 
 def _factors(config, arch: str) -> dict[str, float]:

@@ -23,7 +23,7 @@ from .weights import TensorReader
 _ROPE_FACTORS = re.compile(r"rope_(freqs|factors_\w+)\.weight$")  # of a .gguf file, whose metadata says the same
 ROWS = 4096  # of a .gguf tensor that are dequantized at once
 # GGUF architectures that rotate neighbouring dimensions of a head where transformers rotates its two halves
-ROPE_IN_PAIRS = ("llama", "deci", "smollm3", "mistral3", "granite", "olmo", "arcee")
+ROPE_IN_PAIRS = ("llama", "deci", "smollm3", "mistral3", "granite", "granitemoe", "olmo", "arcee")
 
 
 class GgufTensors(TensorReader):

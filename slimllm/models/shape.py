@@ -9,7 +9,10 @@ from .families import Family, family_of
 from .parts import KINDS, Counted, PartShape, Units, biases_of, has_bias, is_in_layer, shared_numbers_of, token_inputs_of
 
 # architectures of llama.cpp that take no fewer heads
-HEADS_FILL_HIDDEN = ("qwen2", "phi3", "chatglm", "olmo", "olmo2", "exaone4", "starcoder2", "nemotron", "phi2", "command-r", "cohere2")
+HEADS_FILL_HIDDEN = (
+    *("qwen2", "qwen2moe", "phi3", "chatglm", "olmo", "olmo2", "olmoe", "exaone4", "starcoder2", "nemotron", "phi2"),
+    *("command-r", "cohere2"),
+)
 RUNTIMES = ("any", "transformers", "vllm", "gguf")
 
 

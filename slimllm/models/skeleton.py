@@ -11,7 +11,7 @@ from torch import nn
 
 from .adapter import part_of
 from .families import PRUNED, Family, PartRow, family_of
-from .parts import Counted, ExpertsShape
+from .parts import Counted, ExpertsShape, value_in_layer
 
 
 def skeleton_of(config, dtype: torch.dtype):
@@ -60,7 +60,8 @@ def _stock_config(settings: str):
 def _counted(settings: str, family: Family) -> tuple[Counted, ...]:
     config = _stock_config(settings)
     skeleton = skeleton_of(config, torch.float32)
-    return tuple(_of_layer(layer, config, family) for layer in getattr(getattr(skeleton, family.decoder), family.layers))
+    layers = getattr(getattr(skeleton, family.decoder), family.layers)
+    return tuple(_of_layer(layer, index, config, family) for index, layer in enumerate(layers))
 
 
 @functools.lru_cache(maxsize=8)
@@ -72,15 +73,15 @@ def _in_float32(settings: str, dtype: torch.dtype) -> frozenset[str]:
     return frozenset(name for name, own in tensors if own.dtype == torch.float32 or any(pattern.search(name) for pattern in patterns))
 
 
-def _of_layer(layer: nn.Module, config, family: Family) -> Counted:
+def _of_layer(layer: nn.Module, index: int, config, family: Family) -> Counted:
     rows = [row for row in family.parts if row.is_in(layer)]
     cut = {name for row in rows for name in (row.module, *(row.inputs if row.beside else ()))}
     uncut = sum(p.numel() for name, p in layer.named_parameters() if name.partition(".")[0] not in cut)
     experts = next((row for row in rows if row.kind == "experts"), None)
-    return Counted(uncut, frozenset(row.kind for row in rows), experts and _experts(layer, config, experts))
+    return Counted(uncut, frozenset(row.kind for row in rows), experts and _experts(layer, index, config, experts))
 
 
-def _experts(layer: nn.Module, config, row: PartRow) -> ExpertsShape:
+def _experts(layer: nn.Module, index: int, config, row: PartRow) -> ExpertsShape:
     part = part_of(row, layer, 0, 1.0)
     count, inside = part.units["experts"], list(part.experts.modules())
     numbers = {"expert": 0, "router": 0, "fixed": 0}
@@ -90,4 +91,4 @@ def _experts(layer: nn.Module, config, row: PartRow) -> ExpertsShape:
             numbers[what] += tensor.numel() if axis is None else tensor.numel() // count
     groups = {} if row.groups is None else dict(zip(("groups", "top_groups"), (getattr(config, name) or 1 for name in row.groups)))
     numbers |= {"channel": part.channel_parameters, "channels_fixed": len(row.sizes) == 1, "fits": row.fits}
-    return ExpertsShape(config.hidden_size, *part.units.values(), getattr(config, row.top_k), **numbers, **groups)
+    return ExpertsShape(config.hidden_size, *part.units.values(), value_in_layer(config, row.top_k, index), **numbers, **groups)

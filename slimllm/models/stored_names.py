@@ -86,3 +86,11 @@ class Stacked(OfAnother):
             whole = piece.new_empty(self._shapes[name]) if whole is None else whole
             whole[place] = piece
         return whole
+
+    def expert(self, name: str, index: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """One expert's part of a stacked tensor, in ``dtype`` or its own, without reading the others'."""
+        places = self._pieces.get(name, {name: ()})
+        if len(places) == 1:
+            return self._tensors.rows(next(iter(places)), slice(index, index + 1))[0].to(dtype=dtype, copy=True)
+        own = sorted((place[1].start, stored) for stored, place in places.items() if place[0] == index)
+        return torch.cat([self._tensors.read(stored, dtype) for _, stored in own])

@@ -148,8 +148,6 @@ class Tensors(TensorReader):
             tensor[piece] = self.rows(name, piece)
         return tensor
 
-    __getitem__ = read
-
 
 def _of_text_model(at: dict) -> dict:
     """The tensors of the text model by their names in it, where they are marked as such among others; else all.

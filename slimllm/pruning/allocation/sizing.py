@@ -65,8 +65,8 @@ class Sizing:
     """How ratios become units, for one model and its settings.
 
     ``coarse``: the parts whose steps are few (heads, experts); ``fine``: those that make up for what these leave (channels).
-    Raises UserError where ``round_to`` leaves a part no number of units, and where a runtime wants layers alike that are not alike in the
-    model.
+    Raises UserError where ``round_to`` leaves one of these no number of units, and where a runtime wants layers alike that are not alike
+    in the model.
     """
 
     def __init__(self, shape: ModelShape, config: PruneConfig):
@@ -77,12 +77,12 @@ class Sizing:
             for part in layer.parts
             for steps in all_steps(part, config.head_unit, self.limits.divisor)
         ]
+        slots = [slot for slot in slots if goes(config.prune, slot.part, slot.steps.sort, shape.is_mixture)]
         for slot in slots:
             if not slot.steps.allowed(config.round_to):
                 sizes = " and ".join(part.in_words() for part in shape.layers[slot.layer].parts)
                 raise UserError(f"--round_to {config.round_to}: the model's {sizes} allow no such multiple")
         self._check_alike()
-        slots = [slot for slot in slots if goes(config.prune, slot.part, slot.steps.sort, shape.is_mixture)]
         self.coarse, self.fine = ([slot for slot in slots if slot.steps.fine == fine] for fine in (False, True))
 
     def _check_alike(self) -> None:
