@@ -137,6 +137,21 @@ def test_the_dry_run_counts_them(folder, text_file, capsys):
     assert re.search(r"\| layers +\| 6 +\| 4 +\|", said) and re.search(r"decoder parameters .*\((49|50)\.\d+% less\)", said)
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
+@torch.no_grad()
+def test_replaceme_takes_the_row_of_layers_that_turns_its_input_least(count):
+    model, ids = make_model(num_hidden_layers=6), make_ids(4, 12)
+    states = model(ids, output_hidden_states=True).hidden_states  # the last with the final norm
+    states = [
+        *states[:-1],
+        model.model.layers[-1](states[-2], position_embeddings=model.model.rotary_emb(states[-2], torch.arange(12)[None])),
+    ]
+    nearest = [torch.nn.functional.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(states, states[count:])]
+    begin = max(range(1, 7 - count), key=lambda index: nearest[index])
+    run = run_of(model, ids, make_config(6 - count, shape_of(model.config), method="replaceme", target_sparsity=count / 6))
+    assert depth.least_turning(run)["layers"] == [index for index in range(6) if not begin <= index < begin + count]
+
+
 @pytest.mark.parametrize("share, layers", [(0.2, 5), (0.5, 3)])
 def test_shortgpt_takes_as_many_layers_as_come_nearest(share, layers, folder, text_file):
     assert hf_prune.main(flags(text_file, "--method", "shortgpt", "--target_sparsity", share)) == 0

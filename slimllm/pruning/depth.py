@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +12,9 @@ from torch import nn
 from ..models.adapter import ProjectedPart
 from ..models.depth import shallow_source
 from ..run import Run
-from ..settings.methods import RECOVERIES
+from ..settings.methods import METHODS, RECOVERIES
 from ..streaming.activations import ActivationStore
-from ..streaming.runner import LayerRunner
+from ..streaming.runner import LayerRunner, cosine_sum, mean_cosines
 from .part_run import PartRun, part_runs
 
 log = logging.getLogger("slimllm")
@@ -23,9 +24,33 @@ def least_turning(run: Run) -> dict:
     """``layers``: those that stay, ascending, where the ``drop_layers`` go that turn their input least: of the highest cosine between input
     and output (Eq. 11), measured on the calibration samples, ``cosine`` [L]. So ShortGPT ranks layers (Men et al. 2024).
     """
+    if METHODS[run.config.method].in_a_row:
+        return _in_a_row(run, run.config.drop_layers)
     cosine = run.runner(run.samples.ids).layer_cosines()
     ranked = sorted(range(len(cosine)), key=lambda index: cosine[index])
     return {"layers": sorted(ranked[: len(cosine) - run.config.drop_layers]), "cosine": cosine}
+
+
+@torch.no_grad()
+def _in_a_row(run: Run, count: int) -> dict:
+    """The same of ``count`` layers in a row: those whose output points nearest to where the input of the first of them does, as ReplaceMe
+    chooses them (Shopkhoev et al. 2025). The first layer stays: nothing before it could make up for it.
+    """
+    runner = run.runner(run.samples.ids)
+    behind, turned, across = deque([runner.embed()]), [], []
+    for index, layer in runner.visit("layers in a row"):
+        states = behind[-1].copy()
+        turned.append(runner.advance(states, layer, index))
+        behind.append(states)
+        if len(behind) > count:
+            first = behind.popleft()
+            across.append(sum(map(cosine_sum, first, states)))
+            first.close()
+    for states in behind:
+        states.close()
+    across, cosine = (mean_cosines(sums, runner.ids.numel()) for sums in (across, turned))
+    begin = max(range(1, len(across)), key=lambda index: across[index])
+    return {"layers": [index for index in range(len(cosine)) if not begin <= index < begin + count], "cosine": cosine}
 
 
 def apply(run: Run, kept: list[int]) -> None:

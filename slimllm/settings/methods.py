@@ -125,7 +125,7 @@ class Method:
 
     ``all_layers``: by default every layer is pruned. ``dense_states``: as published, each layer is pruned from the states that the
     dense model gives it, not from those that the pruned layers before it give. ``whole_layers``: whole layers go, as many as come nearest
-    to the amount, and nothing else. ``title``: its name in tables and pictures; ``source``:
+    to the amount, and nothing else; ``in_a_row``: one behind the other. ``title``: its name in tables and pictures; ``source``:
     where it is from, in Markdown, for model cards; ``colour``: in pictures.
     """
 
@@ -137,6 +137,7 @@ class Method:
     all_layers: bool = False
     dense_states: bool = False
     whole_layers: bool = False
+    in_a_row: bool = False
     title: str | None = None
     source: str | None = None
     colour: str | None = None
@@ -257,6 +258,17 @@ METHODS = {
         whole_layers=True,
         title="ShortGPT",
         source="[ShortGPT](https://arxiv.org/abs/2403.03853) (Men et al. 2024)",
+    ),
+    "replaceme": Method(
+        "random",
+        "random",
+        "uniform",
+        "least_squares",
+        all_layers=True,
+        whole_layers=True,
+        in_a_row=True,
+        title="ReplaceMe",
+        source="[ReplaceMe](https://arxiv.org/abs/2505.02819) (Shopkhoev et al. 2025)",
     ),
     "magnitude": Method("magnitude", "magnitude", "uniform", "none", all_layers=True, source="magnitude, a baseline"),
     "random": Method(
