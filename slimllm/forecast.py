@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,26 +42,34 @@ def speeds(run: Run, rows: int) -> Speeds:
     """Those of the run's devices, in about a second. ``rows``: tokens that are generated side by side."""
     size = min(run.shape.hidden, 1024)
     evaluation = evaluation_dtype(run.dtype, run.eval_device)
-
-    def product(tokens: int, dtype: torch.dtype, device: torch.device) -> float:
-        states, weight = torch.ones(tokens, size, dtype=dtype, device=device), torch.ones(4 * size, size, dtype=dtype, device=device)
-        return tokens * weight.numel() / _seconds(lambda: torch.nn.functional.linear(states, weight), device)
-
-    symmetric = torch.randn(EIGEN_SIZE, EIGEN_SIZE, generator=torch.Generator().manual_seed(0)).to(run.device)
-    symmetric = symmetric + symmetric.T
     return Speeds(
-        product(TOKENS, run.dtype, run.device),
-        product(TOKENS, torch.float32, run.device),
-        product(TOKENS, evaluation, run.eval_device),
-        product(max(rows, 1), evaluation, run.eval_device),
-        _seconds(lambda: torch.linalg.eigh(symmetric), run.device) / EIGEN_SIZE**3,
+        _products(TOKENS, size, run.dtype, run.device),
+        _products(TOKENS, size, torch.float32, run.device),
+        _products(TOKENS, size, evaluation, run.eval_device),
+        _products(max(rows, 1), size, evaluation, run.eval_device),
+        _eigen(run.device),
     )
 
 
+@functools.cache  # so that what is foreseen of several runs goes by the same machine
+def _products(tokens: int, size: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Multiplications per second of so many tokens with a matrix [4 size, size]."""
+    states, weight = torch.ones(tokens, size, dtype=dtype, device=device), torch.ones(4 * size, size, dtype=dtype, device=device)
+    return tokens * weight.numel() / _seconds(lambda: torch.nn.functional.linear(states, weight), device)
+
+
+@functools.cache
+def _eigen(device: torch.device) -> float:
+    """Seconds of an eigendecomposition, per cubed size."""
+    symmetric = torch.randn(EIGEN_SIZE, EIGEN_SIZE, generator=torch.Generator().manual_seed(0)).to(device)
+    symmetric = symmetric + symmetric.T
+    return _seconds(lambda: torch.linalg.eigh(symmetric), device) / EIGEN_SIZE**3
+
+
 def _seconds(work: Callable, device: torch.device) -> float:
-    """The least of three times, after one that warms up."""
+    """The least of five times, after one that warms up: other programs only lengthen them."""
     found = []
-    for _ in range(4):
+    for _ in range(6):
         synchronise(device)
         begun = time.perf_counter()
         work()
