@@ -261,6 +261,16 @@ def test_a_mixture_that_was_pruned_for_llama_cpp_is_the_same_there(case, prune, 
         assert check.measured < 1e-3, check
 
 
+def test_texts_that_begin_alike_are_not_mixed_up_where_layers_have_windows(tmp_path):
+    folder = save_mixture("gpt_oss", tmp_path, None)
+    path, model = export_gguf.export(folder, tmp_path / "x.gguf", "f32"), checkpoint.load(folder, torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    blocks = texts.in_blocks(texts.token_ids(TEXT, tokenizer), 31, None)[:2]
+    blocks[1, 0] = blocks[0, 0]
+    for check in verify.checks_of_file(str(path), model, tokenizer, TEXT, blocks):
+        assert check.measured < 1e-3, check
+
+
 def test_every_mixture_with_an_architecture_is_compared():
     assert {MIXTURE_CASES[case][0] for case in MIXTURES} == {name for name, family in FAMILIES.items() if family.is_mixture and family.gguf}
 
