@@ -401,6 +401,8 @@ def drop(work: Work) -> None:
             found = run.once("layers", lambda: depth.least_turning(run))
             work.kept_layers, work.cosine = found["layers"], found["cosine"]
         depth.apply(run, work.kept_layers)
+    if run.config.runtime == "gguf" and (reason := gguf_architecture.difference(run.model_config)):
+        raise UserError(f"--runtime gguf: without these layers: {reason}; let others or none go, or name another runtime")
 
 
 def allocate(work: Work) -> None:

@@ -58,6 +58,14 @@ def test_a_hybrid_keeps_a_layer_with_attention(tmp_path):
         shallow_source(source, [index for index, kind in enumerate(of) if kind == "linear_attention"])
 
 
+def test_keys_and_values_that_layers_share_keep_a_layer_that_makes_them(tmp_path):
+    saved("gemma4_unified", tmp_path)  # the last two layers read those of earlier ones
+    source = loading.open_source(str(tmp_path), "auto")
+    of = source.config.layer_types
+    with pytest.raises(UserError, match="of what is left: the last 2 layers .* read keys .*, and none is of full_attention"):
+        shallow_source(source, [*(index for index, kind in enumerate(of[:-2]) if kind == "sliding_attention"), len(of) - 2, len(of) - 1])
+
+
 def test_a_layer_that_would_become_another_one_is_refused(tmp_path, monkeypatch):
     saved("gemma2", tmp_path)
     source = loading.open_source(str(tmp_path), "auto")

@@ -261,6 +261,16 @@ def test_a_mixture_that_was_pruned_for_llama_cpp_is_the_same_there(case, prune, 
         assert check.measured < 1e-3, check
 
 
+def test_texts_that_begin_alike_are_not_mixed_up_where_layers_have_windows(tmp_path):
+    folder = save_mixture("gpt_oss", tmp_path, None)
+    path, model = export_gguf.export(folder, tmp_path / "x.gguf", "f32"), checkpoint.load(folder, torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    blocks = texts.in_blocks(texts.token_ids(TEXT, tokenizer), 31, None)[:2]
+    blocks[1, 0] = blocks[0, 0]
+    for check in verify.checks_of_file(str(path), model, tokenizer, TEXT, blocks):
+        assert check.measured < 1e-3, check
+
+
 def test_every_mixture_with_an_architecture_is_compared():
     assert {MIXTURE_CASES[case][0] for case in MIXTURES} == {name for name, family in FAMILIES.items() if family.is_mixture and family.gguf}
 
@@ -312,6 +322,7 @@ def test_weights_that_are_rounded_in_memory_are_those_of_the_file(case, tmp_path
         ("exaone_moe", {"mlp_layer_types": ["sparse", "dense"]}, "layers 1 have no experts: .* has the layers without experts first"),
         ("exaone_moe", {"layer_types": ["full_attention"]}, "layer_types: llama.cpp's exaone-moe has layers with a sliding window"),
         ("qwen3_moe", {"rope_parameters": LLAMA3}, "rope_type llama3: llama.cpp's qwen3moe does not scale single frequencies"),
+        ("deepseek_v3", {"first_k_dense_replace": 2}, "no layer has experts: llama.cpp's deepseek2 has some"),
         ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit 5.0: .* computes 7.0"),
         ("gpt_oss", {"rope_parameters": {**YARN, "truncate": False}}, "rope_type yarn with truncate false: llama.cpp rounds"),
         ("ernie4_5_moe", {"use_bias": True}, "biases of the output projections"),
@@ -336,6 +347,33 @@ def test_a_model_that_llama_cpp_computes_otherwise_is_refused_before_it_is_prune
     assert slim(["prune", str(tmp_path / "m"), "--runtime", "gguf", "--calibration", str(text_file), "--dry_run"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and re.search("--runtime gguf: rope_type yarn with truncate false.*name another runtime", error)
+
+
+def test_what_is_left_of_the_layers_is_refused_before_it_is_pruned_where_llama_cpp_computes_it_otherwise(capsys, tmp_path, text_file):
+    model = make_model("gpt_oss", num_hidden_layers=4, **LINEAR_ROPE)
+    with torch.no_grad():  # the first layer adds nothing, so it is the one to go
+        first = model.model.layers[0]
+        for parameter in (*first.self_attn.o_proj.parameters(), first.mlp.experts.down_proj, first.mlp.experts.down_proj_bias):
+            parameter.zero_()
+    model.save_pretrained(tmp_path / "m")
+    tiny_tokenizer_of().save_pretrained(tmp_path / "m")
+    amount = (
+        "--drop_layers",
+        "1",
+        "--target_sparsity",
+        "0.3",
+        "--num_examples",
+        "4",
+        "--seq_len",
+        "16",
+        "--output_dir",
+        str(tmp_path / "o"),
+    )
+    for runtime, status in (("gguf", 2), ("any", 0)):
+        flags = ("--runtime", runtime, "--calibration", str(text_file), "--eval_data", "none", "--overwrite")
+        assert slim(["prune", str(tmp_path / "m"), *amount, *flags]) == status
+        error = capsys.readouterr().err
+        assert (error.count("\n") == 1 and "--runtime gguf: without these layers: layer_types: " in error) == (status == 2)
 
 
 def test_a_mixture_goes_from_its_files_to_llama_cpp(tmp_path, capsys, text_file):

@@ -134,10 +134,51 @@ def test_scales_may_be_one_number_exponents_or_of_stacked_matrices(tmp_path):
     assert read.read("one", torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_scales_that_fit_no_blocks_are_named(tmp_path):
-    read = reader(Fp8, tmp_path, {"w": torch.ones(6, 6).to(torch.float8_e4m3fn), "w_scale_inv": torch.ones(4, 2)}, weight_block_size=[4, 3])
-    with pytest.raises(UserError, match="^w: 4 scales do not divide its 6 rows or columns"):
-        read.read("w")
+def bytes_of(*shape):
+    return torch.zeros(shape, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "kind, tensors, settings, said",
+    [
+        (Fp8, {"_scale_inv": torch.ones(4, 2)}, {"weight_block_size": [4, 3]}, "w: 4 scales do not divide its 6 rows or 6 columns"),
+        (Fp8, {"_scale_inv": torch.ones(2)}, {}, r"w: its scales are \[2\], and it is \[6, 6\]"),
+        (Fp8, {"_scale_inv": torch.ones(0, 2)}, {}, r"w: its scales are \[0, 2\]"),
+        (Fp8, {"_scale_inv": torch.ones(3, 2, 2)}, {}, r"w: its scales are \[3, 2, 2\]"),
+        (Fp8, {"_scale_inv": torch.ones(1, 2, 2)}, {}, None),
+        (Fp8, {"_scale_inv": torch.ones(2, 2)}, {"weight_block_size": 3}, "weight_block_size is 3, not two whole numbers"),
+        (Fp8, {"_scale_inv": torch.ones(2, 2)}, {"weight_block_size": [3, "3"]}, "weight_block_size is .*correct config.json"),
+        (Mxfp4, {"_blocks": bytes_of(3, 5, 2, 16)}, {}, "w: the files hold its blocks, and no scales"),
+        (Mxfp4, {"_blocks": bytes_of(3, 5, 2, 16), "_scales": bytes_of(3, 5, 1)}, {}, r"w: its scales are \[3, 5, 1\], and its blocks"),
+        (Mxfp4, {"_blocks": bytes_of(3, 5, 2, 16), "_scales": bytes_of(2, 5, 2)}, {}, r"w: its scales are \[2, 5, 2\], and its blocks"),
+        (Mxfp4, {"_blocks": bytes_of(3, 5, 32), "_scales": bytes_of(3, 5)}, {}, r"w: its scales are \[3, 5\], and its blocks"),
+        (Mxfp4, {"_blocks": bytes_of(3, 5, 2, 16), "_scales": torch.ones(3, 5, 2)}, {}, "w: w_scales is F32, not bytes"),
+    ],
+)
+def test_scales_that_are_missing_or_fit_not_are_named_before_any_is_read(kind, tensors, settings, said, tmp_path):
+    stored = {f"w{name}": tensor for name, tensor in tensors.items()} | (
+        {"w": torch.ones(6, 6).to(torch.float8_e4m3fn)} if kind is Fp8 else {}
+    )
+    read = reader(kind, tmp_path, stored, **settings)
+    if said is None:
+        read.check("--base_model M")
+        assert torch.equal(read.read("w"), torch.ones(6, 6))
+        return
+    with pytest.raises(UserError, match=f"^--base_model M: {said}"):
+        read.check("--base_model M")
+
+
+def test_a_model_whose_scales_do_not_fit_is_refused_when_it_is_opened(tmp_path):
+    model = make_model("gpt_oss", intermediate_size=64).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    stored, _ = in_mxfp4(load_file(tmp_path / "model.safetensors"))
+    name = "model.layers.0.mlp.experts.down_proj"
+    stored[f"{name}_scales"] = stored[f"{name}_scales"][..., :1].contiguous()
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    with pytest.raises(UserError, match=f"{name}: its scales are .*download the model again"):
+        loading.open_source(str(tmp_path), "auto")
 
 
 def test_a_tensor_of_4_bits_has_the_shape_of_the_model_s(tmp_path):

@@ -68,6 +68,8 @@ def _dense_layers(config) -> list[int]:
 def difference(config) -> str | None:
     """Why the graph would compute something else than this mixture, in words; None where it would not."""
     arch, dense, experts, graph = family_of(config).gguf, _dense_layers(config), _experts(config), _graph(config)
+    if not experts:
+        return f"no layer has experts: llama.cpp's {arch} has some"
     if dense and not graph.dense_first:
         return f"layers {', '.join(map(str, dense))} have no experts: llama.cpp's {arch} has some in every layer"
     if dense != list(range(len(dense))):

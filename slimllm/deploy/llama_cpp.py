@@ -41,6 +41,7 @@ class LlamaCpp:
         if exact:
             settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
             settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            settings.n_ctx_checkpoints = 0  # where layers have windows, it would go on from what it kept of an earlier text
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads or torch.get_num_threads()
         try:
             self._server = xllamacpp.Server(settings)

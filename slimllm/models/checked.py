@@ -105,3 +105,8 @@ def _check_layer_types(config, where: str) -> None:
     unknown = [kind for kind in types if kind not in _LAYER_TYPES]
     if unknown:
         raise UserError(f"{where}: layer_types holds {unknown[0]!r}; known are {' and '.join(_LAYER_TYPES)}")
+    shared = getattr(config, "num_kv_shared_layers", None) or 0
+    if missing := sorted(set(types) - set(types[: max(0, len(types) - shared)])):
+        raise UserError(
+            f"{where}: the last {shared} layers (num_kv_shared_layers) read keys and values of earlier ones, and none is of {missing[0]}"
+        )

@@ -207,7 +207,7 @@ def open_source(base_model: str, dtype: torch.dtype | str, option_name: str = "-
     if _settle_head(config, weights):
         skeleton = skeleton_of(config, dtype)
     if not kwargs and not all(map(weights.is_number, weights.names)):
-        weights = _dequantized(weights, _stored_config(source, base_model, option_name))
+        weights = _dequantized(weights, _stored_config(source, base_model, option_name), where)
     if family_of(config).is_mixture:
         weights = Stacked(weights, skeleton)
     _check_tensors(skeleton, weights, where)
@@ -216,13 +216,18 @@ def open_source(base_model: str, dtype: torch.dtype | str, option_name: str = "-
     return ModelSource(skeleton, weights, dtype)
 
 
-def _dequantized(weights, stored):
-    """``weights`` as numbers of the dtype that the model's files say, whatever it is computed in. ``stored``: their config."""
+def _dequantized(weights, stored, where: str):
+    """``weights`` as numbers of the dtype that the model's files say, whatever it is computed in. ``stored``: their config.
+
+    Raises UserError, naming ``where``, where scales are missing or do not fit.
+    """
     quantization = _quantization(stored)
     if quantization is None:
         return weights
     dtype = getattr(getattr(stored, "text_config", None), "dtype", None) or stored.dtype or torch.bfloat16
-    return READERS[quantization["quant_method"]](weights, dtype, quantization)
+    reader = READERS[quantization["quant_method"]](weights, dtype, quantization)
+    reader.check(where)
+    return reader
 
 
 def _stored_config(source: str, base_model: str, option_name: str, **kwargs):

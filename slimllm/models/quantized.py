@@ -5,6 +5,8 @@ What a number is follows transformers' own conversion; a last block that is not 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -36,6 +38,16 @@ class Dequantized(OfAnother):
         """One tensor, in ``dtype`` or its own; a quantized one is rounded to the model's own dtype first."""
         return self._dequantized(name).to(dtype or self._dtype) if self._is_quantized(name) else self._tensors.read(name, dtype)
 
+    def check(self, where: str) -> None:
+        """Raises UserError, naming ``where``, for a tensor whose scales are missing or fit it not, by their shapes; reads none."""
+        for name in self.names:
+            if fault := self._fault(name):
+                raise UserError(f"{where}: {name}: {fault}; download the model again")
+
+    def _fault(self, name: str) -> str | None:
+        """Why a tensor cannot be dequantized, in words."""
+        raise NotImplementedError
+
     def _is_quantized(self, name: str) -> bool:
         raise NotImplementedError
 
@@ -52,6 +64,27 @@ class Fp8(Dequantized):
         scales = {f"{name}_scale_inv" for name in self._there}
         return [name for name in self._tensors.names if name not in scales and not name.endswith("activation_scale")]
 
+    def check(self, where: str) -> None:
+        given = self._settings.get("weight_block_size")
+        pair = isinstance(given, list | tuple) and len(given) == 2
+        if given is not None and not (pair and all(isinstance(size, int) and size > 0 for size in given)):
+            raise UserError(f"{where}: weight_block_size is {given!r}, not two whole numbers of at least 1; correct config.json")
+        super().check(where)
+
+    def _fault(self, name: str) -> str | None:
+        if not self._is_quantized(name):
+            return None
+        shape, scales = self._tensors.shape(name), self._tensors.shape(f"{name}_scale_inv")
+        if math.prod(scales) == 1:
+            return None
+        *stacked, rows, columns = scales if len(scales) > 1 else (0, 0)
+        same = all(n in (1, size) for n, size in zip(reversed(stacked), [*reversed(shape[:-2]), *[1] * len(stacked)]))
+        if not (rows and columns and same and len(shape) > 1):
+            return f"its scales are {list(scales)}, and it is {list(shape)}"
+        given = self._settings.get("weight_block_size") or (None, None)
+        odd = (n for size, n, block in zip(shape[-2:], (rows, columns), given) if _block(size, n, block) is None)
+        return next((f"{n} scales do not divide its {shape[-2]} rows or {shape[-1]} columns into equal blocks" for n in odd), None)
+
     def _is_quantized(self, name: str) -> bool:
         return f"{name}_scale_inv" in self._there and self._tensors.dtype_name(name) == "F8_E4M3"
 
@@ -60,7 +93,7 @@ class Fp8(Dequantized):
         scales = _POWERS[scales.int()] if scales.dtype == torch.uint8 else scales.float()
         scales = scales.view(1, 1) if scales.numel() == 1 else scales
         given, sizes = self._settings.get("weight_block_size") or (None, None), zip(stored.shape[-2:], scales.shape[-2:])
-        height, width = (_block(name, *pair, block) for pair, block in zip(sizes, given))
+        height, width = (_block(*pair, block) for pair, block in zip(sizes, given))
         found = torch.empty(stored.shape, dtype=self._dtype)
         for band in range(scales.shape[-2]):
             rows = slice(band * height, (band + 1) * height)
@@ -69,13 +102,11 @@ class Fp8(Dequantized):
         return found
 
 
-def _block(name: str, size: int, count: int, given: int | None) -> int:
-    """How long a block is where ``count`` of them make up ``size``; ``given``: by the config."""
+def _block(size: int, count: int, given: int | None) -> int | None:
+    """How long a block is where ``count`` of them make up ``size``; ``given``: by the config. None where they cannot."""
     if given and -(-size // given) == count:
         return given
-    if size % count:
-        raise UserError(f"{name}: {count} scales do not divide its {size} rows or columns into equal blocks; download the model again")
-    return size // count
+    return None if size % count else size // count
 
 
 class Mxfp4(Dequantized):
@@ -96,6 +127,17 @@ class Mxfp4(Dequantized):
             return self._tensors.shape(name)
         experts, outputs, *inputs = self._tensors.shape(f"{name}_blocks")
         return [experts, 2 * inputs[0] * inputs[1], outputs]
+
+    def _fault(self, name: str) -> str | None:
+        if f"{name}_blocks" not in self._there:
+            return None
+        if f"{name}_scales" not in self._there:
+            return "the files hold its blocks, and no scales"
+        pair = [f"{name}_{what}" for what in ("blocks", "scales")]
+        if odd := [one for one in pair if self._tensors.dtype_name(one) != "U8"]:
+            return f"{odd[0]} is {self._tensors.dtype_name(odd[0])}, not bytes"
+        blocks, scales = (list(self._tensors.shape(one)) for one in pair)
+        return None if len(blocks) == 4 and blocks[:-1] == scales else f"its scales are {scales}, and its blocks {blocks}"
 
     def _is_quantized(self, name: str) -> bool:
         return {f"{name}_blocks", f"{name}_scales"} <= self._there
