@@ -25,6 +25,7 @@ from slimllm.models.source import stored_tensors
 from slimllm.models.weights import Tensors, weight_files
 from slimllm.plan import LayerPlan, removed_parameters
 from slimllm.pruning import experts_run as experts_run_module
+from slimllm.pruning.allocation.budget import of_bytes
 from slimllm.pruning.allocation.layer_ratios import without_scores
 from slimllm.pruning.allocation.plan_file import read_plan
 from slimllm.pruning.allocation.sizing import Sizing
@@ -38,6 +39,7 @@ from slimllm.settings.methods import EXPERT_SCORES, RECOVERIES, Recovery
 from slimllm.settings.pruning import PruneConfig
 from slimllm.streaming.runner import LayerRunner
 from tests.conftest import MIXTURE_CASES, TEXT, family_config, logits, make_config, make_ids, make_model, make_shape, prune, run_cli
+from tests.test_export_gguf import bpe_tokenizer
 
 
 @pytest.fixture(params=MIXTURE_CASES)
@@ -412,6 +414,102 @@ def test_more_than_can_go_is_refused_from_the_config_alone():
         without_scores(Run(config, family_config("mixtral")))
 
 
+def file_bytes(model, row, context=0):
+    """Bytes of the tensors of a q8_0 file, one by one, and of the KV cache: 34 bytes per 32 weights of a row, or 64 where rows are no
+    multiple of 32; vectors, routers and what is no matrix in float32.
+    """
+    total, modules = 0, dict(model.named_modules())
+    for name, tensor in model.named_parameters():
+        holder, _, own = name.rpartition(".")
+        is_matrix = own == "weight" and isinstance(modules[holder], torch.nn.Linear | torch.nn.Embedding) and len(tensor) > 1
+        if own in row.stacked and tensor.dim() == 3:
+            *_, columns = tensor.mT.shape if row.transposed else tensor.shape
+        elif is_matrix and not (len(tensor) == 8 and ("gate" in name or "router" in name)):
+            columns = tensor.shape[1]
+        else:
+            total += 4 * tensor.numel()
+            continue
+        total += tensor.numel() * 34 // 32 if columns % 32 == 0 else 2 * tensor.numel()
+    keys = [module.weight for name, module in modules.items() if name.endswith(".k_proj")]
+    return total + sum(2 * 2 * len(weight) for weight in keys) * context
+
+
+FITTED = [case for case in MIXTURE_CASES if any("attention" in layer.units for layer in make_shape(case).layers)]  # whose cache is known
+
+
+@pytest.mark.parametrize("case", FITTED)
+@pytest.mark.parametrize("width", [24, 32])
+def test_a_file_is_counted_tensor_by_tensor(case, width):
+    sizes = {name: width for name in row_of(case).sizes[1:]}
+    model, config = make_model(case, **sizes), make_config(2, make_shape(case), fit="1", prune="experts")
+    assert of_bytes(shape_of(model.config), config, 0).target + 1 == file_bytes(model, row_of(case), config.context)
+
+
+FIT = dict(
+    hidden_size=64, moe_intermediate_size=128, num_attention_heads=8, num_key_value_heads=4, mlp_only_layers=[0], num_hidden_layers=3
+)
+
+
+@pytest.mark.parametrize(
+    "what, share, kept, more",
+    [
+        ("experts", 0.7, {"experts": 4}, dict(num_experts=5)),
+        ("channels", 0.7, {"channels": 64}, dict(moe_intermediate_size=96)),
+        ("heads", 0.9, {"heads": 4, "kv_heads": 2}, dict(num_attention_heads=6, num_key_value_heads=3)),
+    ],
+)
+def test_as_many_stay_as_fit_with_their_cache(what, share, kept, more):
+    case, context = "qwen3_moe", 256
+    model, row = make_model(case, **FIT), row_of(case)
+    asked = int(share * file_bytes(model, row, context))
+    config = make_config(3, shape_of(model.config), fit=str(asked), context=context, prune=what, head_unit="group")
+    reports = prune(model, make_ids(), config)
+    assert all(kept.items() <= {**report.units["attention"], **report.units["experts"]}.items() for report in reports[1:])
+    assert file_bytes(model, row, context) <= asked < file_bytes(make_model(case, **FIT | more), row, context)
+
+
+def plans_of_fit(fit, **settings):
+    """The plans of the model of FIT, from its config alone."""
+    config = family_config("qwen3_moe", **FIT)
+    return without_scores(Run(make_config(3, shape_of(config), fit=fit, context=1, **settings), config)).plans
+
+
+def test_what_cannot_fit_is_refused_with_the_least_that_can():
+    smallest = make_model("qwen3_moe", **FIT | dict(num_experts=2))
+    asked = file_bytes(smallest, row_of("qwen3_moe"), context=1)
+    assert plans_of_fit(str(asked))[1].units["experts"]["experts"] == 2
+    with pytest.raises(UserError, match=f"--fit {asked - 1}: .* it takes {asked / 1e6:.4g} MB at least; raise it"):
+        plans_of_fit(str(asked - 1))
+
+
+@pytest.mark.parametrize("sparsity, fit, kept", [(0.3, "1GB", 5), (0.3, "330KB", 4), (0.6, "330KB", 3)])
+def test_a_size_and_a_file_that_fits_are_both_met(sparsity, fit, kept):
+    assert [plan.units["experts"]["experts"] for plan in plans_of_fit(fit, target_sparsity=sparsity)[1:]] == [kept, kept]
+
+
+def test_a_size_is_met_where_more_would_fit_better():
+    """120 channels stay f16, and take more than all 128 do in q8_0."""
+    whole = file_bytes(make_model("qwen3_moe", **FIT), row_of("qwen3_moe"), context=1)
+    plans = plans_of_fit(str(whole), target_sparsity=0.04, prune="channels", round_to=8)
+    assert {plan.units["experts"]["channels"] for plan in plans[1:]} == {96}
+
+
+def test_nothing_goes_from_a_mixture_that_fits_as_it_is():
+    assert [plan.units for plan in plans_of_fit("1GB")] == make_shape("qwen3_moe", **FIT).units
+
+
+def test_the_plan_of_a_mixture_that_fits_is_shown_without_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = bpe_tokenizer()
+    family_config("qwen3_moe", **FIT, vocab_size=len(tokenizer)).save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    flags = ["--base_model", "model", "--recipe", "best", "--context", "16", "--dry_run"]
+    assert hf_prune.main([*flags, "--fit", "400KB"]) == 0
+    assert "8 / 4 / 48, 8 / 4 / 5 / 128" in capsys.readouterr().out
+    assert hf_prune.main([*flags, "--fit", "10KB"]) == 2
+    assert "--fit 10KB: " in capsys.readouterr().err
+
+
 def test_heads_may_go_in_place_of_experts():
     model, ids, shape = make_model("mixtral"), make_ids(), make_shape("mixtral")
     config = config_of("mixtral", prune="heads", recovery="least_squares", head_unit="group")
@@ -432,8 +530,9 @@ def test_heads_may_go_in_place_of_experts():
         ("olmoe", dict(prune="heads"), "^--prune heads: no head of this model can go .* --prune experts"),
         ("llama_gqa", dict(prune="experts"), "^--prune experts: this model has none"),
         ("mixtral", dict(layer_ratio="auto"), "^--layer_ratio auto: all layers of a mixture of experts lose the same"),
-        ("mixtral", dict(fit="1MB"), "^--fit 1MB: it goes by prices"),
-        ("mixtral", dict(target_speedup=1.5), "^--target_speedup 1.5: it goes by prices"),
+        ("deepseek_v3", dict(fit="1MB"), "^--fit 1MB: the KV cache of this model's attention cannot be counted"),
+        ("mixtral", dict(fit="1MB", prune="both"), "^--fit 1MB and --prune both: .* --prune experts or channels"),
+        ("mixtral", dict(target_speedup=1.5), "^--target_speedup 1.5: a token takes as long however many experts stay"),
         ("mixtral", dict(target_sparsity=0.1, price_list="p.json"), "^--price_list p.json: it goes by prices"),
         ("mixtral", dict(vocab="auto", smaller=0.2), "^--vocab auto: it goes by prices"),
         ("phimoe", dict(runtime="gguf"), "^--runtime gguf: llama.cpp has no architecture"),

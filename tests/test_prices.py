@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 
+import gguf
 import pytest
 import torch
 
@@ -23,7 +24,7 @@ from slimllm.pruning.allocation.price_list import NAME, Price, PriceList, curve
 from slimllm.pruning.allocation.sizing import Sizing
 from slimllm.streaming.journal import Journal
 from tests.conftest import CORE_CASES, DISTINCT_CASES, TEXT, count, logits, make_config, make_ids, make_model, make_shape, prune, run_of
-from tests.test_export_gguf import bpe_tokenizer
+from tests.test_export_gguf import bpe_tokenizer, save
 
 
 @pytest.fixture(autouse=True)
@@ -330,6 +331,16 @@ def test_a_file_fits_with_its_cache(context, share):
     with pytest.raises(UserError, match=r"--fit 0.001MB: with a part of each layer left it takes 0.\d+ MB at least; raise it"):
         config = make_config(layers=2, shape=shape, layer_ratio="auto", **{**settings, "fit": "0.001MB"})
         solver.solve(found, Sizing(shape, config), *budgets_of(AllocationInputs(shape, config)))
+
+
+def test_what_is_never_cut_is_counted_as_the_file_has_it(tmp_path):
+    """Linear attention, most of which the file holds in blocks."""
+    sizes = dict(hidden_size=64, num_hidden_layers=4, vocab_size=320, linear_key_head_dim=32, linear_value_head_dim=32)
+    folder = save("qwen3_5", tmp_path, bpe_tokenizer(), pruned=False, sizes=sizes)
+    path = export_gguf.export(folder, tmp_path / "out.gguf", "q8_0")
+    shape = make_shape("qwen3_5", **sizes)
+    counted = 1 + budget.of_bytes(shape, make_config(4, shape, fit="1", context=1, layer_ratio="auto"), 0).target
+    assert sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors) + 2 * shape.cache_numbers() == counted
 
 
 def test_what_a_part_takes_in_a_file_follows_the_blocks():

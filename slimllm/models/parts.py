@@ -372,9 +372,10 @@ class ExpertsShape:
     ``groups``: the two best experts decide how good a group is, so that each keeps two.
 
     All experts of a layer have as many ``channels``. ``expert``: parameters of one expert; ``channel``: of one of its channels; ``router``:
-    of the router that belong to one expert; ``fixed``: of what stays whole beside them, such as shared experts.
-    :func:`skeleton.counted` counts them. ``channels_fixed``: no channels can go, since their number is another part's too. ``fits``: the
-    output projections can be refitted.
+    of the router that belong to one expert; ``width``: numbers that an expert reads; ``inputs``: its input projections, gate and up or up
+    alone; ``fixed``: parameters of what stays whole beside them, such as shared experts; ``fixed_matrices``: (rows, columns) of the
+    matrices among these. :func:`skeleton.counted` counts them. ``channels_fixed``: no channels can go, since their number is another part's
+    too. ``fits``: the output projections can be refitted.
     """
 
     kind: ClassVar[str] = "experts"
@@ -394,7 +395,10 @@ class ExpertsShape:
     expert: int
     channel: int
     router: int
+    width: int
+    inputs: int
     fixed: int = 0
+    fixed_matrices: tuple[tuple[int, int], ...] = ()
     groups: int = 1
     top_groups: int = 1
     channels_fixed: bool = False
@@ -436,6 +440,13 @@ class ExpertsShape:
         units = units or self.units
         return self.top_k * self._expert(units) + units["experts"] * self.router + self.fixed
 
+    def matrices(self, units: Units) -> list[tuple[int, int]]:
+        """(rows, columns) of its projections with these units, those of all experts one below the other, and of what stays whole. The
+        router is none of them: files keep it in float32.
+        """
+        rows, outputs = units["experts"] * units["channels"], units["experts"] * self.width
+        return [(rows, self.width)] * self.inputs + [(outputs, units["channels"]), *self.fixed_matrices]
+
     def cache_numbers(self, units: Units | None = None) -> int:
         """Zero: the KV cache holds nothing of it."""
         return 0
@@ -474,10 +485,12 @@ class ExpertsShape:
 @dataclass(frozen=True)
 class Counted:
     """What the modules of one layer say. ``uncut``: parameters outside the parts that can lose units: its norms, and what is run and never
-    cut. ``kinds``: of the parts that it has. ``experts``: the numbers of its experts, where it has some.
+    cut; ``matrices``: (rows, columns) of the matrices among these. ``kinds``: of the parts that it has. ``experts``: the numbers of its
+    experts, where it has some.
     """
 
     uncut: int
+    matrices: tuple[tuple[int, int], ...]
     kinds: frozenset[str]
     experts: ExpertsShape | None = None
 

@@ -19,11 +19,12 @@ RUNTIMES = ("any", "transformers", "vllm", "gguf")
 @dataclass(frozen=True)
 class LayerShape:
     """The parts of one layer that have units, in the order of computation. ``uncut_parameters``: of its norms of the residual stream, and
-    of what is run and never cut.
+    of what is run and never cut; ``uncut_matrices``: (rows, columns) of the matrices among these.
     """
 
     parts: tuple[PartShape, ...]
     uncut_parameters: int
+    uncut_matrices: tuple[tuple[int, int], ...] = ()
 
     @property
     def units(self) -> dict[str, Units]:
@@ -203,11 +204,11 @@ def _layer_shape(config, family: Family, index: int, modules: Counted | None) ->
     if modules is None:
         rows = [row for row in family.parts if is_in_layer(config, row, index)]
         norms = {name for row in rows for name in (row.norm, row.post_norm) if name is not None}
-        uncut = len(norms) * family.norm_vectors * config.hidden_size
+        uncut, matrices = len(norms) * family.norm_vectors * config.hidden_size, ()
     else:
-        rows, uncut = [row for row in family.parts if row.kind in modules.kinds], modules.uncut
+        rows, uncut, matrices = [row for row in family.parts if row.kind in modules.kinds], modules.uncut, modules.matrices
     parts = (modules.experts if row.kind == "experts" else KINDS[row.kind].of(config, row, index) for row in rows)
-    return LayerShape(tuple(parts), uncut)
+    return LayerShape(tuple(parts), uncut, matrices)
 
 
 def alike(shape: ModelShape, units: list[dict[str, Units]]) -> list[dict[str, Units]]:

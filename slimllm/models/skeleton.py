@@ -77,18 +77,30 @@ def _of_layer(layer: nn.Module, index: int, config, family: Family) -> Counted:
     rows = [row for row in family.parts if row.is_in(layer)]
     cut = {name for row in rows for name in (row.module, *(row.inputs if row.beside else ()))}
     uncut = sum(p.numel() for name, p in layer.named_parameters() if name.partition(".")[0] not in cut)
+    matrices = _matrices([module for name, module in layer.named_modules() if name.partition(".")[0] not in cut])
     experts = next((row for row in rows if row.kind == "experts"), None)
-    return Counted(uncut, frozenset(row.kind for row in rows), experts and _experts(layer, index, config, experts))
+    return Counted(uncut, matrices, frozenset(row.kind for row in rows), experts and _experts(layer, index, config, experts))
+
+
+def _matrices(modules: list[nn.Module]) -> tuple[tuple[int, int], ...]:
+    """(rows, columns) of those that files hold in the type that is asked for: of Linear modules, where these are no single row."""
+    return tuple(tuple(module.weight.shape) for module in modules if isinstance(module, nn.Linear) and module.out_features > 1)
 
 
 def _experts(layer: nn.Module, index: int, config, row: PartRow) -> ExpertsShape:
     part = part_of(row, layer, 0, 1.0)
-    count, inside = part.units["experts"], list(part.experts.modules())
+    count, channels = part.units.values()
+    inside, outside = list(part.experts.modules()), []
     numbers = {"expert": 0, "router": 0, "fixed": 0}
-    for module, _, tensor, axis in part.tensors():
+    for module, name, tensor, axis in part.tensors():
         if isinstance(tensor, nn.Parameter):
             what = "fixed" if axis is None else "expert" if any(module is one for one in inside) else "router"
             numbers[what] += tensor.numel() if axis is None else tensor.numel() // count
+            if what == "fixed" and name == "weight":
+                outside.append(module)
+    _, *sides = getattr(part.experts, row.stacked[0]).shape
+    rows, width = reversed(sides) if row.transposed else sides
+    numbers |= {"width": width, "inputs": rows // channels, "fixed_matrices": _matrices(outside)}
     groups = {} if row.groups is None else dict(zip(("groups", "top_groups"), (getattr(config, name) or 1 for name in row.groups)))
     numbers |= {"channel": part.channel_parameters, "channels_fixed": len(row.sizes) == 1, "fits": row.fits}
-    return ExpertsShape(config.hidden_size, *part.units.values(), value_in_layer(config, row.top_k, index), **numbers, **groups)
+    return ExpertsShape(config.hidden_size, count, channels, value_in_layer(config, row.top_k, index), **numbers, **groups)

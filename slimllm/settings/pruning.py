@@ -29,7 +29,7 @@ BEST_EXAMPLES = 192  # those of the best recipe; more bought nothing on a model 
 RIDGE_TOKENS = 4096  # calibration tokens up to which the ridge is the median input variance; with more of them it falls
 BYTES = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}  # units of --fit
 COUNTS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}  # units of --target_params
-BY_PRICES = ("fit", "target_speedup")  # of AMOUNTS, those that only layer_ratio auto can meet
+BY_PRICES = ("fit", "target_speedup")  # of AMOUNTS, those that only layer_ratio auto can meet, or for fit a mixture of experts
 HEAD_UNITS = ("group", "query")
 REGULAR = ("uniform", "auto")  # ways to spread the sparsity that can give all layers the same widths
 PARTS = ("both", "heads", "channels", "experts")
@@ -80,8 +80,8 @@ class PruneConfig:
     )
     fit: str | None = flag(
         "sparsity",
-        "layer_ratio auto: bytes that a GGUF file of the model and its KV cache are to take, such as 6GB (decimal; GiB too); instead of "
-        "--pruning_ratio, or besides another amount: all are met",
+        "layer_ratio auto, or a mixture of experts: bytes that a GGUF file of the model and its KV cache are to take, such as 6GB "
+        "(decimal; GiB too); instead of --pruning_ratio, or besides another amount: all are met",
     )
     context: int = flag("sparsity", "with --fit: tokens in the KV cache", 4096)
     gguf_type: str = flag("sparsity", "with --fit: type of the weights in the file, as for export-gguf", "q8_0", choices=OUTTYPES)
@@ -515,7 +515,7 @@ class PruneConfig:
             )
         for name in (*BY_PRICES, "vocab") if "prices" not in LAYER_RATIOS[found.get("layer_ratio", self.layer_ratio)].needs else ():
             value = getattr(self, name)
-            if value is not None and (name != "vocab" or value == "auto"):
+            if value is not None and (name != "vocab" or value == "auto") and not (name == "fit" and shape.is_mixture):
                 raise UserError(f"--{name} {value}: it goes by a price list; add --recipe best or --layer_ratio auto")
         return found
 
@@ -527,11 +527,14 @@ class PruneConfig:
             if self.prune == "experts":
                 raise UserError("--prune experts: this model has none; --prune both, heads or channels")
             return {}
-        for name in (*BY_PRICES, "price_list"):
-            if getattr(self, name) is not None:
-                raise UserError(
-                    f"--{name} {getattr(self, name)}: it goes by prices, which experts have none of yet; ask by --target_sparsity"
-                )
+        if self.target_speedup is not None:
+            raise UserError(
+                f"--target_speedup {self.target_speedup}: a token takes as long however many experts stay, and the time of narrower ones "
+                "is not measured; ask by --fit or --target_sparsity"
+            )
+        if self.price_list is not None:
+            raise UserError(f"--price_list {self.price_list}: it goes by prices, which experts have none of yet; leave it out")
+        self._check_fit(shape)
         if self.vocab == "auto":
             raise UserError("--vocab auto: it goes by prices, which experts have none of yet; name a number of tokens")
         if self.layer_ratio not in (None, "uniform"):
@@ -555,6 +558,13 @@ class PruneConfig:
         if self.prune in ("both", "channels"):
             found["round_to"] = self._expert_multiple()
         return found
+
+    def _check_fit(self, shape: ModelShape) -> None:
+        """Raises UserError for a mixture of which it is not known how many bytes a plan takes, or which plan is to be taken."""
+        if self.fit is not None and not any(part.kind == "attention" for layer in shape.layers for part in layer.parts):
+            raise UserError(f"--fit {self.fit}: the KV cache of this model's attention cannot be counted yet; ask by --target_params")
+        if self.fit is not None and self.prune == "both":
+            raise UserError(f"--fit {self.fit} and --prune both: experts and channels have no prices yet; --prune experts or channels")
 
     def _check_experts_recovery(self) -> None:
         """Raises UserError for a fit that cannot be made of the inputs of one expert and what is missing of all."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import gguf
@@ -111,14 +111,18 @@ def of_bytes(shape: ModelShape, config: PruneConfig, overhead: int) -> Budget:
     """
 
     def measure(part: PartShape, units: Units, input_bias: bool, output_bias: bool) -> float:
-        matrices = part.matrices(units)
-        vectors = part.parameters(units, input_bias, output_bias) - sum(rows * columns for rows, columns in matrices)
-        return sum(gguf_bytes(*matrix, config.gguf_type) for matrix in matrices) + 4 * vectors + cache * part.cache_numbers(units)
+        weights = stored(part.parameters(units, input_bias, output_bias), part.matrices(units))
+        return weights + cache * part.cache_numbers(units)
+
+    def stored(parameters: int, matrices: Sequence[tuple[int, int]]) -> int:
+        vectors = parameters - sum(rows * columns for rows, columns in matrices)
+        return sum(gguf_bytes(*matrix, config.gguf_type) for matrix in matrices) + 4 * vectors
 
     cache = 2 * config.context
     layers = sum(measure(p, p.units, p.input_bias, p.output_bias) for layer in shape.layers for p in layer.parts)
-    norms = 4 * (shape.norm_parameters + sum(layer.uncut_parameters for layer in shape.layers))
-    whole = layers + norms + overhead + (1 if shape.tied else 2) * gguf_bytes(shape.vocab, shape.hidden, config.gguf_type)
+    uncut = sum(stored(layer.uncut_parameters, layer.uncut_matrices) for layer in shape.layers)
+    whole = layers + uncut + 4 * (shape.norm_parameters + shape.head_bias * shape.vocab) + overhead
+    whole += (1 if shape.tied else 2) * gguf_bytes(shape.vocab, shape.hidden, config.gguf_type)
     asked = cli.number_of("fit", config.fit, BYTES)
 
     def in_words(amount: float) -> str:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+
+from ...plan import LayerPlan
 from ...run import Run
 from ...settings.methods import LAYER_RATIOS
 from ..importance.layers import importance_weights, uniform_weights
+from .budget import of_bytes
 from .inputs import Allocation, AllocationInputs
-from .sizing import plans_from_ratios
+from .sizing import Sizing, plans_from_ratios
+
+log = logging.getLogger("slimllm")
 
 
 def importance(inputs: AllocationInputs) -> Allocation:
@@ -27,7 +33,30 @@ def middle(inputs: AllocationInputs) -> Allocation:
 
 
 def weighted(inputs: AllocationInputs, weights: list[float]) -> Allocation:
-    return Allocation(plans_from_ratios(inputs.shape, lambda amount: [amount * weight for weight in weights], inputs.config))
+    shape, config = inputs.shape, inputs.config
+    if config.amount[0] == "fit":
+        plans = [LayerPlan(0.0, layer.units) for layer in shape.layers]
+    else:
+        plans = plans_from_ratios(shape, lambda amount: [amount * weight for weight in weights], config)
+    return Allocation(plans if config.fit is None else that_fit(inputs, plans))
+
+
+def that_fit(inputs: AllocationInputs, most: list[LayerPlan]) -> list[LayerPlan]:
+    """``--fit`` of a mixture of experts, all of whose layers lose the same, one sort of units alone: of ``most`` and the plans that keep
+    fewer parameters, the first with which the file fits. No prices are needed.
+
+    Raises UserError where none fits.
+    """
+    shape, config = inputs.shape, inputs.config
+    sizing, budget = Sizing(shape, config), of_bytes(shape, config, inputs.file_overhead)
+    gone = sizing.removed(most)
+    options = [most, *(plans for plans in sizing.alike() if sizing.removed(plans) > gone)]
+    for plans in options:
+        if budget.removed(plans) >= budget.target:
+            if inputs.run is not None:
+                log.info("%s: the plan removes %s", budget.asked, budget.in_words(budget.removed(plans)))
+            return plans
+    raise budget.out_of_reach(max(options, key=budget.removed))
 
 
 def without_scores(run: Run) -> Allocation:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -130,6 +130,15 @@ class Sizing:
         for slot in self.fine:
             self._lose(slot, plans, min(ratios[slot.layer], 1.0))
         return plans
+
+    def alike(self) -> Iterator[list[LayerPlan]]:
+        """Where all layers lose the same, one sort of units alone: the plans that there are, from the most that stays to the least."""
+        slots = self.coarse or self.fine
+        for kept in reversed(slots[0].steps.allowed(self.config.round_to)):
+            plans = [LayerPlan(1 - kept / slots[0].steps.count, layer.units) for layer in self.shape.layers]
+            for slot in slots:
+                slot.keep(plans, kept)
+            yield plans
 
     def _lose(self, slot: Slot, plans: list[LayerPlan], ratio: float) -> None:
         """Takes ``ratio`` of a part, as far as something of it stays."""
