@@ -129,3 +129,22 @@ def test_questions_alone_are_learned_on_request(chatty, tmp_path):
     flags = ["x", "--data_path", str(rows(tmp_path, TALK[:1], TALK[2:3])), "--no_add_eos_token", "--train_on_inputs", "--val_set_size", "0"]
     trained, _, _ = data.load_data(COMMANDS["train"].parsed("train", flags), chatty, 10_000)
     assert len(trained) == 2
+
+
+def asks(condition):
+    return f"{{% if {condition} %}}{{{{ raise_exception('not so') }}}}{{% endif %}}{{{{ messages[-1]['content'] }}}}"
+
+
+@pytest.mark.parametrize(
+    "template, flags, way",
+    [
+        (asks("messages[0]['role'] != 'system'"), [], "say something with --system"),
+        (asks("messages[0]['role'] == 'system'"), ["--system", "Be short"], "leave --system out"),
+        (asks("true"), [], "correct its chat template"),
+    ],
+)
+def test_a_template_that_chat_cannot_use_is_named_with_the_way_out(template, flags, way, tiny_folder, tiny_tokenizer, capsys):
+    tiny_tokenizer.chat_template = template
+    tiny_tokenizer.save_pretrained(tiny_folder)
+    assert COMMANDS["chat"].run("chat", [str(tiny_folder), *flags]) == 2
+    assert f"MODEL {tiny_folder}: the model's chat template does not take these messages (not so); {way}\n" in capsys.readouterr().err

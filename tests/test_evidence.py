@@ -124,6 +124,8 @@ def test_a_stopped_run_goes_on(flags, monkeypatch, capsys):
     flags = [*flags, "--recipes", "best", "--tasks", "none", "--no_latency"]
     monkeypatch.setattr(pipeline, "LayerPruner", stopping_at(1))
     assert slim(["evidence", *flags]) == 130 and not steps()
+    said = capsys.readouterr().err
+    assert said.endswith("interrupted; what is finished is kept; the same command goes on with the rest\n") and "--resume" not in said
     seen = []
     monkeypatch.setattr(pipeline, "LayerPruner", stopping_at(None, seen))
     monkeypatch.setattr(evaluate, "run", stops)

@@ -44,8 +44,21 @@ def _partner(name: str, option: str, config: ChatConfig) -> Partner:
     tokenizer = loading.load_tokenizer(name, option)
     system = [{"role": "system", "content": config.system}] if config.system and tokenizer.chat_template else []
     partner = Partner(Path(name).name, loading.load_model(name, dtype, option, device), tokenizer, system)
-    as_chat(tokenizer, [*system, {"role": "user", "content": "Hello"}])  # a template that takes no such messages is said now
+    _try(tokenizer, system, f"{option} {name}")
     return partner
+
+
+def _try(tokenizer, system: list[dict], where: str) -> None:
+    """Raises UserError, naming ``where`` and the way out, for a chat template that takes no conversation that begins so."""
+    hello = {"role": "user", "content": "Hello"}
+    try:
+        as_chat(tokenizer, [*system, hello])
+    except UserError as error:
+        way = "correct its chat template"
+        with contextlib.suppress(UserError):
+            as_chat(tokenizer, [hello] if system else [{"role": "system", "content": "Hello"}, hello])
+            way = "leave --system out" if system else "say something with --system"
+        raise UserError(f"{where}: {error}; {way}") from None
 
 
 def _in_terminal(partners: list[Partner], config: ChatConfig) -> None:

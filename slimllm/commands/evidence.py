@@ -19,7 +19,7 @@ import torch
 
 from .. import cli
 from ..data.texts import load_texts
-from ..errors import UserError, first_line
+from ..errors import Terminated, UserError, first_line
 from ..experiments.trials import state_of_model
 from ..models import loading
 from ..reporting import evidence as page
@@ -291,6 +291,9 @@ def _fault_of(step: Step, more: list[str]) -> str | None:
         return f"exit status {status}" if status else None
     except UserError as error:
         return first_line(error)
+    except (KeyboardInterrupt, Terminated) as error:
+        error.__notes__ = []  # how a step alone goes on; this program has no --resume, and goes on by itself
+        raise
     except Exception as error:  # whatever it is, the other steps are independent of it
         log.debug("%s", step.name, exc_info=True)  # the log file has where it happened
         return f"{type(error).__name__}: {first_line(error)}"
