@@ -560,11 +560,9 @@ class PruneConfig:
         return found
 
     def _check_fit(self, shape: ModelShape) -> None:
-        """Raises UserError for a mixture of which it is not known how many bytes a plan takes, or which plan is to be taken."""
+        """Raises UserError for a mixture of which it is not known how many bytes a plan takes."""
         if self.fit is not None and not any(part.kind == "attention" for layer in shape.layers for part in layer.parts):
             raise UserError(f"--fit {self.fit}: the KV cache of this model's attention cannot be counted yet; ask by --target_params")
-        if self.fit is not None and self.prune == "both":
-            raise UserError(f"--fit {self.fit} and --prune both: experts and channels have no prices yet; --prune experts or channels")
 
     def _check_experts_recovery(self) -> None:
         """Raises UserError for a fit that cannot be made of the inputs of one expert and what is missing of all."""

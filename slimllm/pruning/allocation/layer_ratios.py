@@ -42,21 +42,25 @@ def weighted(inputs: AllocationInputs, weights: list[float]) -> Allocation:
 
 
 def that_fit(inputs: AllocationInputs, most: list[LayerPlan]) -> list[LayerPlan]:
-    """``--fit`` of a mixture of experts, all of whose layers lose the same, one sort of units alone: of ``most`` and the plans that keep
-    fewer parameters, the first with which the file fits. No prices are needed.
+    """``--fit`` of a mixture of experts, all of whose layers lose the same: ``most``, or the largest plans with which the file fits and
+    which remove as many parameters as ``most`` at least. No prices are needed.
 
     Raises UserError where none fits.
     """
     shape, config = inputs.shape, inputs.config
     sizing, budget = Sizing(shape, config), of_bytes(shape, config, inputs.file_overhead)
-    gone = sizing.removed(most)
-    options = [most, *(plans for plans in sizing.alike() if sizing.removed(plans) > gone)]
-    for plans in options:
-        if budget.removed(plans) >= budget.target:
-            if inputs.run is not None:
-                log.info("%s: the plan removes %s", budget.asked, budget.in_words(budget.removed(plans)))
-            return plans
-    raise budget.out_of_reach(max(options, key=budget.removed))
+    gone, tried = sizing.removed(most), []
+
+    def fits(plans: list[LayerPlan]) -> bool:
+        tried.append(plans)
+        return budget.removed(plans) >= budget.target and sizing.removed(plans) >= gone
+
+    plans = most if fits(most) else sizing.largest(fits)
+    if plans is None:
+        raise budget.out_of_reach(max(tried, key=budget.removed))
+    if inputs.run is not None:
+        log.info("%s: the plan removes %s", budget.asked, budget.in_words(budget.removed(plans)))
+    return plans
 
 
 def without_scores(run: Run) -> Allocation:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -131,14 +131,40 @@ class Sizing:
             self._lose(slot, plans, min(ratios[slot.layer], 1.0))
         return plans
 
-    def alike(self) -> Iterator[list[LayerPlan]]:
-        """Where all layers lose the same, one sort of units alone: the plans that there are, from the most that stays to the least."""
-        slots = self.coarse or self.fine
-        for kept in reversed(slots[0].steps.allowed(self.config.round_to)):
-            plans = [LayerPlan(1 - kept / slots[0].steps.count, layer.units) for layer in self.shape.layers]
-            for slot in slots:
-                slot.keep(plans, kept)
-            yield plans
+    def largest(self, fits: Callable[[list[LayerPlan]], bool]) -> list[LayerPlan] | None:
+        """The plans that keep the most, of those that fit and have all layers lose the same; None where none does.
+
+        Where experts and channels of each go, they keep so much that no more of either fits, and the experts lose most nearly
+        EXPERTS_SHARE times what the channels lose.
+        """
+        multiple, found, first = self.config.round_to, {}, 0
+        widths = sorted({*self.fine[0].steps.allowed(multiple), self.fine[0].steps.count}, reverse=True) if self.fine else [0]
+        for common in self.coarse[0].steps.allowed(multiple) if self.coarse else [0]:
+            for place in range(first, len(widths)):  # what is too wide for fewer experts is too wide for more of them
+                plans = self._alike(common, widths[place])
+                if fits(plans):
+                    found[place], first = plans, place
+                    break
+            if self.fine and not found:
+                return None
+        both = self.coarse and self.fine
+        return min(found.values(), key=lambda plans: self._unevenness(plans, EXPERTS_SHARE)) if both else found.get(first)
+
+    def _alike(self, coarse: int, fine: int) -> list[LayerPlan]:
+        """All layers keep so many steps of the coarse parts that lose units, and so many of the fine ones."""
+        kept = [(slot, fine if slot.steps.fine else coarse) for slot in (*self.coarse, *self.fine)]
+        ratio = max(1 - steps / slot.steps.count for slot, steps in kept)
+        plans = [LayerPlan(ratio, layer.units) for layer in self.shape.layers]
+        for slot, steps in kept:
+            slot.keep(plans, steps)
+        return plans
+
+    def _unevenness(self, plans: list[LayerPlan], attention: float) -> float:
+        """How far the share that the coarse parts lose is from ``attention`` times what the fine ones lose."""
+        coarse, fine = (
+            1 - sum(slot.kept(plans) for slot in slots) / sum(slot.steps.count for slot in slots) for slots in (self.coarse, self.fine)
+        )
+        return abs(coarse - attention * fine)
 
     def _lose(self, slot: Slot, plans: list[LayerPlan], ratio: float) -> None:
         """Takes ``ratio`` of a part, as far as something of it stays."""
@@ -153,16 +179,14 @@ class Sizing:
         if not self.limits.same_heads or not self.coarse:
             return self._filled(ratios, attention)
         options, failed = [], None
-        steps = self.coarse[0].steps
-        for common in steps.allowed(self.config.round_to):
+        for common in self.coarse[0].steps.allowed(self.config.round_to):
             try:
                 plans = self._filled(ratios, attention, common)
             except UserError as error:
                 failed = error
                 continue
-            channels = 1 - sum(slot.kept(plans) for slot in self.fine) / sum(slot.steps.count for slot in self.fine)
             missed = abs(self.removed(plans) - self.target)
-            options.append((missed, abs(1 - common / steps.count - attention * channels), -common, plans))
+            options.append((missed, self._unevenness(plans, attention), -common, plans))
         if not options:
             raise failed
         if self.shape.is_mixture:  # channels of experts come in steps so large that they cannot make up for every number of experts
