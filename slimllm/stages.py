@@ -336,8 +336,8 @@ def _answers(work: Work, source: ModelSource) -> list[dict]:
 
 
 def _chat_prompts(work: Work) -> tuple[str, ...]:
-    """What is asked beside the prompts that are shown."""
-    return answers.CHAT if work.run.tokenizer.chat_template else ()
+    """What is asked beside the prompts that are shown; nothing in a run by the paper's recipe, which is to take no longer than that."""
+    return answers.CHAT if work.run.tokenizer.chat_template and work.run.config.recipe != "paper" else ()
 
 
 def _chat_quality(work: Work, stage: str) -> dict | None:

@@ -71,7 +71,7 @@ def test_a_run_asks_a_model_with_a_template_and_the_next_run_reads_what_the_dens
     tiny_tokenizer.chat_template = TEMPLATE
     tiny_tokenizer.save_pretrained(tiny_folder)
     flags = [tiny_folder, "--num_examples", "8", "--seq_len", "16", "--prompt", "a b c", "--eval_data", f"fox={text_file}"]
-    flags = [*map(str, flags), "--max_seq_len", "16"]
+    flags = [*map(str, flags), "--max_seq_len", "16", "--recipe", "best", "--target_sparsity", "0.2"]
     assert hf_prune.main([*flags, "--calibration", str(text_file), "--output_dir", "first"]) == 0
     record = PruningRecord.read("first")
     assert list(record.chat) == ["dense", "pruned"] and len(record.answers) == 1

@@ -240,7 +240,7 @@ def _speeds(config: EvidenceConfig, rows: list[Row], runtime: str) -> list[Step]
 def not_beside(config: EvidenceConfig) -> list[str]:
     """What is said of speeds that no dense model stands beside."""
     if config.runtimes and loading.is_gguf(config.base_model):
-        return [f"speed of the dense model: {config.base_model} has fewer bits than what is measured beside it"]
+        return [f"speed of the dense model: {config.base_model} holds other types than the files beside it, in 16 bits; name its folder"]
     return []
 
 

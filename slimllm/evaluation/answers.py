@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 from ..data.conversations import as_text
 from ..data.texts import as_it_came
 from ..errors import UserError
+from ..utils.memory import return_free_memory
 from .perplexity import nats_after
 
 # (for a model with a chat template, for one without)
@@ -62,6 +63,7 @@ CHAT = (
     "Tell me a joke.",
 )
 NEW_TOKENS = 40
+TOGETHER = 22  # prompts that are answered side by side: more take more memory than they save time
 LOOP = 12  # tokens of repetition that are no accident
 STOPS, LOOPS = "stops at once", "repeats itself"
 
@@ -89,21 +91,29 @@ def as_chat(tokenizer, messages: list[dict]) -> list[int]:
 def answers(model, tokenizer, prompts: list[str]) -> list[dict]:
     """One entry per prompt: ``text``, the greedy answer in at most NEW_TOKENS tokens, and ``fault``, what is plainly wrong or None.
 
-    All are answered at once, padded on the left.
+    ``TOGETHER`` are answered at a time, padded on the left.
     """
     settings = settings_of(model, tokenizer, NEW_TOKENS)
     end = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     found = []
     with as_it_came(tokenizer):
         asked = [as_chat(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
-        longest = max(map(len, asked), default=0)
-        ids = torch.tensor([[settings.pad_token_id] * (longest - len(row)) + row for row in asked], device=model.device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in asked], device=model.device)
-        for written in model.generate(ids, attention_mask=mask, generation_config=settings)[:, longest:].tolist():
+        groups = (asked[start : start + TOGETHER] for start in range(0, len(asked), TOGETHER))
+        for written in (row for group in groups for row in _written(model, group, settings)):
             written = written[: next((at for at, token in enumerate(written) if token in end), len(written))]
             text = tokenizer.decode(written, skip_special_tokens=True).strip()
             found.append({"text": text, "fault": STOPS if not text else LOOPS if loops(written) else None})
     return found
+
+
+def _written(model, asked: list[list[int]], settings: GenerationConfig) -> list[list[int]]:
+    """What follows each row of token ids."""
+    longest = max(map(len, asked))
+    ids = torch.tensor([[settings.pad_token_id] * (longest - len(row)) + row for row in asked], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in asked], device=model.device)
+    written = model.generate(ids, attention_mask=mask, generation_config=settings)[:, longest:].tolist()
+    return_free_memory()  # a cache that grows with every token leaves much of it in pieces
+    return written
 
 
 @dataclass
