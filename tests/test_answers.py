@@ -35,7 +35,7 @@ def test_a_loop_is_a_piece_written_again_and_again(tokens, found):
 def test_models_answer_all_prompts_at_once_as_they_answer_each(tiny_tokenizer):
     model = make_model().double()
     prompts = ["a", "the quick fox jumps", "b c"]
-    together = answers.answers(model, tiny_tokenizer, prompts)
+    together = answers.answers(model, tiny_tokenizer, prompts, 3)
     assert together == [answers.answers(model, tiny_tokenizer, [prompt])[0] for prompt in prompts]
     assert all(entry["text"] for entry in together)
 
