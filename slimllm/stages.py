@@ -347,9 +347,8 @@ def _chat_quality(work: Work, stage: str) -> dict | None:
     run, entries = work.run, work.answers[stage][len(work.prompts) :]
     if not entries:
         return None
-    where = (run.eval_device, evaluation_dtype(run.source.dtype, run.eval_device), run.progress, run.config.tmp_dir)
-    names = ("device", "dtype", "progress", "tmp_dir")
-    return dataclasses.asdict(answers.chat_quality(entries, run.source, run.tokenizer, **dict(zip(names, where))))
+    where = run.eval_device, evaluation_dtype(run.source.dtype, run.eval_device), run.progress, run.config.tmp_dir
+    return dataclasses.asdict(answers.chat_quality(entries, run.source, run.tokenizer, *where))
 
 
 def perplexity_held_out(run: Run, source: ModelSource, blocks: torch.Tensor) -> float:

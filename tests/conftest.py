@@ -27,9 +27,11 @@ from slimllm.models.source import ModelSource
 from slimllm.plan import LayerPlan
 from slimllm.pruning import pipeline
 from slimllm.pruning.allocation.inputs import AllocationInputs
+from slimllm.pruning.part_run import part_runs
 from slimllm.run import Run
 from slimllm.settings.methods import LAYER_RATIOS
 from slimllm.settings.pruning import AMOUNTS, PruneConfig
+from slimllm.streaming.runner import LayerRunner
 
 ROOT = Path(__file__).parent.parent
 transformers_logging.set_verbosity_error()
@@ -387,6 +389,23 @@ def prune(model, ids, config, plans=None, **rest):
     """Both passes, in place; returns the reports of the layers."""
     run = run_of(model, ids, config, **rest)
     return pipeline.prune(run, pipeline.allocate(run, plans))
+
+
+def check_parts_are_the_layers(model):
+    """The parts, run one by one as pruning runs them, give what the layers give."""
+    with torch.no_grad():
+        runner = LayerRunner(model, make_ids())
+        whole, by_parts = runner.embed(), runner.embed()
+        for index, layer in runner.visit():
+            for step in runner.adapter.steps(layer):
+                runs = part_runs(runner, by_parts, step, index)
+                for run in runs:
+                    run.take()
+                for run in runs:
+                    run.join()
+            runner.advance(whole, layer, index)
+            for expected, states in zip(whole, by_parts):
+                torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-4)
 
 
 def part_shape(shape, kind, layer=0):

@@ -14,7 +14,6 @@ from slimllm.models.adapter import LayerAdapter, Mixer, with_multi_head_attentio
 from slimllm.models.families import FAMILIES, TEXT_MODELS, family_of
 from slimllm.models.refused import UNSUPPORTED, WRAPPERS
 from slimllm.models.shape import shape_of
-from slimllm.pruning.part_run import part_runs
 from slimllm.streaming.runner import LayerRunner
 from tests.conftest import (
     EXPERTS,
@@ -23,6 +22,7 @@ from tests.conftest import (
     ODD_CASES,
     ROUTED,
     SIZES,
+    check_parts_are_the_layers,
     count,
     logits,
     make_config,
@@ -108,19 +108,7 @@ def test_parts_and_head_add_up_to_the_model(model):
 
 def test_the_parts_run_one_by_one_are_the_layer(model):
     """Which norm a part reads through, in what order parts come, and which read the same state: as pruning runs them."""
-    with torch.no_grad():
-        runner = LayerRunner(model, make_ids())
-        whole, by_parts = runner.embed(), runner.embed()
-        for index, layer in runner.visit():
-            for step in runner.adapter.steps(layer):
-                runs = part_runs(runner, by_parts, step, index)
-                for run in runs:
-                    run.take()
-                for run in runs:
-                    run.join()
-            runner.advance(whole, layer, index)
-            for expected, states in zip(whole, by_parts):
-                torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-4)
+    check_parts_are_the_layers(model)
 
 
 def test_repeating_kv_heads_leaves_the_logits_unchanged():

@@ -38,7 +38,19 @@ from slimllm.run import Run
 from slimllm.settings.methods import EXPERT_SCORES, RECOVERIES, Recovery
 from slimllm.settings.pruning import PruneConfig
 from slimllm.streaming.runner import LayerRunner
-from tests.conftest import MIXTURE_CASES, TEXT, family_config, logits, make_config, make_ids, make_model, make_shape, prune, run_cli
+from tests.conftest import (
+    MIXTURE_CASES,
+    TEXT,
+    check_parts_are_the_layers,
+    family_config,
+    logits,
+    make_config,
+    make_ids,
+    make_model,
+    make_shape,
+    prune,
+    run_cli,
+)
 from tests.test_export_gguf import bpe_tokenizer
 
 
@@ -133,19 +145,7 @@ def test_a_cut_model_is_the_dense_one_that_routes_to_no_expert_that_went(case, r
 
 
 def test_the_parts_run_one_by_one_are_the_layer(case):
-    with torch.no_grad():
-        runner = LayerRunner(make_model(case), make_ids())
-        whole, by_parts = runner.embed(), runner.embed()
-        for index, layer in runner.visit():
-            for step in runner.adapter.steps(layer):
-                runs = part_runs(runner, by_parts, step, index)
-                for run in runs:
-                    run.take()
-                for run in runs:
-                    run.join()
-            runner.advance(whole, layer, index)
-            for expected, states in zip(whole, by_parts):
-                torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-4)
+    check_parts_are_the_layers(make_model(case))
 
 
 @pytest.mark.parametrize(

@@ -133,9 +133,9 @@ class ChatQuality:
         return self.loops + self.stops
 
 
-def chat_quality(entries: list[dict], dense, tokenizer, **where) -> ChatQuality:
-    """Of the ``entries`` that :func:`answers` gives for ``CHAT``, as the model or ModelSource ``dense`` finds them; ``where``: as of
-    :func:`nats_after`.
+def chat_quality(entries: list[dict], dense, tokenizer, *where) -> ChatQuality:
+    """Of the ``entries`` that :func:`answers` gives for ``CHAT``, as the model or ModelSource ``dense`` finds them; ``where``: what
+    :func:`nats_after` takes besides.
     """
     sound = [(prompt, entry["text"]) for prompt, entry in zip(CHAT, entries, strict=True) if entry["fault"] is None]
     with as_it_came(tokenizer):
@@ -144,7 +144,7 @@ def chat_quality(entries: list[dict], dense, tokenizer, **where) -> ChatQuality:
             for prompt, text in sound
         ]
     faults = [entry["fault"] for entry in entries]
-    return ChatQuality(len(CHAT), faults.count(LOOPS), faults.count(STOPS), nats_after(dense, pairs, **where) if pairs else None)
+    return ChatQuality(len(CHAT), faults.count(LOOPS), faults.count(STOPS), nats_after(dense, pairs, *where) if pairs else None)
 
 
 def settings_of(model, tokenizer, new_tokens: int, temperature: float = 0.0) -> GenerationConfig:

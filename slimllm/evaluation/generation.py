@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
-import logging
 import os
-import sys
 
 import torch
 
 from ..errors import UserError, first_line
-from ..models import hub
 from ..utils import processes
+from .zero_shot import quietly
 
 BATCH = 16
 
@@ -32,13 +28,9 @@ def score(model, tokenizer, name: str, settings) -> dict:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    hub.reachable()  # without a network, look in the cache at once
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    logging.getLogger("datasets").setLevel(logging.ERROR)
     if settings.confirm_run_unsafe_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # what the metric asks for besides lm-eval's own confirmation
-    bars = sys.stderr if sys.stderr.isatty() else io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(bars):
+    with quietly():
         try:
             results = simple_evaluate(
                 HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=BATCH),

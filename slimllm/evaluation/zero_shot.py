@@ -84,6 +84,17 @@ def _load_task(name: str, data_dir: str | None, scratch: Path):
     return manager, manager.load([str(definition)])["tasks"][name]
 
 
+@contextlib.contextmanager
+def quietly():
+    """lm-eval and what it loads data with, without their prints and warnings; their bars are drawn on a terminal alone."""
+    hub.reachable()  # without a network, look in the cache at once
+    for name in ("lm_eval", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    bars = sys.stderr if sys.stderr.isatty() else io.StringIO()  # lm-eval draws its own wherever it runs, in log files too
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(bars):
+        yield
+
+
 def score(model, tokenizer, name: str, data_dir: str | None = None, limit: int | None = None) -> dict:
     """One task in full, or its first ``limit`` questions.
 
@@ -95,16 +106,8 @@ def score(model, tokenizer, name: str, data_dir: str | None = None, limit: int |
     """
     from lm_eval import simple_evaluate
 
-    hub.reachable()  # without a network, look in the cache at once
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    logging.getLogger("datasets").setLevel(logging.ERROR)
     where = f"--data_dir {data_dir}: {name}.jsonl" if data_dir else f"task {name}"
-    bars = sys.stderr if sys.stderr.isatty() else io.StringIO()  # lm-eval draws its own wherever it runs, in log files too
-    with (
-        tempfile.TemporaryDirectory(prefix="slimllm-") as scratch,
-        contextlib.redirect_stdout(io.StringIO()),  # a library prints
-        contextlib.redirect_stderr(bars),
-    ):
+    with tempfile.TemporaryDirectory(prefix="slimllm-") as scratch, quietly():
         try:
             manager, task = _load_task(name, data_dir, Path(scratch))
         except UserError:
