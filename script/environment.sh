@@ -18,7 +18,8 @@ install() {
     [ -x "$venv/bin/python" ] || { echo "making $venv"; "$PYTHON" -m venv "$venv"; }
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "installing $* (a few minutes the first time)"
-        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
+        # --no-compile: Python compiles what is imported, a small part of the packages, in less time than pip takes for all
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile "$@"
         printf '%s' "$wanted" > "$stamp"
     fi
 }

@@ -14,6 +14,7 @@ from slimllm.data import calibration, texts
 from slimllm.data.calibration import Calibration
 from slimllm.errors import UserError
 from slimllm.models import hub
+from slimllm.models.loading import WholeModel
 from tests.conftest import TEXT, make_config, make_ids, make_model, tiny_tokenizer_of
 
 
@@ -114,6 +115,21 @@ def test_unnamed_source_falls_back_to_self_and_says_so(tiny_tokenizer, caplog):
     with caplog.at_level("INFO", logger="slimllm"):
         assert load(tiny_tokenizer).source == "self"
     assert "bookcorpus" in caplog.text and "--calibration self" in caplog.text
+
+
+def test_where_no_text_can_be_had_the_model_writes_once_and_all_of_it(tiny_tokenizer, monkeypatch):
+    model, config = make_model(vocab_size=len(tiny_tokenizer)), make_config(num_examples=6, seq_len=16, self_share=0.5)
+    write, asked = calibration.sample_from_model, []
+
+    def counted(model, tokenizer, spec):
+        asked.append(spec.num_examples)
+        return write(model, tokenizer, spec)
+
+    monkeypatch.setattr(calibration, "sample_from_model", counted)
+    with WholeModel(model, torch.device("cpu")) as whole:
+        samples = calibration.samples_for(config, None, whole, tiny_tokenizer)
+    assert asked == [6] and samples.own == 6 and samples.source == "self"
+    assert len({tuple(row) for row in samples.ids.tolist()}) == 6
 
 
 @pytest.mark.parametrize("name", ["bookcorpus", "c4", "wikitext2"])

@@ -96,10 +96,10 @@ class Calibration:
         return entry | distilled
 
 
-def load(source: str | None, model, tokenizer, spec: SampleSpec) -> Calibration:
+def load(source: str | None, model, tokenizer, spec: SampleSpec, instead: SampleSpec | None = None) -> Calibration:
     """The calibration samples that ``--calibration SOURCE`` asks for. ``model``: itself, or a WholeModel of it.
 
-    Without a source it is bookcorpus, or samples of the model itself where that cannot be had.
+    Without a source it is bookcorpus, or where that cannot be had samples of the model itself, those of the spec ``instead`` if given.
     Raises UserError for a source that the user named and that cannot be had, is empty, too short or broken.
     """
     config = model.config
@@ -108,7 +108,7 @@ def load(source: str | None, model, tokenizer, spec: SampleSpec) -> Calibration:
             return _drawn_from("bookcorpus", tokenizer, spec, config)
         except OSError as error:
             log.info("calibration: %s; using samples of the model itself instead (--calibration self)", error)
-            source = "self"
+            source, spec = "self", instead or spec
     if source == "self":
         return Calibration(sample_from_model(model, tokenizer, spec), "self", spec.seed, own=spec.num_examples)
     if source.endswith(".safetensors"):
@@ -290,7 +290,11 @@ def with_own(text: torch.Tensor, share: float, model, tokenizer, spec: SampleSpe
     text = text[: spec.num_examples - round(share * spec.num_examples)]
     written = spec.num_examples - len(text)
     samples = torch.cat([text, sample_from_model(model, tokenizer, dataclasses.replace(spec, num_examples=written))]) if written else text
-    return samples[torch.randperm(len(samples), generator=torch.Generator().manual_seed(spec.seed))], written
+    return _shuffled(samples, spec.seed), written
+
+
+def _shuffled(samples: torch.Tensor, seed: int) -> torch.Tensor:
+    return samples[torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))]
 
 
 def _never_sampled(tokenizer, generation_config, vocab_size: int) -> list[int]:
@@ -457,18 +461,22 @@ def _to_prune_from(
     spec = config.samples
     written = round(config.self_share * spec.num_examples) if model.fits and source != "self" else 0
     drawn = spec.num_examples - written
-    samples = _drawn(source, model, tokenizer, dataclasses.replace(spec, num_examples=max(drawn, 1), or_fewer=written > 0))
-    if written and not samples.source.endswith(".safetensors"):
-        text = samples.ids[:drawn] if samples.source != "self" else samples.ids[:0]
-        samples.ids, samples.own = with_own(text, config.self_share, model, tokenizer, spec)
+    text = dataclasses.replace(spec, num_examples=max(drawn, 1), or_fewer=written > 0)
+    samples = _drawn(source, model, tokenizer, text, instead=spec)
+    if written and samples.source == "self":  # there was no text: all of them are the model's own
+        samples.ids = _shuffled(samples.ids, spec.seed)
+    elif written and not samples.source.endswith(".safetensors"):
+        samples.ids, samples.own = with_own(samples.ids[:drawn], config.self_share, model, tokenizer, spec)
     return samples
 
 
-def _drawn(source: str | Sequence[str] | None, model: WholeModel, tokenizer, spec: SampleSpec) -> Calibration:
-    """Samples of a named source, or of texts."""
+def _drawn(
+    source: str | Sequence[str] | None, model: WholeModel, tokenizer, spec: SampleSpec, instead: SampleSpec | None = None
+) -> Calibration:
+    """Samples of a named source, or of texts; ``instead`` as of :func:`load`."""
     if source is None or isinstance(source, str):
         check_source(source)
-        return load(source, model, tokenizer, spec)
+        return load(source, model, tokenizer, spec, instead)
     return from_text("\n".join(source), "texts", tokenizer, spec, model.config)
 
 

@@ -58,15 +58,15 @@ def perplexities(
     return [_perplexity(loss / n, what, dtype or source.dtype) for loss, n, what in zip(losses, counts, descriptions)]
 
 
-def _losses(runner: LayerRunner, description: str) -> torch.Tensor:
-    """The loss of each token but the first of each block, [blocks, seq_len - 1] float32."""
+def _losses(runner: LayerRunner, description: str, counted: torch.Tensor | None = None) -> torch.Tensor:
+    """The loss of each token but the first of each block, [blocks, seq_len - 1] float32; 0 where not ``counted``, of the same shape."""
     states = runner.last_states(description)
     norm, head = runner.output_modules()
     losses = torch.zeros(runner.ids[:, 1:].shape, device=runner.device)  # filled in place: what lies between large tensors keeps their room
-    for ids, batch, into in zip(runner.ids.split(runner.batch), states, losses.split(runner.batch)):
+    wanted = (torch.ones_like(losses, dtype=torch.bool) if counted is None else counted.to(runner.device)).split(runner.batch)
+    for ids, batch, into, take in zip(runner.ids.split(runner.batch), states, losses.split(runner.batch), wanted):
         rows, targets, into = norm(batch)[:, :-1].flatten(0, 1), ids[:, 1:].flatten().to(runner.device), into.view(-1)
-        for i in range(0, len(rows), LOGIT_ROWS):
-            part = slice(i, i + LOGIT_ROWS)
+        for part in take.flatten().nonzero().squeeze(1).split(LOGIT_ROWS):
             into[part] = nn.functional.cross_entropy(runner.adapter.logits(head, rows[part]), targets[part], reduction="none")
     states.close()
     return losses.cpu()
@@ -90,7 +90,7 @@ def nats_after(
     ids = torch.tensor([first + then + [0] * (longest - len(first) - len(then)) for first, then in pairs])
     counted = torch.tensor([[len(first) <= at < len(first) + len(then) for at in range(1, longest)] for first, then in pairs])
     device = source.home if device is None else torch.device(device)
-    losses = _losses(LayerRunner(source, ids, device, progress, dtype, tmp_dir, split=False), "answers")
+    losses = _losses(LayerRunner(source, ids, device, progress, dtype, tmp_dir, split=False), "answers", counted)
     return float(losses[counted].double().mean())
 
 
