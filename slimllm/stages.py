@@ -329,9 +329,7 @@ def _answers(work: Work, source: ModelSource) -> list[dict]:
             log.info(why, whole.bytes / 1e9)
             return []
         try:
-            model, asked = whole.model(), _chat_prompts(work)
-            shown = answers.answers(model, run.tokenizer, work.prompts)
-            return shown + answers.answers(model, run.tokenizer, list(asked), answers.TOGETHER)
+            return answers.answers(whole.model(), run.tokenizer, work.prompts, _chat_prompts(work))
         except UserError as error:  # of a chat template that wants more than a question
             log.warning("no answers: %s", error)
             return []

@@ -35,9 +35,22 @@ def test_a_loop_is_a_piece_written_again_and_again(tokens, found):
 def test_models_answer_all_prompts_at_once_as_they_answer_each(tiny_tokenizer):
     model = make_model().double()
     prompts = ["a", "the quick fox jumps", "b c"]
-    together = answers.answers(model, tiny_tokenizer, prompts, 3)
+    together = answers.answers(model, tiny_tokenizer, prompts)
     assert together == [answers.answers(model, tiny_tokenizer, [prompt])[0] for prompt in prompts]
     assert all(entry["text"] for entry in together)
+
+
+@pytest.mark.parametrize(("dtype", "groups"), [(torch.float32, [5]), (torch.bfloat16, [1, 1, 3])])
+def test_below_float32_what_is_shown_is_answered_alone(dtype, groups, tiny_tokenizer, monkeypatch):
+    write, rows = answers._written, []
+
+    def counted(model, asked, settings):
+        rows.append(len(asked))
+        return write(model, asked, settings)
+
+    monkeypatch.setattr(answers, "_written", counted)
+    assert len(answers.answers(make_model().to(dtype), tiny_tokenizer, ["a", "b"], ["c", "a b", "b c"])) == 5
+    assert rows == groups
 
 
 def test_nats_after_a_text_are_those_of_its_own_tokens():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +64,7 @@ CHAT = (
     "Tell me a joke.",
 )
 NEW_TOKENS = 40
-TOGETHER = 20  # prompts of CHAT that are answered side by side: more take more memory than they save time
+TOGETHER = 22  # prompts that are answered side by side: more take more memory than they save time
 LOOP = 12  # tokens of repetition that are no accident
 STOPS, LOOPS = "stops at once", "repeats itself"
 
@@ -88,17 +89,20 @@ def as_chat(tokenizer, messages: list[dict]) -> list[int]:
 
 
 @torch.no_grad()
-def answers(model, tokenizer, prompts: list[str], together: int = 1) -> list[dict]:
-    """One entry per prompt: ``text``, the greedy answer in at most NEW_TOKENS tokens, and ``fault``, what is plainly wrong or None.
+def answers(model, tokenizer, prompts: list[str], besides: Sequence[str] = ()) -> list[dict]:
+    """One entry per prompt, and per prompt ``besides``: ``text``, the greedy answer in at most NEW_TOKENS tokens, and ``fault``, what is
+    plainly wrong with it or None.
 
-    So many are answered ``together``, padded on the left: in bfloat16 that may turn a choice between two tokens of nearly the same chance.
+    TOGETHER are answered side by side, padded on the left. Below float32 that may turn a choice between two tokens of nearly the same
+    chance, so there the ``prompts``, whose answers are shown, are answered one by one.
     """
     settings = settings_of(model, tokenizer, NEW_TOKENS)
     end = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     found = []
     with as_it_came(tokenizer):
-        asked = [as_chat(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
-        groups = (asked[start : start + together] for start in range(0, len(asked), together))
+        asked = [as_chat(tokenizer, [{"role": "user", "content": prompt}]) for prompt in (*prompts, *besides)]
+        alone = 0 if model.dtype in (torch.float32, torch.float64) else len(prompts)
+        groups = [[row] for row in asked[:alone]] + [asked[start : start + TOGETHER] for start in range(alone, len(asked), TOGETHER)]
         for written in (row for group in groups for row in _written(model, group, settings)):
             written = written[: next((at for at, token in enumerate(written) if token in end), len(written))]
             text = tokenizer.decode(written, skip_special_tokens=True).strip()

@@ -122,7 +122,7 @@ class Bench:
         if not asked.chat_template:
             return None
         with loading.placed_for_evaluation(model, self.device):
-            entries = answers.answers(model, asked, list(answers.CHAT), answers.TOGETHER)
+            entries = answers.answers(model, asked, [], answers.CHAT)
         with loading.placed_for_evaluation(self.model, self.device):
             return dataclasses.asdict(answers.chat_quality(entries, self.model, self.tokenizer))
 
