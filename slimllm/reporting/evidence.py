@@ -297,8 +297,8 @@ def _commands(results: dict) -> Section:
 
 
 def _published() -> Section:
-    rows = [["model", "removed", "method", "tokens per block", "WikiText2", "PTB", "source"]]
+    rows = [["model", "removed", "method", "tokens per block", "WikiText2", "PTB", "needs", "source"]]
     for one in PUBLISHED:
         ptb = "-" if one.ptb is None else f"{one.ptb:.2f}"
-        rows.append([one.model, one.share, one.method, str(one.tokens), f"{one.wikitext2:.2f}", ptb, one.source])
+        rows.append([one.model, one.share, one.method, str(one.tokens), f"{one.wikitext2:.2f}", ptb, one.needs, one.source])
     return Section("What papers report", [NOT_LIKE_FOR_LIKE], rows)
