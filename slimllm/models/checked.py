@@ -76,7 +76,8 @@ def _check_per_layer(config, where: str) -> None:
     rows, layers = family_of(config).parts, range(config.num_hidden_layers)
     modules = {name for row in rows for name in (row.module, *row.norms)}
     missing = getattr(config, MISSING, [[]] * len(layers))
-    if not isinstance(missing, list | tuple) or len(missing) != len(layers) or any(not modules.issuperset(names) for names in missing):
+    lists = isinstance(missing, list | tuple) and all(isinstance(names, list | tuple) for names in missing)
+    if not lists or len(missing) != len(layers) or not modules.issuperset(name for names in missing for name in names):
         raise UserError(f"{where}: {MISSING} is no list of lists, one for each of {len(layers)} layers, of {', '.join(sorted(modules))}")
     for row in rows:
         for name, kind, least in (*((f"{size}_per_layer", int, 1) for size in row.sizes), (f"{row.output}_bias_per_layer", bool, False)):

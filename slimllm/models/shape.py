@@ -191,7 +191,8 @@ class ModelShape:
                 break
             found, taken = after, taken + 1
         if count is not None and taken < count:
-            raise UserError(f"--drop_parts {count}: {taken} parts of this model can go, since one of each kind has to stay; lower it")
+            why = "one of each kind has to stay, and one in each layer that holds something which is never cut"
+            raise UserError(f"--drop_parts {count}: {taken or 'no'} parts of this model can go, since {why}; lower it")
         return found
 
     def _may_go(self, staying: list[Collection[str] | None], index: int, kind: str, first: bool) -> bool:

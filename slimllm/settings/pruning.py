@@ -602,8 +602,9 @@ class PruneConfig:
     def layers_to_drop(self, shape: ModelShape) -> int:
         """How many layers of a model of this shape go whole. Raises UserError where none would be left, or --plan says it."""
         depth, count = len(shape.given_layers), self.drop_layers or 0
-        if METHODS[self.method].whole_layers and self.drop_layers is None:
-            count = round(self._share_of_layers(shape) * depth)
+        if METHODS[self.method].takes_whole and self.drop_layers is None:
+            share = self._share_of_layers(shape)
+            count = round(share * depth) if METHODS[self.method].whole_layers else 0
         if count >= depth:
             raise UserError(f"--drop_layers {count}: the model has {depth} layers, and one at least must stay")
         return count
