@@ -163,6 +163,7 @@ def likely_allocation(work: Work) -> tuple[Allocation, str]:
         whole = [LayerPlan(0.0, layer.units) for layer in run.shape.layers]
         return Allocation(whole), "--vocab auto decides by what it measures: nothing removed yet,"
     by = f"the plan of least loss by {run.config.price_list}" if run.config.price_list else "all layers taken to matter the same"
+    by += ", attention to go whole before the rest," if run.config.drops_parts else ""
     return without_scores(run), by
 
 
@@ -403,6 +404,7 @@ def drop(work: Work) -> None:
             found = run.once("staying", lambda: depth.least_turning(run))
             work.staying, work.cosine = found["staying"], found["cosine"]
         depth.apply(run, work.staying)
+    check_missing(run.shape, run.config.runtime)
     if run.config.runtime == "gguf" and (reason := gguf_architecture.difference(run.model_config)):
         raise UserError(f"--runtime gguf: without these layers: {reason}; let others or none go, or name another runtime")
 

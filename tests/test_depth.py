@@ -173,7 +173,7 @@ REFUSED = {
     ("--drop_layers", 0): "--drop_layers 0: must be",
     ("--drop_layers", 2, "--plan", "p.json"): "--plan and --drop_layers both say what to remove",
     ("--drop_layers", 2, "--pruned_layers", 5): "--pruned_layers 5: the model has 4 layers",
-    ("--method", "shortgpt", "--drop_layers", 2): "--method shortgpt and --drop_layers 2 both say how many layers go",
+    ("--method", "shortgpt", "--drop_layers", 2): "--method shortgpt and --drop_layers 2 both say what goes whole",
     ("--method", "shortgpt", "--fit", "1MB"): "it takes whole layers by their number",
 }
 

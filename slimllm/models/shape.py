@@ -118,8 +118,8 @@ class ModelShape:
     @property
     def parts_gone(self) -> int:
         """How many parts are gone from layers that stay."""
-        stay = [layer for layer, kinds in zip(self.given, self.staying or ()) if kinds is not None]
-        return sum(len(layer.parts) for layer in stay) - sum(len(layer.parts) for layer in self.layers) if stay else 0
+        pairs = zip(self.given, self.staying or (), strict=True)
+        return sum(len(layer.parts) - len(kinds) for layer, kinds in pairs if kinds is not None)
 
     @property
     def gone_in_words(self) -> list[str]:
@@ -282,19 +282,18 @@ def shape_of(config, family: Family | None = None) -> ModelShape:
 
 
 def _layer_shape(config, family: Family, index: int, modules: Counted | None) -> LayerShape:
-    norm, dense = family.norm_vectors * config.hidden_size, [row for row in family.parts if is_missing(config, row, index)]
+    norm = family.norm_vectors * config.hidden_size
     mixers = [row for step in family.steps for row in step if not row.sizes and is_in_layer(config, row, index)]
-    if modules is None:
-        dense += [row for row in family.parts if is_in_layer(config, row, index)]
-        uncut, matrices = len({name for row in dense for name in row.norms}) * norm, ()
+    if modules is None:  # first all that the layer had in the dense model
+        rows = [row for row in family.parts if is_in_layer(config, row, index) or is_missing(config, row, index)]
+        uncut, matrices = len({name for row in rows for name in row.norms}) * norm, ()
     else:
-        dense, uncut, matrices = [row for row in family.parts if row.kind in modules.kinds], modules.uncut, modules.matrices
-    rows = [row for row in family.parts if row in dense]
+        rows, uncut, matrices = [row for row in family.parts if row.kind in modules.kinds], modules.uncut, modules.matrices
     of_others = {row.kind: {name for other in (*rows, *mixers) if other is not row for name in other.norms} for row in rows}
     norms = tuple((row.kind, len(set(row.norms) - of_others[row.kind]) * norm) for row in rows)
     parts = (modules.experts if row.kind == "experts" else KINDS[row.kind].of(config, row, index) for row in rows)
-    found = LayerShape(tuple(parts), uncut, matrices, norms, bool(mixers))
-    return found.with_parts([row.kind for row in rows if not is_missing(config, row, index)])
+    dense = LayerShape(tuple(parts), uncut, matrices, norms, bool(mixers))
+    return dense.with_parts([row.kind for row in rows if not is_missing(config, row, index)])
 
 
 def alike(shape: ModelShape, units: list[dict[str, Units]]) -> list[dict[str, Units]]:

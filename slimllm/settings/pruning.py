@@ -38,16 +38,8 @@ SIZES = ("pruning_ratio", "target_sparsity", "smaller", "target_params")  # each
 AMOUNTS = (*SIZES, *BY_PRICES)  # each says how much is to go
 WHOLE = ("smaller", "target_params", "fit")  # of AMOUNTS, those that the vocabulary counts in
 VOCABULARIES = ("keep", "auto")
-_PLANNED = (
-    *AMOUNTS,
-    "pruned_layers",
-    "drop_layers",
-    "drop_parts",
-    "alpha",
-    "layer_ratio",
-    "prune",
-    "price_list",
-)  # what --plan says in their place
+# what --plan says in their place
+_PLANNED = (*AMOUNTS, "pruned_layers", "drop_layers", "drop_parts", "alpha", "layer_ratio", "prune", "price_list")
 GGUF_BLOCK = 32  # rows of quantized tensors come in blocks of this
 LONGEST_NAME = 200  # bytes of a file name; what is written beside a folder while it is made needs a few more, and 255 are allowed
 
@@ -383,8 +375,7 @@ class PruneConfig:
             )
         for name in ("drop_layers", "drop_parts") if METHODS[self.method].takes_whole else ():
             if getattr(self, name) is not None:
-                what = name.removeprefix("drop_")
-                raise UserError(f"--method {self.method} and --{name} {getattr(self, name)} both say how many {what} go: give one of them")
+                raise UserError(f"--method {self.method} and --{name} {getattr(self, name)} both say what goes whole: give one of them")
         for name in _PLANNED:
             if self.plan is not None and getattr(self, name) is not None:
                 raise UserError(f"--plan and --{name} both say what to remove: give one of them")
@@ -616,24 +607,20 @@ class PruneConfig:
         """
         if not self.drops_parts:
             return shape
-        kinds = PRUNED_KINDS[self.prune if "prune" in self._given else "both"]
-        if "prune" not in self._given:  # as far as the runtime goes
-            kinds = [kind for kind in kinds if kind in limits_of(self.runtime, shape).lacking] or kinds
+        limits, kinds = limits_of(self.runtime, shape), PRUNED_KINDS[self.prune if "prune" in self._given else "both"]
+        if "prune" not in self._given:  # those that the runtime can do without
+            kinds = limits.lacking or kinds
         for kind in kinds:
             if reason := why_not_missing(shape, self.runtime, kind):
-                raise UserError(f"{self._what_drops_parts}: {reason}")
+                what = f"--method {self.method}" if self.drop_parts is None else f"--drop_parts {self.drop_parts}"
+                raise UserError(f"{what}: {reason}")
         gone = 0.0 if self.drop_parts else self._share_of_layers(shape) * sum(layer.parameters for layer in shape.given_layers)
-        order = [entry for entry in order if entry[1] in kinds]
-        return shape.without_parts(order, self.drop_parts, gone, limits_of(self.runtime, shape).first_attends)
+        return shape.without_parts([entry for entry in order if entry[1] in kinds], self.drop_parts, gone, limits.first_attends)
 
     @property
     def drops_parts(self) -> bool:
         """Whether whole parts go, by what is measured of them."""
         return self.plan is None and (self.drop_parts is not None or METHODS[self.method].whole_parts)
-
-    @property
-    def _what_drops_parts(self) -> str:
-        return f"--method {self.method}" if self.drop_parts is None else f"--drop_parts {self.drop_parts}"
 
     def _share_of_layers(self, shape: ModelShape) -> float:
         """The share of the layers that the amount asked for comes to, by a method that takes whole layers or parts alone."""
