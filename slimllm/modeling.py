@@ -5,8 +5,9 @@ LlamaForCausalLM, built layer by layer from the same layer class, each with its 
 
 config.json holds, besides the dense model's own settings, lists with one entry per layer. NAME_per_layer, where NAME is a setting of the
 dense model, holds its value in each layer: the numbers of query heads, KV heads and feed-forward channels. NAME_bias_per_layer, where
-NAME is a layer's output projection, holds whether it has a bias. The config says the widths once more for vLLM: in ``per_layer_config``,
-which its transformers backend reads, or in ``block_configs``, which its DeciLM reads.
+NAME is a layer's output projection, holds whether it has a bias. missing_modules_per_layer, where some layers lack an attention or a
+feed-forward part that the dense model has there, holds the names of the modules that each of them lacks. The config says the widths once
+more for vLLM: in ``per_layer_config``, which its transformers backend reads, or in ``block_configs``, which its DeciLM reads.
 """
 
 import functools
@@ -23,6 +24,7 @@ if int(transformers.__version__.partition(".")[0]) < 5:
     raise ImportError(f"a model whose layers differ in width needs transformers 5 or newer, and this is {transformers.__version__}")
 
 PER_LAYER, BIAS_PER_LAYER = "_per_layer", "_bias_per_layer"
+MISSING = "missing_modules_per_layer"
 
 AUTO_CLASSES = {
     "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -67,6 +69,39 @@ def _layer(layer_class, config, index):
     """A layer with its own widths; some classes are told of what kind it is."""
     kind = {"layer_type": config.layer_types[index]} if "layer_type" in inspect.signature(layer_class).parameters else {}
     return layer_class(LayerConfig(config, index), index, **kind)
+
+
+class Missing(nn.Module):
+    """Stands in a layer for a part that is gone, or for a norm of its own, and gives zeros, which add nothing to the residual stream.
+
+    In the place of an attention, it keeps two numbers per token in the cache, for the cache may be asked of any layer, and is of the first
+    one, how many tokens it holds.
+    """
+
+    def __init__(self, stock):
+        super().__init__()
+        self.layer_idx = getattr(stock, "layer_idx", None)
+        self._attends = "past_key_values" in inspect.signature(stock.forward).parameters
+
+    def forward(self, hidden_states, *args, past_key_values=None, **kwargs):
+        nothing = torch.zeros_like(hidden_states)
+        if not self._attends:
+            return nothing
+        if past_key_values is not None:
+            number = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
+            past_key_values.update(number, number, self.layer_idx)
+        return nothing, None
+
+
+def missing_modules(layer):
+    """The names of the modules that a layer lacks; a copy of this file has another class of the same name for them."""
+    return [name for name, module in layer.named_children() if type(module).__name__ == Missing.__name__]
+
+
+def take_out(layer, names):
+    """Puts a :class:`Missing` in the place of each module of these names, and so leaves the layer without their weights."""
+    for name in sorted(set(names) - set(missing_modules(layer))):
+        setattr(layer, name, Missing(getattr(layer, name)))
 
 
 def _keep_buffers(layer, dense):
@@ -125,6 +160,8 @@ class SlimModelMixin:
             for name, wanted in per_layer_settings(config).items():
                 if name.endswith(BIAS_PER_LAYER) and wanted[index] is not None:  # not every layer of a hybrid has each part
                     _set_bias(layers[index], name.removesuffix(BIAS_PER_LAYER), wanted[index])
+            if missing := getattr(config, MISSING, None):
+                take_out(layers[index], missing[index])
 
     @classmethod
     def is_custom_code(cls):

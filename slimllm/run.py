@@ -66,6 +66,7 @@ class Run:
         run = cls(config.resolved(shape_of(model_config)), model_config, **rest)
         if run.config.drop_layers:
             run.shape = run.shape.with_fewer_layers(run.config.drop_layers)
+        run.shape = run.config.without_parts(run.shape, run.shape.likely_order())
         return run
 
     @cached_property

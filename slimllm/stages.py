@@ -24,17 +24,19 @@ from . import cli, plugins
 from .data import calibration, texts
 from .data.calibration import Calibration, CalibrationSource
 from .deploy import checkpoint, export_gguf, gguf_architecture, whole_model
-from .deploy.runtimes import check_buildable, convert_for_runtime
+from .deploy.runtimes import convert_for_runtime
 from .deploy.sink import CheckpointSink, pruned_skeleton
 from .deploy.weight_files import weight_bytes
 from .errors import UserError
 from .evaluation import answers
 from .evaluation.perplexity import continuations, nats_per_byte, perplexities
+from .modeling import missing_modules, take_out
 from .models import loading
 from .models.adapter import LayerAdapter
 from .models.checked import warn_of_length
 from .models.gguf_tensors import GgufTensors
 from .models.loading import WholeModel
+from .models.shape import Staying, check_missing
 from .models.source import ModelSource
 from .plan import LayerPlan, LayerReport
 from .pruning import depth, pipeline, vocabulary
@@ -80,8 +82,8 @@ class Work:
     vocabulary: vocabulary.Kept | None = None
     blocks_now: list[torch.Tensor] | None = None  # of the texts in the tokens that stay, where some go
     drawn: calibration.Calibration | None = None  # the samples in the tokens of the model that was given
-    kept_layers: list[int] | None = None  # those that stay, where others go whole
-    cosine: list[float] | None = None  # of all layers, where whole ones go by it
+    staying: Staying | None = None  # what stays of the layers, where some or parts of some go whole
+    cosine: list[float] | None = None  # of all layers, where these go by it
     teacher: Teacher | None = None
     lent: bool = False
     allocation: Allocation | None = None
@@ -131,6 +133,7 @@ def plans_of(run: Run) -> list[LayerPlan] | None:
     and for a model that the runtime cannot compute.
     """
     kept, tokens = run.config.tokens_of(run.shape.vocab), run.shape.vocab
+    check_missing(run.shape, run.config.runtime)
     if run.config.runtime == "gguf" and (reason := gguf_architecture.difference(run.model_config)):
         raise UserError(f"--runtime gguf: {reason}; name another runtime")
     if run.config.vocab != "keep":
@@ -147,7 +150,7 @@ def plans_of(run: Run) -> list[LayerPlan] | None:
             without_scores(run)
         return None
     run.shape, plans = read_plan(run.config.plan, run.shape, run.config.runtime)
-    check_buildable([plan.units for plan in plans])
+    check_missing(run.shape, run.config.runtime)
     return plans
 
 
@@ -160,6 +163,7 @@ def likely_allocation(work: Work) -> tuple[Allocation, str]:
         whole = [LayerPlan(0.0, layer.units) for layer in run.shape.layers]
         return Allocation(whole), "--vocab auto decides by what it measures: nothing removed yet,"
     by = f"the plan of least loss by {run.config.price_list}" if run.config.price_list else "all layers taken to matter the same"
+    by += ", attention to go whole before the rest," if run.config.drops_parts else ""
     return without_scores(run), by
 
 
@@ -388,18 +392,17 @@ def teach(work: Work) -> None:
 
 
 def drop(work: Work) -> None:
-    """Whole layers: from here on the model is the one without them, where some are to go."""
+    """Whole layers and parts: from here on the model is the one without them, where some are to go."""
     run = work.run
-    if not run.shape.layers_gone:
+    if run.shape.staying is None:
         return
     with run.clock("pruning"):
-        if work.plans is not None:
-            gone = dict(run.shape.layers_gone)
-            work.kept_layers = [index for index in range(len(run.source)) if index not in gone]
-        else:
-            found = run.once("layers", lambda: depth.least_turning(run))
-            work.kept_layers, work.cosine = found["layers"], found["cosine"]
-        depth.apply(run, work.kept_layers)
+        work.staying = run.shape.staying
+        if work.plans is None:
+            found = run.once("staying", lambda: depth.least_turning(run))
+            work.staying, work.cosine = found["staying"], found["cosine"]
+        depth.apply(run, work.staying)
+    check_missing(run.shape, run.config.runtime)
     if run.config.runtime == "gguf" and (reason := gguf_architecture.difference(run.model_config)):
         raise UserError(f"--runtime gguf: without these layers: {reason}; let others or none go, or name another runtime")
 
@@ -426,10 +429,12 @@ def finish(work: Work) -> None:
     """The pruned model in the form that the runtime asks for: the checkpoint closed and compared, or the model in memory itself."""
     run = work.run
     if work.folder is None:
-        if work.kept_layers is not None:
+        if work.staying is not None:
             adapter = LayerAdapter(work.model.config)
-            layers = adapter.layers(work.model)
-            adapter.set_layers(work.model, torch.nn.ModuleList(layers[index] for index in work.kept_layers))
+            layers = [layer for layer, kinds in zip(adapter.layers(work.model), work.staying) if kinds is not None]
+            for layer, left in zip(layers, adapter.layers(run.source.model), strict=True):
+                take_out(layer, missing_modules(left))
+            adapter.set_layers(work.model, torch.nn.ModuleList(layers))
             vars(work.model.config).update(vars(run.model_config))
         _take_over(run.source.adapter, run.source.model, work.model)
         convert_for_runtime(work.model, run.config.runtime)
@@ -538,17 +543,15 @@ def record_of(work: Work) -> PruningRecord:
 
 
 def all_layers(work: Work) -> list[LayerReport]:
-    """The reports of the layers of the model that was given, by their numbers in it; of one that is gone whole nothing is kept."""
-    if work.kept_layers is None:
+    """The reports of the layers of the model that was given, by their numbers in it; of what is gone whole nothing is kept."""
+    if work.staying is None:
         return work.layers
     of_those_kept = iter(work.layers)
     found = []
-    for index, layer in enumerate(work.run.shape.given_layers):
-        if index in work.kept_layers:
-            report = dataclasses.replace(next(of_those_kept), index=index)
-        else:
-            report = LayerReport(index, None, 1.0, {kind: {sort: [] for sort in units} for kind, units in layer.units.items()})
-        found.append(dataclasses.replace(report, cosine=work.cosine and work.cosine[index]))
+    for index, (layer, kinds) in enumerate(zip(work.run.shape.given_layers, work.staying, strict=True)):
+        report = LayerReport(index, None, 1.0, {}) if kinds is None else next(of_those_kept)
+        kept = {kind: report.kept.get(kind, {sort: [] for sort in units}) for kind, units in layer.units.items()}
+        found.append(dataclasses.replace(report, index=index, kept=kept, cosine=work.cosine and work.cosine[index]))
     return found
 
 
@@ -626,7 +629,7 @@ def _titles(work: Work) -> dict[Stage, str]:
         calibrate: ("calibration samples", True),
         measure_dense: ("how good the dense model is", measures),
         trim: ("which tokens stay", config.vocab != "keep"),
-        drop: ("which layers go whole", bool(work.run.shape.layers_gone)),
+        drop: ("which layers and parts go whole", work.run.shape.staying is not None),
         teach: ("what the dense model says on the samples to distil on", config.distill != "none"),
         allocate: ("how much goes from each layer", work.plans is None),
         prune: ("pruning", True),

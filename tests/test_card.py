@@ -175,6 +175,7 @@ NAMED = {  # what the card of a model says that each method made, and no other c
     "wanda_sp": "Wanda-sp ([An et al. 2024]",
     "osscar": "[OSSCAR]",
     "shortgpt": "[ShortGPT]",
+    "llm_drop": "[LLM-Drop]",
     "replaceme": "[ReplaceMe]",
     "magnitude": "magnitude, a baseline",
     "random": "random choice, a baseline",

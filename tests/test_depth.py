@@ -157,7 +157,8 @@ def test_replaceme_takes_the_row_of_layers_that_turns_its_input_least(count):
     nearest = [torch.nn.functional.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(states, states[count:])]
     begin = max(range(1, 7 - count), key=lambda index: nearest[index])
     run = run_of(model, ids, make_config(6 - count, shape_of(model.config), method="replaceme", target_sparsity=count / 6))
-    assert depth.least_turning(run)["layers"] == [index for index in range(6) if not begin <= index < begin + count]
+    kept = [index for index in range(6) if not begin <= index < begin + count]
+    assert depth.least_turning(run)["staying"] == run.shape.with_layers(kept).staying
 
 
 @pytest.mark.parametrize("share, layers", [(0.2, 5), (0.5, 3)])
@@ -172,7 +173,7 @@ REFUSED = {
     ("--drop_layers", 0): "--drop_layers 0: must be",
     ("--drop_layers", 2, "--plan", "p.json"): "--plan and --drop_layers both say what to remove",
     ("--drop_layers", 2, "--pruned_layers", 5): "--pruned_layers 5: the model has 4 layers",
-    ("--method", "shortgpt", "--drop_layers", 2): "--method shortgpt and --drop_layers 2 both say how many layers go",
+    ("--method", "shortgpt", "--drop_layers", 2): "--method shortgpt and --drop_layers 2 both say what goes whole",
     ("--method", "shortgpt", "--fit", "1MB"): "it takes whole layers by their number",
 }
 
@@ -199,7 +200,7 @@ def test_a_model_in_memory_loses_the_layers_that_its_files_lose(case, settings, 
     result = api.prune(model, calibration=ids, **settings)
     assert len(result.layers) == len(of_files) and len(model.model.layers) == model.config.num_hidden_layers == len(of_files) - 1
     kept = [index for index, layer in enumerate(result.layers) if layer.kept["mlp"]["channels"]]
-    assert kept == work.kept_layers and not torch.equal(logits(model, ids), whole)
+    assert kept == [index for index, kinds in enumerate(work.staying) if kinds is not None] and not torch.equal(logits(model, ids), whole)
     assert torch.allclose(model(ids, use_cache=True).logits, logits(model, ids), atol=1e-4)
 
 
@@ -212,7 +213,7 @@ def test_what_stands_before_a_gap_makes_up_for_it(case, tmp_path):
     shape = shape_of(source.config)
     config = make_config(6, shape, drop_layers=3, recovery="least_squares", target_sparsity=0.5, pruned_layers=3)
     run = run_of(source, ids, config)
-    fitted = depth.bridged(run, kept)
+    fitted = depth.bridged(run, shape.with_layers(kept).staying)
     assert sum(name.endswith("weight") for name in fitted) == (0 if case == "gemma2" else 2)
     dense = torch.cat(list(LayerRunner(source, ids).last_states()))
     errors = []

@@ -41,7 +41,7 @@ def keep_highest(scores, removed, groups):
     return sorted(kept)
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.whole_layers])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.takes_whole])
 @pytest.mark.parametrize("case, recovery", [*((case, None) for case in DISTINCT_CASES), *((case, "least_squares") for case in CORE_CASES)])
 def test_every_method_meets_the_sparsity_and_gives_a_model_that_runs(method, case, recovery):
     shape, model = make_shape(case), make_model(case)

@@ -19,6 +19,7 @@ OLDER_MODELING = (
     "16db1e1d776b4a2d6079276b4b174a209179bff5c186f3ca7eedc3f25b467309",
     "0b5a7063dff8ab694862987b7f76c560969da10b39680597535c7cbe9bf65174",
     "caca9c70c496d5c8e6ba03ee52f8f1cb77487e00ad479840e9aeb777f690c7e0",
+    "c5326afaed6baa0cdb3dda1d2c32ea9d51fa4ec89718cf88cd12007c44cfe3dd",
 )
 FULL_ROPE = ("olmo3",)  # families whose settings in transformers 4 were those of the layers without a window
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"

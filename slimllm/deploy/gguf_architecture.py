@@ -16,7 +16,7 @@ from ..models.families import FAMILIES, MLP, family_of
 from ..models.gguf_settings import SCALAR_OF_HIDDEN, llama3_factors
 from ..models.gguf_tensors import ROPE_IN_PAIRS, in_pairs
 from ..models.parts import Units, has_bias, head_dim_of
-from ..models.shape import HEADS_FILL_HIDDEN, free_architecture_of, irregular, rope_of, units_of, window_of
+from ..models.shape import HEADS_FILL_HIDDEN, check_missing, free_architecture_of, irregular, rope_of, shape_of, units_of, window_of
 from . import gguf_experts, gguf_latent_attention, gguf_linear_attention
 
 PER_LAYER = ("deci", "openelm")  # architectures that read the widths of each layer
@@ -47,26 +47,28 @@ def architecture_of(config, biased: bool, requested: str = "auto") -> str:
     ``biased``: its output projections have biases. Raises UserError where none can, or not the ``requested`` one, naming
     the layers in question and the flag that would have avoided it.
     """
-    family, units = family_of(config), units_of(config)
+    family, shape = family_of(config), shape_of(config)
     if reason := difference(config):
         raise UserError(reason)
-    stock, free = family.gguf, free_architecture_of(config)
+    check_missing(shape, "gguf")
+    units, stock, free = shape.units, family.gguf, free_architecture_of(config)
+    odd = irregular(units) or ", ".join(f"layer {index} lacks a part" for index, layer in enumerate(shape.layers) if layer.missing)
     heads = next((layer["attention"]["heads"] for layer in units if "attention" in layer), 0)
     if requested == "llama":
-        if irregular(units):
-            raise UserError(f"--arch llama: {irregular(units)}; prune with --runtime transformers, or export with --arch deci")
+        if odd:
+            raise UserError(f"--arch llama: {odd}; prune with --runtime transformers, or export with --arch deci")
         if stock != "llama":
             raise UserError(f"--arch llama: the model is a {family.model_type}; leave out --arch")
         return requested
     if requested == "deci" and free != "deci":
         raise UserError(f"--arch deci: llama.cpp has nothing that holds a {family.model_type} with a width per layer; leave out --arch")
-    fits = not irregular(units) and (stock in OUTPUT_BIASES or not biased)
+    fits = not odd and (stock in OUTPUT_BIASES or not biased)
     if requested == "auto" and fits and (stock not in HEADS_FILL_HIDDEN or heads * head_dim_of(config) == config.hidden_size):
         return stock
     if free in OUTPUT_BIASES or (free and not biased):
         return free
     unbiased = (free or stock) not in OUTPUT_BIASES
-    what = irregular(units) or ("biases of the output projections" if biased and unbiased else f"{heads} heads")
+    what = odd or ("biases of the output projections" if biased and unbiased else f"{heads} heads")
     needs = ["one width for all layers"] * (not free) + ["no biases of the output projections"] * unbiased
     needs += ["heads that fill the hidden size"] * (stock in HEADS_FILL_HIDDEN and not free)
     raise UserError(f"{what}: llama.cpp's {free or stock} takes {', '.join(needs)} only; prune with --runtime gguf")
@@ -128,7 +130,7 @@ def _period(config) -> int | None:
 def add_settings(writer: gguf.GGUFWriter, config) -> None:
     """Adds what llama.cpp reads of a config besides the tokenizer and the tensors."""
     units, family, arch = units_of(config), family_of(config), writer.arch
-    channels = [layer["experts" if "experts" in layer else "mlp"]["channels"] for layer in units]
+    channels = [layer.get("experts", layer.get("mlp", {"channels": 0}))["channels"] for layer in units]
     writer.add_feed_forward_length(channels if arch in PER_LAYER else channels[0])
     window, rope = window_of(config), rope_of(config)
     context = config.max_position_embeddings
@@ -169,9 +171,9 @@ def _add_heads(writer: gguf.GGUFWriter, config, units: list[dict[str, Units]]) -
     if writer.arch == gguf_latent_attention.ARCH:
         gguf_latent_attention.add_settings(writer, config)
         return config.qk_rope_head_dim
-    heads, kv_heads = ([layer["attention"][sort] for layer in units if "attention" in layer] for sort in ("heads", "kv_heads"))
-    writer.add_head_count(heads if writer.arch in PER_LAYER else heads[0])
-    writer.add_head_count_kv(kv_heads if writer.arch in PER_LAYER else kv_heads[0])
+    heads, kv_heads = ([layer.get("attention", {}).get(sort, 0) for layer in units] for sort in ("heads", "kv_heads"))
+    writer.add_head_count(heads if writer.arch in PER_LAYER else max(heads))
+    writer.add_head_count_kv(kv_heads if writer.arch in PER_LAYER else max(kv_heads))
     head_dim = head_dim_of(config)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)

@@ -5,21 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import UserError
-from ..modeling import per_layer_settings, slim_models
+from ..modeling import MISSING, missing_modules, per_layer_settings, slim_models
 from ..models.adapter import LayerAdapter
 from ..models.families import family_of, is_pruned
-from ..models.parts import KINDS, Units, has_bias, value_in_layer
+from ..models.parts import has_bias, value_in_layer
 from ..models.shape import alike, irregular, limits_of, shape_of, units_of
-
-
-def check_buildable(units: list[dict[str, Units]]) -> None:
-    """Raises UserError for a layer, by what each of its parts keeps, that no class can be made of."""
-    for index, layer in enumerate(units):
-        for kind, counts in layer.items():
-            if not all(counts.values()):
-                raise UserError(
-                    f"layer {index}: nothing of its {KINDS[kind].title} part stays, and no model without it can be built yet; keep some"
-                )
 
 
 def convert_for_runtime(model, runtime: str = "any"):
@@ -28,7 +18,6 @@ def convert_for_runtime(model, runtime: str = "any"):
     ``transformers`` and models that must be regular elsewhere: the family's own class. ``vllm``: ours, with the entries
     that DeciLMForCausalLM reads. Otherwise ours. Raises UserError for a model whose layers are not alike enough.
     """
-    check_buildable(LayerAdapter(model.config).units(model))
     if runtime == "any" and _is_stock(model):
         return model
     limits = limits_of(runtime, shape_of(model.config))
@@ -72,6 +61,9 @@ def as_slim_model(model):
             setattr(config, f"{name}_per_layer", [counts.get(name, value_in_layer(config, name, i)) for i, counts in enumerate(widths)])
         own = [next((part for part in parts if part.kind == row.kind), None) for parts in layers]
         setattr(config, f"{row.output}_bias_per_layer", [part and part.output.bias is not None for part in own])  # None: it has none
+    missing = [missing_modules(layer) for layer in adapter.layers(model)]
+    if any(missing):
+        setattr(config, MISSING, missing)
     config.auto_map = {auto: f"modeling.{made.__name__}" for auto, made in classes.items()}  # saving adds AutoConfig
     config.per_layer_config = dict(enumerate(widths))
     config.allow_global_per_layer_attribute_access = True
@@ -90,6 +82,8 @@ def as_stock_model(model):
     """
     config, family, adapter = model.config, family_of(model.config), LayerAdapter(model.config)
     way = "prune with --runtime transformers"
+    if lacking := [str(index) for index, layer in enumerate(adapter.layers(model)) if missing_modules(layer)]:
+        raise UserError(f"{type(model).__name__}: layer {', '.join(lacking)} lacks a part that all layers of a stock model have; {way}")
     if odd := irregular(alike(shape_of(config), adapter.units(model))):
         raise UserError(f"{type(model).__name__}: {odd}; a stock model needs one width: {way}")
     first = list({part.kind: part for part in reversed(adapter.all_parts(model))}.values())
@@ -141,16 +135,21 @@ def _as_deci_model(model):
     _fill_biases(model, "prune with --runtime vllm")
     config = as_slim_model(model).config
     layers = LayerAdapter(config).units(model)
-    heads, kv_heads = layers[0]["attention"].values()
+    heads, kv_heads = next(units["attention"] for units in layers if "attention" in units).values()
     if family.part("attention").input_bias is True:
         config.qkv_bias = True
     config.per_layer_config = None  # its DeciLM, not the transformers backend, shall take it
     config.num_attention_heads, config.num_key_value_heads = heads, kv_heads
     config.block_configs = [
         {
-            "attention": {"no_op": False, "replace_with_linear": False, "n_heads_in_group": heads // kv_heads},
-            "ffn": {"no_op": False, "replace_with_linear": False, "intermediate_size": units["mlp"]["channels"]},
+            "attention": _block("attention" in units, n_heads_in_group=heads // kv_heads),
+            "ffn": _block("mlp" in units, intermediate_size=units.get("mlp", {}).get("channels")),
         }
         for units in layers
     ]
     return model
+
+
+def _block(there: bool, **size: int) -> dict:
+    """What DeciLM reads of one part of a layer: its ``size``, or that it is not ``there``."""
+    return {"no_op": not there, "replace_with_linear": False} | {name: value if there else None for name, value in size.items()}

@@ -95,7 +95,10 @@ def planned_units(folder: Path) -> list[dict[str, Units]] | None:
         layers = json.loads((folder / PLAN).read_text(encoding="utf-8"))["layers"]
         parts = [by_part(layer)["kept"] for layer in layers]
         staying = [layer for layer in parts if not is_gone(layer)]
-        return [{kind: {sort: _different(kept) for sort, kept in own.items()} for kind, own in layer.items()} for layer in staying]
+        return [
+            {kind: {sort: _different(kept) for sort, kept in own.items()} for kind, own in layer.items() if any(own.values())}
+            for layer in staying
+        ]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -438,6 +439,12 @@ class LayerAdapter:
     def projected_parts(self, model) -> list[ProjectedPart]:
         """Those of all layers that end in an output projection."""
         return [part for part in self.all_parts(model) if isinstance(part, ProjectedPart)]
+
+    def modules_of(self, layer: nn.Module, kinds: Collection[str]) -> list[str]:
+        """The modules of a layer that its parts of these kinds have and no other part: they themselves, and their norms."""
+        rows = [row for step in self.family.steps for row in step if row.is_in(layer)]
+        of_others = {name for row in rows if row.kind not in kinds for name in row.norms}
+        return sorted({name for row in rows if row.kind in kinds for name in (row.module, *row.norms)} - of_others)
 
     def units(self, model) -> list[dict[str, Units]]:
         """What each part of each layer has, from the modules."""

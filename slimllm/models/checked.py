@@ -10,8 +10,9 @@ import torch
 from transformers.activations import ACT2FN
 
 from ..errors import UserError, nearest
+from ..modeling import MISSING
 from .families import family_of, is_pruned
-from .parts import is_in_layer
+from .parts import is_in_layer, is_missing
 
 log = logging.getLogger("slimllm")
 
@@ -72,12 +73,19 @@ def check_config(config, where: str) -> None:
 
 def _check_per_layer(config, where: str) -> None:
     """The lists with an entry for each layer, by which a pruned model is built."""
-    for row in family_of(config).parts:
+    rows, layers = family_of(config).parts, range(config.num_hidden_layers)
+    modules = {name for row in rows for name in (row.module, *row.norms)}
+    missing = getattr(config, MISSING, [[]] * len(layers))
+    lists = isinstance(missing, list | tuple) and all(isinstance(names, list | tuple) for names in missing)
+    if not lists or len(missing) != len(layers) or not modules.issuperset(name for names in missing for name in names):
+        raise UserError(f"{where}: {MISSING} is no list of lists, one for each of {len(layers)} layers, of {', '.join(sorted(modules))}")
+    for row in rows:
         for name, kind, least in (*((f"{size}_per_layer", int, 1) for size in row.sizes), (f"{row.output}_bias_per_layer", bool, False)):
             values = getattr(config, name, None)
             if not isinstance(values, list | tuple) or len(values) != config.num_hidden_layers:
                 raise UserError(f"{where}: {name} is no list with an entry for each of {config.num_hidden_layers} layers")
-            values = [value for value in values if value is not None or row.layers is None]
+            may_be_none = [row.layers is not None or is_missing(config, row, index) for index in layers]
+            values = [value for value, none in zip(values, may_be_none) if value is not None or not none]
             if odd := [value for value in values if type(value) is not kind or value < least]:
                 raise UserError(
                     f"{where}: {name} holds {odd[0]!r}, not {'true or false' if kind is bool else 'a whole number of at least 1'}"

@@ -1,18 +1,20 @@
-"""Fewer layers: config and weights of a model that keeps only some of its layers, each as it was.
+"""Fewer layers and parts: config and weights of a model that keeps only some of them, each as it was.
 
-What is left computes exactly what the model does where the other layers are skipped, in the model's own class.
+What is left computes exactly what the model does where the others are skipped; where whole layers are gone, in the model's own class.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import nn
 
 from ..errors import UserError
+from ..modeling import take_out
 from .adapter import LayerAdapter
 from .checked import check_config
 from .skeleton import skeleton_of
@@ -26,10 +28,16 @@ _UP_TO = ("first_k_dense_replace", "num_dense_layers", "max_window_layers")  # n
 _OWN_NUMBER = ("layer_idx", "training")
 
 
-def shallow_source(source: ModelSource, kept: list[int], changed: dict[str, torch.Tensor] | None = None) -> ModelSource:
+def shallow_source(
+    source: ModelSource,
+    kept: list[int],
+    changed: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    gone: Mapping[int, Collection[str]] = MappingProxyType({}),
+) -> ModelSource:
     """The model with the layers ``kept`` alone, ascending; ``source`` stays as it is, and no weight is read yet.
 
-    ``changed``: tensors that take the place of the model's, by their names in it.
+    ``changed``: tensors that take the place of the model's, by their names in it. ``gone``: kinds of parts that go from some of these
+    layers, by the numbers that the layers have in the model.
     Raises UserError where a layer that stays would compute something else at its new place, since its family goes by the number of a layer.
     """
     config = shallow_config(source.config, kept)
@@ -45,10 +53,11 @@ def shallow_source(source: ModelSource, kept: list[int], changed: dict[str, torc
                 f"--drop_layers: layer {old} would become layer {new}, where its class gives it another {odd[0]} "
                 f"({now.get(odd[0])}, not {before.get(odd[0])}); leave it out"
             )
+        take_out(layer, adapter.modules_of(layer, gone.get(old, ())))
     if source.streams:
-        return ModelSource(skeleton, _Renumbered(source, kept, changed or {}), source.dtype)
+        return ModelSource(skeleton, _Renumbered(source, kept, changed), source.dtype)
     old = _old_names(source, stored_tensors(source.model), kept)
-    tensors = stored_tensors(source.model) | {name: tensor.to(source.home, source.dtype) for name, tensor in (changed or {}).items()}
+    tensors = stored_tensors(source.model) | {name: tensor.to(source.home, source.dtype) for name, tensor in changed.items()}
     skeleton.load_state_dict({name: tensors[before] for name, before in old.items()}, strict=False, assign=True)
     skeleton.tie_weights()
     return ModelSource(skeleton.to(source.home))
@@ -98,7 +107,7 @@ def _old_names(source: ModelSource, names: Iterable[str], kept: list[int]) -> di
 class _Renumbered(OfAnother):
     """The tensors of a model's reader under the numbers that its layers have where only the layers ``kept`` are left, some ``changed``."""
 
-    def __init__(self, source: ModelSource, kept: list[int], changed: dict[str, torch.Tensor]):
+    def __init__(self, source: ModelSource, kept: list[int], changed: Mapping[str, torch.Tensor]):
         super().__init__(source.weights)
         self._changed = changed
         self._old = _old_names(source, source.weights.names, kept)

@@ -74,6 +74,11 @@ class PartRow:
     own_norm: str | None = None
     doubled: Callable[[object, int], bool] | None = None
 
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The norms of the residual stream before and after the part, where it has some."""
+        return tuple(name for name in (self.norm, self.post_norm) if name is not None)
+
     def is_in(self, layer) -> bool:
         """Whether a layer, the module, has the part: layers may hold experts or a feed-forward part under one name."""
         module = getattr(layer, self.module, None)

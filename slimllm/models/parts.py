@@ -36,8 +36,15 @@ def value_in_layer(config, name: str, index: int):
     return value[index] if isinstance(value, list | tuple) else value
 
 
+def is_missing(config, row: PartRow, index: int) -> bool:
+    """Whether an earlier pruning took the part out of layer ``index``."""
+    return row.module in (value_in_layer(config, "missing_modules", index) or ())
+
+
 def is_in_layer(config, row: PartRow, index: int) -> bool:
     """Whether layer ``index`` has the part."""
+    if is_missing(config, row, index):
+        return False
     if row.layers is None:
         return True
     if isinstance(row.layers, str):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from ..errors import UserError
 from .families import Family, family_of
-from .parts import KINDS, Counted, PartShape, Units, biases_of, has_bias, is_in_layer, shared_numbers_of, token_inputs_of
+from .parts import KINDS, Counted, PartShape, Units, biases_of, has_bias, is_in_layer, is_missing, shared_numbers_of, token_inputs_of
 
 # architectures of llama.cpp that take no fewer heads
 HEADS_FILL_HIDDEN = (
@@ -14,17 +15,30 @@ HEADS_FILL_HIDDEN = (
     *("command-r", "cohere2"),
 )
 RUNTIMES = ("any", "transformers", "vllm", "gguf")
+Staying = tuple[tuple[str, ...] | None, ...]  # of each layer the kinds of parts that stay; None: it is gone whole
 
 
 @dataclass(frozen=True)
 class LayerShape:
     """The parts of one layer that have units, in the order of computation. ``uncut_parameters``: of its norms of the residual stream, and
-    of what is run and never cut; ``uncut_matrices``: (rows, columns) of the matrices among these.
+    of what is run and never cut; ``uncut_matrices``: (rows, columns) of the matrices among these. ``norms``: of each kind of part, the
+    parameters of the norms that it has alone, which go with it. ``mixes``: something of it is run and never cut. ``missing``: kinds of
+    parts that it had and that are gone.
     """
 
     parts: tuple[PartShape, ...]
     uncut_parameters: int
     uncut_matrices: tuple[tuple[int, int], ...] = ()
+    norms: tuple[tuple[str, int], ...] = ()
+    mixes: bool = False
+    missing: tuple[str, ...] = ()
+
+    def with_parts(self, kinds: Collection[str]) -> LayerShape:
+        """That of the layer with its parts of these kinds alone."""
+        parts = tuple(part for part in self.parts if part.kind in kinds)
+        gone = [part.kind for part in self.parts if part.kind not in kinds]
+        uncut = self.uncut_parameters - sum(count for kind, count in self.norms if kind in gone)
+        return replace(self, parts=parts, uncut_parameters=uncut, missing=(*self.missing, *gone))
 
     @property
     def units(self) -> dict[str, Units]:
@@ -64,7 +78,8 @@ class ModelShape:
     token_inputs: int = 0  # numbers that all layers together are given for a token besides the state, from a table
     regular: bool = False  # no class holds it with layers of different widths
     tokens_gone: int = 0  # of the vocabulary that the model came with
-    layers_gone: tuple[tuple[int, LayerShape], ...] = ()  # whole layers of it, by the numbers that they had
+    given: tuple[LayerShape, ...] = ()  # the layers that it came with, where some are gone or lack parts that they had
+    staying: Staying | None = None  # what stays of these
 
     @property
     def decoder_parameters(self) -> int:
@@ -91,40 +106,100 @@ class ModelShape:
         return self._token_parameters * self.tokens_gone
 
     @property
+    def all_staying(self) -> Staying:
+        """What stays of the layers of the model that was given, also where that is all of them."""
+        return self.staying or tuple(tuple(layer.units) for layer in self.layers)
+
+    @property
+    def layers_gone(self) -> int:
+        """How many layers are gone whole."""
+        return len(self.given_layers) - len(self.layers)
+
+    @property
+    def parts_gone(self) -> int:
+        """How many parts are gone from layers that stay."""
+        pairs = zip(self.given, self.staying or (), strict=True)
+        return sum(len(layer.parts) - len(kinds) for layer, kinds in pairs if kinds is not None)
+
+    @property
+    def gone_in_words(self) -> list[str]:
+        """What is gone whole: ``the tokens``, ``the layers``, ``the parts``."""
+        counts = {"the tokens": self.tokens_gone, "the layers": self.layers_gone, "the parts": self.parts_gone}
+        return [what for what, count in counts.items() if count]
+
+    @property
     def layer_parameters_gone(self) -> int:
-        """Those of the layers that are gone whole."""
-        return sum(layer.parameters for _, layer in self.layers_gone)
+        """Those of the layers and parts that are gone whole."""
+        return sum(layer.parameters for layer in self.given_layers) - self.decoder_parameters
 
     @property
     def parameters_gone(self) -> int:
-        """Those of tokens and whole layers that are gone."""
+        """Those of tokens, whole layers and whole parts that are gone."""
         return self.token_parameters_gone + self.layer_parameters_gone
 
     @property
     def dense_parameters(self) -> int:
-        """All parameters of the model that was given, with those of the tokens and layers that are gone."""
+        """All parameters of the model that was given, with those of the tokens, layers and parts that are gone."""
         return self.parameters + self.parameters_gone
 
     @property
     def given_layers(self) -> list[LayerShape]:
-        """The layers of the model that was given, with those that are gone, in their order."""
-        found, gone = list(self.layers), dict(self.layers_gone)
-        for index in sorted(gone):
-            found.insert(index, gone[index])
-        return found
+        """The layers of the model that was given, with those that are gone and all parts that they had, in their order."""
+        return list(self.given or self.layers)
 
-    def with_layers(self, kept: list[int]) -> ModelShape:
-        """That of the model that was given with these of its layers alone, by the numbers that they have in it, ascending.
+    def with_staying(self, staying: Collection[Collection[str] | None]) -> ModelShape:
+        """That of the model that was given where this stays of its layers.
 
         Raises UserError where a table of the model holds something for every layer.
         """
-        layers = self.given_layers
-        if self.token_inputs and len(kept) < len(layers):
+        given = tuple(self.given_layers)
+        if self.token_inputs and None in staying:
             raise UserError(
                 "--drop_layers, --plan: no whole layer of this model can go, since all take inputs from one table; keep them all"
             )
-        gone = tuple((index, layer) for index, layer in enumerate(layers) if index not in kept)
-        return replace(self, layers=tuple(layers[index] for index in kept), layers_gone=gone)
+        layers = [
+            layer if kinds is not None and len(kinds) == len(layer.parts) else layer.with_parts(kinds)
+            for layer, kinds in zip(given, staying, strict=True)
+            if kinds is not None
+        ]
+        if layers == list(given):
+            return replace(self, layers=given, given=(), staying=None)
+        return replace(self, layers=tuple(layers), given=given, staying=tuple(None if kinds is None else tuple(kinds) for kinds in staying))
+
+    def with_layers(self, kept: Collection[int]) -> ModelShape:
+        """:meth:`with_staying` where these layers stay whole, by the numbers that they have in the model that was given."""
+        return self.with_staying([tuple(layer.units) if index in kept else None for index, layer in enumerate(self.given_layers)])
+
+    def without_parts(self, order: list[tuple[int, str]], count: int | None, parameters: float = 0.0, first: bool = False) -> ModelShape:
+        """:meth:`with_staying` where whole parts go in this ``order``, (layer in the model that was given, kind): ``count`` of them, or
+        where that is None as many as come nearest to ``parameters`` of the layers that are gone in all.
+
+        One part of each kind stays, and one in a layer that holds something which is never cut; with ``first`` the attention of the first
+        layer does too. A layer of which no part stays is gone whole. Raises UserError where there are no ``count`` such parts.
+        """
+        found, taken = self, 0
+        for index, kind in order:
+            if taken == count:
+                break
+            staying = list(found.all_staying)
+            own = staying[index]
+            if own is None or kind not in own or not self._may_go(staying, index, kind, first):
+                continue
+            staying[index] = tuple(other for other in own if other != kind) or None
+            after = found.with_staying(staying)
+            if count is None and abs(after.layer_parameters_gone - parameters) >= abs(found.layer_parameters_gone - parameters):
+                break
+            found, taken = after, taken + 1
+        if count is not None and taken < count:
+            why = "one of each kind has to stay, and one in each layer that holds something which is never cut"
+            raise UserError(f"--drop_parts {count}: {taken or 'no'} parts of this model can go, since {why}; lower it")
+        return found
+
+    def _may_go(self, staying: list[Collection[str] | None], index: int, kind: str, first: bool) -> bool:
+        """Whether a part may go where ``staying`` is what stays of the layers so far."""
+        of_its_kind = sum(kind in kinds for kinds in staying if kinds is not None)
+        leads = first and kind == "attention" and all(kinds is None for kinds in staying[:index])
+        return of_its_kind > 1 and not leads and not (len(staying[index]) == 1 and self.given_layers[index].mixes)
 
     def with_tokens(self, kept: int) -> ModelShape:
         """That of the same model with so many tokens."""
@@ -134,6 +209,12 @@ class ModelShape:
         """:meth:`with_layers` where ``count`` go and it is not known which: of the deep ones but the last, which models miss least."""
         depth = len(self.given_layers)
         return self.with_layers([*range(depth - 1 - count), depth - 1])
+
+    def likely_order(self) -> list[tuple[int, str]]:
+        """The order in which whole parts go where it is not known: attention first, of the deep layers but the last before others."""
+        deep_first = [*reversed(range(len(self.given_layers) - 1)), len(self.given_layers) - 1]
+        kinds = dict.fromkeys(part.kind for layer in self.given_layers for part in layer.parts)
+        return [(index, kind) for kind in kinds for index in deep_first]
 
     @property
     def parameters(self) -> int:
@@ -201,14 +282,18 @@ def shape_of(config, family: Family | None = None) -> ModelShape:
 
 
 def _layer_shape(config, family: Family, index: int, modules: Counted | None) -> LayerShape:
-    if modules is None:
-        rows = [row for row in family.parts if is_in_layer(config, row, index)]
-        norms = {name for row in rows for name in (row.norm, row.post_norm) if name is not None}
-        uncut, matrices = len(norms) * family.norm_vectors * config.hidden_size, ()
+    norm = family.norm_vectors * config.hidden_size
+    mixers = [row for step in family.steps for row in step if not row.sizes and is_in_layer(config, row, index)]
+    if modules is None:  # first all that the layer had in the dense model
+        rows = [row for row in family.parts if is_in_layer(config, row, index) or is_missing(config, row, index)]
+        uncut, matrices = len({name for row in rows for name in row.norms}) * norm, ()
     else:
         rows, uncut, matrices = [row for row in family.parts if row.kind in modules.kinds], modules.uncut, modules.matrices
+    of_others = {row.kind: {name for other in (*rows, *mixers) if other is not row for name in other.norms} for row in rows}
+    norms = tuple((row.kind, len(set(row.norms) - of_others[row.kind]) * norm) for row in rows)
     parts = (modules.experts if row.kind == "experts" else KINDS[row.kind].of(config, row, index) for row in rows)
-    return LayerShape(tuple(parts), uncut, matrices)
+    dense = LayerShape(tuple(parts), uncut, matrices, norms, bool(mixers))
+    return dense.with_parts([row.kind for row in rows if not is_missing(config, row, index)])
 
 
 def alike(shape: ModelShape, units: list[dict[str, Units]]) -> list[dict[str, Units]]:
@@ -272,7 +357,8 @@ class Limits:
 
     ``same_heads``, ``same_channels``: one number in all layers. ``new_bias``: a recovery may add biases. ``all_biases``: where an output
     projection has one, the config's flag gives all projections of such parts a bias in every layer, of zeros where there is none.
-    ``divisor``: the number of heads must divide it (0: any number). ``whole_heads``: no head can go.
+    ``divisor``: the number of heads must divide it (0: any number). ``whole_heads``: no head can go. ``lacking``: kinds of parts that a
+    layer may lack; ``first_attends``: not the first layer's attention.
     """
 
     same_heads: bool = False
@@ -281,6 +367,8 @@ class Limits:
     all_biases: bool = False
     divisor: int = 0
     whole_heads: bool = False
+    lacking: tuple[str, ...] = ()
+    first_attends: bool = False
 
 
 def limits_of(runtime: str, shape: ModelShape) -> Limits:
@@ -298,8 +386,33 @@ def limits_of(runtime: str, shape: ModelShape) -> Limits:
     divisor = shape.hidden if not free and shape.heads_divide_hidden else 0
     bound = shape.gguf in HEADS_FILL_HIDDEN if runtime == "gguf" else shape.heads_bound
     whole_heads = bool(shape.heads_fixed) or (not free and bound)
+    lacking = () if not free or (runtime == "gguf" and shape.gguf_free != "deci") else ("attention", "mlp")
+    lacks = {"lacking": lacking[:1] if runtime == "gguf" else lacking, "first_attends": runtime != "any"}
     if runtime == "gguf" or (runtime == "any" and free):
         new_bias = runtime == "any" or shape.gguf_free == "deci"
         all_biases = shape.stock_bias and not free
-        return Limits(not free, not free, new_bias=new_bias, all_biases=all_biases, divisor=divisor, whole_heads=whole_heads)
-    return Limits(True, not free, new_bias=shape.stock_bias, all_biases=shape.stock_bias, divisor=divisor, whole_heads=whole_heads)
+        return Limits(not free, not free, new_bias=new_bias, all_biases=all_biases, divisor=divisor, whole_heads=whole_heads, **lacks)
+    return Limits(True, not free, new_bias=shape.stock_bias, all_biases=shape.stock_bias, divisor=divisor, whole_heads=whole_heads, **lacks)
+
+
+def check_missing(shape: ModelShape, runtime: str) -> None:
+    """Raises UserError for a model some of whose layers lack a part that ``runtime`` computes no layer without."""
+    for index, layer in enumerate(shape.layers):
+        for kind in layer.missing:
+            if reason := why_not_missing(shape, runtime, kind, index):
+                raise UserError(f"layer {index} has no {KINDS[kind].title} part: {reason}")
+
+
+def why_not_missing(shape: ModelShape, runtime: str, kind: str, index: int | None = None) -> str | None:
+    """Why a layer of such a model, or layer ``index`` of it, cannot lack its part of this kind, with the way out, in words; or None."""
+    limits = limits_of(runtime, shape)
+    if kind in limits.lacking:
+        if not (limits.first_attends and kind == "attention" and index == 0):
+            return None
+        return f"--runtime {runtime} takes no first layer without one; keep it, or --runtime any"
+    if shape.is_mixture or shape.regular:
+        return "no class holds such a model with a layer that lacks a part; keep its parts, or let whole layers go (--drop_layers)"
+    if runtime == "gguf" and limits.lacking:
+        return "llama.cpp leaves the attention of such a layer out as well; let attention alone go (--prune heads), or --runtime any"
+    where = {"gguf": "no architecture of llama.cpp", "vllm": "no class of vLLM", "transformers": "no class of transformers"}[runtime]
+    return f"{where} holds this model with a layer that lacks a part; --runtime any, or let whole layers go (--drop_layers)"

@@ -1,40 +1,72 @@
-"""``--drop_layers``: which layers go whole, and the run on the model that is left (docs/method.md, section 10)."""
+"""``--drop_layers``, ``--drop_parts``: which go whole, and the run on the model that is left (docs/method.md, section 10)."""
 
 from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from ..models.adapter import ProjectedPart
+from ..models.adapter import Mixer, Part, ProjectedPart
 from ..models.depth import shallow_source
+from ..models.shape import ModelShape, Staying
+from ..models.source import ModelSource
 from ..run import Run
 from ..settings.methods import METHODS, RECOVERIES
 from ..streaming.activations import ActivationStore
 from ..streaming.runner import LayerRunner, cosine_sum, mean_cosines
-from .part_run import PartRun, part_runs
+from .experts_run import ExpertsRun
+from .part_run import MixerRun, PartRun, part_runs
 
 log = logging.getLogger("slimllm")
 
 
-def least_turning(run: Run) -> dict:
-    """``layers``: those that stay, ascending, where the ``drop_layers`` go that turn their input least: of the highest cosine between input
-    and output (Eq. 11), measured on the calibration samples, ``cosine`` [L]. So ShortGPT ranks layers (Men et al. 2024).
-    """
-    if METHODS[run.config.method].in_a_row:
-        return _in_a_row(run, run.config.drop_layers)
-    cosine = run.runner(run.samples.ids).layer_cosines()
-    ranked = sorted(range(len(cosine)), key=lambda index: cosine[index])
-    return {"layers": sorted(ranked[: len(cosine) - run.config.drop_layers]), "cosine": cosine}
-
-
 @torch.no_grad()
-def _in_a_row(run: Run, count: int) -> dict:
-    """The same of ``count`` layers in a row: those whose output points nearest to where the input of the first of them does, as ReplaceMe
-    chooses them (Shopkhoev et al. 2025). The first layer stays: nothing before it could make up for it.
+def least_turning(run: Run) -> dict:
+    """``staying``: what stays of each layer, where those layers and parts go that turn the states least: of the highest cosine between
+    the states before and behind them (Eq. 11), measured on the calibration samples. So ShortGPT ranks layers (Men et al. 2024), and
+    LLM-Drop parts (He et al. 2024). ``cosine`` [L]: that of each layer.
+    """
+    config, whole = run.config, run.shape.with_layers(range(len(run.shape.given_layers)))
+    if METHODS[config.method].in_a_row:
+        layers, cosine = _in_a_row(run, config.drop_layers)
+        return {"staying": whole.with_layers(layers).all_staying, "cosine": cosine}
+    if config.drops_parts:
+        cosine, of_parts = _cosines(run.runner(run.samples.ids))
+    else:
+        cosine, of_parts = run.runner(run.samples.ids).layer_cosines(), {}
+    ranked = sorted(range(len(cosine)), key=lambda index: cosine[index])
+    left = whole.with_layers(ranked[: len(cosine) - (config.drop_layers or 0)])
+    return {"staying": config.without_parts(left, sorted(of_parts, key=of_parts.get, reverse=True)).all_staying, "cosine": cosine}
+
+
+def _cosines(runner: LayerRunner) -> tuple[list[float], dict[tuple[int, str], float]]:
+    """c_l of each layer of the model as it is, and the same of each part by (layer, kind): the mean cosine of the states before it and
+    of these with what it alone adds to them.
+    """
+    hidden, of_layers, of_parts = runner.embed(), [], {}
+    for index, layer in runner.visit("importance of layers and parts"):
+        before = hidden.copy()
+        for step in runner.adapter.steps(layer):
+            runs = _taken(runner, hidden, step, index)
+            for part_run in runs:
+                if isinstance(part := part_run.part, ProjectedPart):
+                    both = zip(hidden, part_run.outputs)
+                    of_parts[index, part.kind] = sum(cosine_sum(states, part.join(states, output)) for states, output in both)
+            _join(runs)
+        of_layers.append(sum(map(cosine_sum, before, hidden)))
+        before.close()
+    hidden.close()
+    tokens = runner.ids.numel()
+    return mean_cosines(of_layers, tokens), dict(zip(of_parts, mean_cosines(list(of_parts.values()), tokens)))
+
+
+def _in_a_row(run: Run, count: int) -> tuple[list[int], list[float]]:
+    """(the layers that stay, c_l of all) where ``count`` layers in a row go: those whose output points nearest to where the input of the
+    first of them does, as ReplaceMe chooses them (Shopkhoev et al. 2025). The first layer stays: nothing before it could make up for it.
     """
     runner = run.runner(run.samples.ids)
     behind, turned, across = deque([runner.embed()]), [], []
@@ -50,19 +82,39 @@ def _in_a_row(run: Run, count: int) -> dict:
         states.close()
     across, cosine = (mean_cosines(sums, runner.ids.numel()) for sums in (across, turned))
     begin = max(range(1, len(across)), key=lambda index: across[index])
-    return {"layers": [index for index in range(len(cosine)) if not begin <= index < begin + count], "cosine": cosine}
+    return [index for index in range(len(cosine)) if not begin <= index < begin + count], cosine
 
 
-def apply(run: Run, kept: list[int]) -> None:
-    """From now on the run is one on the model with these layers; they are numbered anew. With a recovery that fits outputs anew, what
-    stands before a gap makes up for it as far as it can (:func:`bridged`).
+def apply(run: Run, staying: Staying) -> None:
+    """From now on the run is one on the model of which this stays; its layers are numbered anew. With a recovery that fits outputs anew,
+    what stands before a gap makes up for it as far as it can (:func:`bridged`).
     """
-    gone = sorted(set(range(len(run.source))) - set(kept))
-    fitted = bridged(run, kept) if "look_back" in RECOVERIES[run.config.recovery].needs else {}
-    run.source = shallow_source(run.source, kept, fitted)
+    fitted = bridged(run, staying) if "look_back" in RECOVERIES[run.config.recovery].needs else {}
+    run.shape = run.shape.with_staying(staying)
+    gone = {index: layer.missing for index, layer in zip(_numbers(staying), run.shape.layers)}
+    run.source = shallow_source(run.source, _numbers(staying), fitted, gone)
     run.model_config = run.source.config
-    run.shape = run.shape.with_layers(kept)
-    log.info("gone whole: layer%s %s; those that stay are numbered anew", "s" if len(gone) > 1 else "", ", ".join(map(str, gone)))
+    if run.config.pruned_layers is not None and run.config.pruned_layers > len(run.source):  # layers whose parts all went
+        run.config = run.config.having(pruned_layers=len(run.source))
+    _log_what_went(run.shape)
+
+
+def _numbers(staying: Staying) -> list[int]:
+    """The numbers of the layers of which something stays."""
+    return [index for index, kinds in enumerate(staying) if kinds is not None]
+
+
+def _log_what_went(shape: ModelShape) -> None:
+    gone = [index for index, kinds in enumerate(shape.staying or ()) if kinds is None]
+    if gone:
+        log.info("gone whole: layer%s %s; those that stay are numbered anew", "s" if len(gone) > 1 else "", ", ".join(map(str, gone)))
+    parts: dict[str, list[int]] = {}
+    for index, (layer, kinds) in enumerate(zip(shape.given, shape.staying or (), strict=True)):
+        for part in layer.parts if kinds is not None else ():
+            if part.kind not in kinds:
+                parts.setdefault(part.title, []).append(index)
+    for title, layers in parts.items():
+        log.info("gone whole: %s of layer%s %s", title, "s" if len(layers) > 1 else "", ", ".join(map(str, layers)))
 
 
 @dataclass(frozen=True)
@@ -84,26 +136,28 @@ class _AcrossGap:
 
 
 @torch.no_grad()
-def bridged(run: Run, kept: list[int]) -> dict[str, torch.Tensor]:
-    """The output projections before each gap, by their names, refitted to give what the layers that are gone gave besides.
+def bridged(run: Run, staying: Staying) -> dict[str, torch.Tensor]:
+    """The output projections before each gap, by their names, refitted to give what the layers and parts that are gone gave besides.
 
-    The projection is the last of the last layer that stays: W' = argmin ||X W'^T - (Y + S - Z)||^2 + ridge, with Z the residual stream
-    behind that layer in the model as it is by then and S the dense model's behind the gap (docs/method.md, section 10). Before the first
-    layer that stays, behind a norm and behind experts nothing is fitted.
+    The projection is that of the last part that stays: W' = argmin ||X W'^T - (Y + S - Z)||^2 + ridge, with Z the residual stream behind
+    that part in the model as it is by then and S the dense model's behind the gap (docs/method.md, section 10). Before the first
+    part that stays, behind a norm and behind experts nothing is fitted.
     """
     runner, found, waiting = run.runner(run.samples.ids), {}, None
+    before_gap, last = _before_gaps(run.source, staying)
     dense = runner.embed()
     hidden = dense.copy()
-    last = max(set(range(len(run.source))) - set(kept))  # behind which nothing is to be made up for
-    for index, layer in runner.visit("layers before a gap", stop=last + 1):
-        if index in kept and waiting is not None:
-            found |= _fitted(run, runner, *waiting, hidden, dense)
-            waiting = None
-        runner.advance(dense, layer, index)
-        if index in kept and index + 1 not in kept and index + 1 < len(run.source):
-            waiting = layer, index
-        elif index in kept:
-            runner.advance(hidden, layer, index)
+    for index, layer in runner.visit("what stands before a gap", stop=last + 1):
+        for number, step in enumerate(runner.adapter.steps(layer)):
+            left = _left(step, staying[index])
+            if left and waiting is not None:
+                found |= _fitted(run, runner, *waiting, hidden, dense)
+                waiting = None
+            _join(_taken(runner, dense, step, index))
+            if (index, number) in before_gap:
+                waiting = layer, index, left
+            elif left:
+                _join(_taken(runner, hidden, left, index))
     if waiting is not None:
         found |= _fitted(run, runner, *waiting, hidden, dense)
     for states in (hidden, dense):
@@ -111,16 +165,51 @@ def bridged(run: Run, kept: list[int]) -> dict[str, torch.Tensor]:
     return found
 
 
-def _fitted(run: Run, runner: LayerRunner, layer: nn.Module, index: int, hidden: ActivationStore, ahead: ActivationStore) -> dict:
-    """The tensors of a layer before a gap that change; ``hidden``, the states before it, become what it then gives."""
-    *steps, last = runner.adapter.steps(layer)
-    for step in steps:
-        runs = part_runs(runner, hidden, step, index)
-        for part_run in runs:
-            part_run.take()
-        for part_run in runs:
-            part_run.join()
-    *beside, fitted = part_runs(runner, hidden, last, index)
+def _left(step: list[Part | Mixer], kinds: Collection[str] | None) -> list[Part | Mixer]:
+    """The parts of a step that stay, where parts of these kinds do (None: the layer is gone)."""
+    return [] if kinds is None else [part for part in step if isinstance(part, Mixer) or part.kind in kinds]
+
+
+def _before_gaps(source: ModelSource, staying: Staying) -> tuple[set[tuple[int, int]], int]:
+    """((layer, number of the step) of each step that stays, at least in part, behind or beside which something is gone; the last layer of
+    which something is gone).
+    """
+    found, stands, last = set(), None, 0
+    for index, layer in enumerate(source.adapter.layers(source.model)):
+        for number, step in enumerate(source.adapter.steps(layer)):
+            left = _left(step, staying[index])
+            stands = (index, number) if left else stands
+            if len(left) < len(step):
+                last = index
+                found |= {stands} - {None}
+    return found, last
+
+
+def _taken(runner: LayerRunner, hidden: ActivationStore, step: list[Part | Mixer], index: int) -> list[PartRun | MixerRun | ExpertsRun]:
+    """The runs of parts that read the same states, each with what it gives."""
+    runs = part_runs(runner, hidden, step, index)
+    for part_run in runs:
+        part_run.take()
+    return runs
+
+
+def _join(runs: list[PartRun | MixerRun | ExpertsRun]) -> None:
+    """Adds what they give to the states that they read."""
+    for part_run in runs:
+        part_run.join()
+
+
+def _fitted(
+    run: Run,
+    runner: LayerRunner,
+    layer: nn.Module,
+    index: int,
+    step: list[Part | Mixer],
+    hidden: ActivationStore,
+    ahead: ActivationStore,
+) -> dict:
+    """The tensors of the last part of a ``step`` before a gap that change; ``hidden``, the states before it, become what it then gives."""
+    *beside, fitted = part_runs(runner, hidden, step, index)
     for part_run in beside:
         part_run.take()
     part, found = fitted.part, {}
@@ -136,6 +225,5 @@ def _fitted(run: Run, runner: LayerRunner, layer: nn.Module, index: int, hidden:
     else:
         fitted.take()
         log.info("layer %d: what follows it and goes is not made up for, since its output passes a norm or a router", index)
-    for part_run in (*beside, fitted):
-        part_run.join()
+    _join([*beside, fitted])
     return found

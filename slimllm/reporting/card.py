@@ -22,7 +22,7 @@ from ..models import hub, loading
 from ..models.adapter import LayerAdapter
 from ..models.families import is_pruned
 from ..models.gguf_tensors import gguf_reader, origin_in
-from ..models.parts import units_of_kept
+from ..models.parts import KINDS, units_of_kept
 from ..models.weights import Tensors, weight_files
 from ..plan import is_gone
 from ..settings.methods import METHODS, RECIPES, source_of
@@ -174,7 +174,9 @@ def departures(config: dict) -> list[str]:
 
 
 def what_went(run: PruningRecord) -> str:
-    """What was removed, in words: ``2 of 30 layers, 12 of 90 heads and 9,216 of 46,080 channels``, those of such layers too."""
+    """What was removed, in words: ``2 of 30 layers, the attention part of 3 layers, 12 of 90 heads and 9,216 of 46,080 channels``, those of
+    such layers and parts too.
+    """
     shape = run.model.shape["layers"]
     had, kept = Counter(), Counter()
     for dense, layer in zip(shape, run.layers):
@@ -183,6 +185,10 @@ def what_went(run: PruningRecord) -> str:
             kept.update(units_of_kept(layer["kept"])[part])
     whole = sum(is_gone(layer["kept"]) for layer in run.layers)
     gone = [f"{whole} of {len(shape)} layers"] * bool(whole)
+    parts = Counter(
+        kind for layer in run.layers if not is_gone(layer["kept"]) for kind, kept in layer["kept"].items() if not any(kept.values())
+    )
+    gone += [f"the {KINDS[kind].title} part of {count} layer{'s' * (count > 1)}" for kind, count in parts.items()]
     gone += [f"{had[sort] - kept[sort]:,} of {had[sort]:,} {sort.replace('kv_', 'KV ')}" for sort in had if kept[sort] < had[sort]]
     return " and ".join(filter(None, [", ".join(gone[:-1]), *gone[-1:]])) or "nothing of its layers"
 

@@ -76,8 +76,9 @@ def limits_line(figures: list[dict]) -> list[str]:
 def layer_line(layer: LayerReport, shape: ModelShape) -> str:
     """What happened to one layer, in one line of at most a hundred columns. ``shape`` is the dense model's."""
     line = f"layer {layer.index:3d}"
+    missing = "".join(f"  without {kind}" for kind in shape.layers[layer.index].missing)
     if not layer.errors:
-        return f"{line}  whole"
+        return line + (missing or "  whole")
     for part in shape.layers[layer.index].parts:
         left = layer.units[part.kind]
         for sort in part.sorts:
@@ -85,6 +86,7 @@ def layer_line(layer: LayerReport, shape: ModelShape) -> str:
                 line += f"  {left[sort]:{len(str(part.units[sort]))}d}/{part.units[sort]} {sort}"
     missed = ", ".join(f"{kind} {_percent(before)} -> {_percent(after)}" for kind, (before, after) in layer.errors.items())
     least = "as many experts stay as a token is routed to" if "experts" in layer.errors else "at least one of each stays"
+    line += missing
     clipped = f"  ({least})" if layer.clipped else ""
     starved = f"  (too few tokens to refit {layer.starved} of its experts)" if layer.starved else ""
     return f"{line}  missed: {missed}{clipped}{starved}  {layer.seconds:.1f} s"
@@ -121,6 +123,17 @@ def dry_run(run: Run, likely: Allocation, how: str, takes: Footprint, before: in
             f"{(decoder - of_layers) / 1e6:.2f} M ({of_layers / decoder:.2%} less)",
         ],
         *([["layers", str(len(shape.given_layers)), str(len(shape.layers))]] if shape.layers_gone else []),
+        *(
+            [
+                [
+                    "whole parts",
+                    str(sum(len(layer.parts) for layer in shape.given_layers)),
+                    str(sum(len(layer.parts) for layer in shape.layers)),
+                ]
+            ]
+            if shape.parts_gone
+            else []
+        ),
         *([["tokens of the vocabulary", str(shape.vocab + shape.tokens_gone), f"{shape.vocab}"]] if shape.tokens_gone else []),
         [f"weights in {name_of(run.dtype)}", f"{dense * size / 1e9:.3f} GB", f"{(dense - removed) * size / 1e9:.3f} GB"],
         *([[f"KV cache per token in {name_of(run.dtype)}", f"{kv[0]} bytes", f"{kv[1]} bytes{unchanged}"]] if kv[0] else []),

@@ -125,8 +125,8 @@ class Method:
 
     ``all_layers``: by default every layer is pruned. ``dense_states``: as published, each layer is pruned from the states that the
     dense model gives it, not from those that the pruned layers before it give. ``whole_layers``: whole layers go, as many as come nearest
-    to the amount, and nothing else; ``in_a_row``: one behind the other. ``title``: its name in tables and pictures; ``source``:
-    where it is from, in Markdown, for model cards; ``colour``: in pictures.
+    to the amount, and nothing else; ``in_a_row``: one behind the other; ``whole_parts``: whole parts go in their place. ``title``: its name
+    in tables and pictures; ``source``: where it is from, in Markdown, for model cards; ``colour``: in pictures.
     """
 
     head_choice: str
@@ -138,9 +138,15 @@ class Method:
     dense_states: bool = False
     whole_layers: bool = False
     in_a_row: bool = False
+    whole_parts: bool = False
     title: str | None = None
     source: str | None = None
     colour: str | None = None
+
+    @property
+    def takes_whole(self) -> bool:
+        """Whether it chooses no single head or channel."""
+        return self.whole_layers or self.whole_parts
 
 
 @dataclass(frozen=True)
@@ -269,6 +275,16 @@ METHODS = {
         in_a_row=True,
         title="ReplaceMe",
         source="[ReplaceMe](https://arxiv.org/abs/2505.02819) (Shopkhoev et al. 2025)",
+    ),
+    "llm_drop": Method(
+        "random",
+        "random",
+        "uniform",
+        "none",
+        all_layers=True,
+        whole_parts=True,
+        title="LLM-Drop",
+        source="[LLM-Drop](https://arxiv.org/abs/2406.15786) (He et al. 2024)",
     ),
     "magnitude": Method("magnitude", "magnitude", "uniform", "none", all_layers=True, source="magnitude, a baseline"),
     "random": Method(

@@ -16,8 +16,8 @@ from pathlib import Path
 from .. import cli
 from ..cli import check_choice, check_choices, check_range, check_types, flag, given, without_effect
 from ..errors import UserError
-from ..models.parts import EXPERT_CHANNELS
-from ..models.shape import RUNTIMES, ModelShape, limits_of
+from ..models.parts import EXPERT_CHANNELS, PRUNED_KINDS
+from ..models.shape import RUNTIMES, ModelShape, limits_of, why_not_missing
 from .common import DTYPES, OUTTYPES, QUANTIZED
 from .methods import CHANNEL_SCORES, EXPERT_SCORES, HEAD_CHOICES, LAYER_RATIOS, METHODS, PRICES, RECIPES, RECOVERIES
 from .samples import SampleSpec
@@ -38,7 +38,8 @@ SIZES = ("pruning_ratio", "target_sparsity", "smaller", "target_params")  # each
 AMOUNTS = (*SIZES, *BY_PRICES)  # each says how much is to go
 WHOLE = ("smaller", "target_params", "fit")  # of AMOUNTS, those that the vocabulary counts in
 VOCABULARIES = ("keep", "auto")
-_PLANNED = (*AMOUNTS, "pruned_layers", "drop_layers", "alpha", "layer_ratio", "prune", "price_list")  # what --plan says in their place
+# what --plan says in their place
+_PLANNED = (*AMOUNTS, "pruned_layers", "drop_layers", "drop_parts", "alpha", "layer_ratio", "prune", "price_list")
 GGUF_BLOCK = 32  # rows of quantized tensors come in blocks of this
 LONGEST_NAME = 200  # bytes of a file name; what is written beside a folder while it is made needs a few more, and 255 are allowed
 
@@ -94,6 +95,11 @@ class PruneConfig:
         "sparsity",
         "how many whole layers go first, those that turn their input least (Eq. 11); the amount asked for counts them, and what is "
         "left of it goes from the layers that stay [none]",
+    )
+    drop_parts: int | None = flag(
+        "sparsity",
+        "how many whole attention and feed-forward parts go first, those that turn the states least (Eq. 11, for each part); with --prune "
+        "heads attention alone, with --prune channels feed-forward parts alone; the amount asked for counts them [none]",
     )
     pruned_layers: int | None = flag(
         "sparsity",
@@ -284,10 +290,10 @@ class PruneConfig:
             self.round_to = GGUF_BLOCK if blocks else 1
         self._check_vocabulary()
         if self.plan is None and all(getattr(self, name) is None for name in AMOUNTS):
-            if self.drop_layers is None:
+            if self.drop_layers is None and self.drop_parts is None:
                 self.pruning_ratio = 0.25
             else:
-                self.target_sparsity = 0.0  # those layers alone
+                self.target_sparsity = 0.0  # those layers and parts alone
         check_range(self, "pruning_ratio", 0, 1, right_open=True)
         check_range(self, "target_sparsity", 0, 1, right_open=True)
         check_range(self, "smaller", 0, 1, right_open=True)
@@ -303,7 +309,7 @@ class PruneConfig:
         check_range(self, "top_p", 0, 1)
         check_range(self, "alpha", 0)
         check_range(self, "temperature", 0)
-        for name in ("num_examples", "round_to", "eval_limit", "pruned_layers", "drop_layers", "distill_epochs"):
+        for name in ("num_examples", "round_to", "eval_limit", "pruned_layers", "drop_layers", "drop_parts", "distill_epochs"):
             check_range(self, name, 1)
         check_range(self, "distill_examples", 2)
         check_range(self, "distill_learning_rate", 0, left_open=True)
@@ -367,8 +373,9 @@ class PruneConfig:
                 f"--method {self.method} and --recipe {self.recipe}: the recipe is SlimLLM's; give one of them, or single flags of "
                 "the recipe such as --recovery least_squares"
             )
-        if METHODS[self.method].whole_layers and self.drop_layers is not None:
-            raise UserError(f"--method {self.method} and --drop_layers {self.drop_layers} both say how many layers go: give one of them")
+        for name in ("drop_layers", "drop_parts") if METHODS[self.method].takes_whole else ():
+            if getattr(self, name) is not None:
+                raise UserError(f"--method {self.method} and --{name} {getattr(self, name)} both say what goes whole: give one of them")
         for name in _PLANNED:
             if self.plan is not None and getattr(self, name) is not None:
                 raise UserError(f"--plan and --{name} both say what to remove: give one of them")
@@ -586,17 +593,41 @@ class PruneConfig:
     def layers_to_drop(self, shape: ModelShape) -> int:
         """How many layers of a model of this shape go whole. Raises UserError where none would be left, or --plan says it."""
         depth, count = len(shape.given_layers), self.drop_layers or 0
-        if METHODS[self.method].whole_layers and self.drop_layers is None:
-            count = round(self._share_of_layers(shape) * depth)
+        if METHODS[self.method].takes_whole and self.drop_layers is None:
+            share = self._share_of_layers(shape)
+            count = round(share * depth) if METHODS[self.method].whole_layers else 0
         if count >= depth:
             raise UserError(f"--drop_layers {count}: the model has {depth} layers, and one at least must stay")
         return count
 
+    def without_parts(self, shape: ModelShape, order: list[tuple[int, str]]) -> ModelShape:
+        """``shape`` without the parts that go whole, where they go in this ``order`` (:meth:`ModelShape.without_parts`).
+
+        Raises UserError where there are not as many, or the runtime computes no layer without such a part.
+        """
+        if not self.drops_parts:
+            return shape
+        limits, kinds = limits_of(self.runtime, shape), PRUNED_KINDS[self.prune if "prune" in self._given else "both"]
+        if "prune" not in self._given:  # those that the runtime can do without
+            kinds = limits.lacking or kinds
+        for kind in kinds:
+            if reason := why_not_missing(shape, self.runtime, kind):
+                what = f"--method {self.method}" if self.drop_parts is None else f"--drop_parts {self.drop_parts}"
+                raise UserError(f"{what}: {reason}")
+        gone = 0.0 if self.drop_parts else self._share_of_layers(shape) * sum(layer.parameters for layer in shape.given_layers)
+        return shape.without_parts([entry for entry in order if entry[1] in kinds], self.drop_parts, gone, limits.first_attends)
+
+    @property
+    def drops_parts(self) -> bool:
+        """Whether whole parts go, by what is measured of them."""
+        return self.plan is None and (self.drop_parts is not None or METHODS[self.method].whole_parts)
+
     def _share_of_layers(self, shape: ModelShape) -> float:
-        """The share of the layers that the amount asked for comes to, by a method that takes whole layers alone."""
+        """The share of the layers that the amount asked for comes to, by a method that takes whole layers or parts alone."""
         name, value = self.amount
         if name in BY_PRICES:
-            raise UserError(f"--{name} and --method {self.method}: it takes whole layers by their number; give --target_sparsity")
+            what = "layers" if METHODS[self.method].whole_layers else "parts"
+            raise UserError(f"--{name} and --method {self.method}: it takes whole {what} by their number; give --target_sparsity")
         return value if name in ("pruning_ratio", "target_sparsity") else self._parameters_gone(shape) / shape.decoder_parameters
 
     def sparsity_of(self, shape: ModelShape) -> float | None:
@@ -605,9 +636,9 @@ class PruneConfig:
         Raises UserError where the layers do not hold as much.
         """
         name, value = self.amount
-        if METHODS[self.method].whole_layers:
+        if METHODS[self.method].takes_whole:
             return 0.0
-        if name == "target_sparsity" and shape.layers_gone:
+        if name == "target_sparsity" and shape.staying is not None:
             whole = shape.decoder_parameters + shape.layer_parameters_gone
             return max(0.0, value * whole - shape.layer_parameters_gone) / shape.decoder_parameters
         if name in ("pruning_ratio", "target_sparsity", *BY_PRICES):

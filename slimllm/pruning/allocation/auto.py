@@ -31,8 +31,8 @@ def auto(inputs: AllocationInputs) -> Allocation:
     binding = [budget for budget in budgets if budget.target > 0]
     for budget in budgets if inputs.run is not None else []:
         if budget.target <= 0:
-            gone = " and ".join(["tokens"] * bool(shape.tokens_gone) + ["layers"] * bool(shape.layers_gone))
-            how = f"with the {gone} that go the model meets that" if gone else "the model meets that as it is"
+            gone = " and ".join(shape.gone_in_words)
+            how = f"with {gone} that go the model meets that" if gone else "the model meets that as it is"
             log.info("%s: %s%s", budget.asked, how, "" if binding else ", so nothing is removed from its layers")
     price_list = price_list_of(inputs)
     plans = solve_all(price_list, sizing, binding or budgets[:1])
@@ -40,7 +40,7 @@ def auto(inputs: AllocationInputs) -> Allocation:
         return Allocation(plans, predicted_loss=predicted(price_list, sizing, plans) if config.price_list else None)
     for budget in binding:
         log.info("%s: the plan removes %s", budget.asked, budget.in_words(budget.removed(plans)))
-    gone = " and ".join(["the tokens"] * bool(shape.tokens_gone) + ["the whole layers"] * bool(shape.layers_gone))
+    gone = " and ".join(shape.gone_in_words)
     alone = f", of what goes from the layers that stay: what {gone} that go cost is not in it" if gone else ""
     log.info("predicted loss: %.3f nats per token%s", loss := predicted(price_list, sizing, plans), alone)
     return Allocation(plans, price_list.of_halves(len(shape.layers)), predicted_loss=loss)

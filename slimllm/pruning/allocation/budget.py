@@ -99,7 +99,7 @@ def of_parameters(shape: ModelShape, config: PruneConfig) -> Budget:
     name, value = config.amount
 
     def in_words(amount: float) -> str:
-        of_what = "the parameters of the layers that stay" if shape.layers_gone else "the decoder's parameters"
+        of_what = "the parameters of the layers that stay" if shape.staying is not None else "the decoder's parameters"
         return f"{amount / shape.decoder_parameters:.3f} of {of_what}"
 
     return Budget(shape, config, share * shape.decoder_parameters, parameters, f"--{name} {value}", in_words, exact=True)

@@ -13,14 +13,14 @@ from ...utils.files import check_plain
 
 
 def read_plan(path: str, shape: ModelShape, runtime: str = "any") -> tuple[ModelShape, list[LayerPlan]]:
-    """(the shape of the model with the layers that stay, one LayerPlan for each of these), from a run's ``pruning.json`` or any JSON object
-    with such a ``layers`` list.
+    """(the shape of the model with the layers and parts that stay, one LayerPlan for each of these layers), from a run's ``pruning.json``
+    or any JSON object with such a ``layers`` list.
 
     Each of ``layers`` has ``kept``: for each part of the layer the indices kept, by the sort of unit, such as
     ``{"attention": {"heads": [0, 2], "kv_heads": [0]}, "mlp": {"channels": [...]}}``; the lists ``heads``, ``kv_heads`` and ``channels``
-    alone, without the parts around them, mean the same. A layer all of whose lists are empty goes whole. Kept KV heads all have the same
-    number of query heads. Raises UserError, naming file and layer, for what is no such plan, does not fit the model, or what ``runtime``
-    cannot hold.
+    alone, without the parts around them, mean the same. A part all of whose lists are empty goes whole, and so does a layer of such parts.
+    Kept KV heads all have the same number of query heads. Raises UserError, naming file and layer, for what is no such plan, does not fit
+    the model, or what ``runtime`` cannot hold.
     """
     check_plain(path, "--plan ")
     try:
@@ -34,14 +34,15 @@ def read_plan(path: str, shape: ModelShape, runtime: str = "any") -> tuple[Model
         count = len(layers) if isinstance(layers, list) else "no list of"
         raise UserError(f"--plan {path}: it has {count} layers, the model {len(shape.layers)}")
     _check_model(path, content, shape)
-    staying = [index for index, entry in enumerate(layers) if not _is_gone(entry)]
-    if not staying:
-        raise UserError(f"--plan {path}: all layers go, and one at least must stay")
-    shape = shape.with_layers(staying)
-    plans = [
-        LayerPlan.of_kept(_kept(layers[index], layer, f"--plan {path}, layer {index}"), layer)
-        for index, layer in zip(staying, shape.layers)
+    kept = [
+        None if _is_gone(entry) else _kept(entry, layer, f"--plan {path}, layer {index}")
+        for index, (entry, layer) in enumerate(zip(layers, shape.layers))
     ]
+    staying = [own and ({kind: units for kind, units in own.items() if any(units.values())} or None) for own in kept]
+    if not any(own is not None for own in staying):
+        raise UserError(f"--plan {path}: all layers go, and one at least must stay")
+    shape = shape.with_staying(staying)
+    plans = [LayerPlan.of_kept(own, layer) for own, layer in zip([own for own in staying if own is not None], shape.layers)]
     _check_limits(path, plans, shape, runtime)
     return shape, plans
 
