@@ -43,6 +43,7 @@ from tests.conftest import (
     TEXT,
     check_parts_are_the_layers,
     family_config,
+    kept_bytes,
     logits,
     make_config,
     make_ids,
@@ -415,8 +416,8 @@ def test_more_than_can_go_is_refused_from_the_config_alone():
 
 
 def file_bytes(model, row, context=0):
-    """Bytes of the tensors of a q8_0 file, one by one, and of the KV cache: 34 bytes per 32 weights of a row, or 64 where rows are no
-    multiple of 32; vectors, routers and what is no matrix in float32.
+    """Bytes of the tensors of a q8_0 file, one by one, and of what is kept of a text: 34 bytes per 32 weights of a row, or 64 where rows
+    are no multiple of 32; vectors, routers and what is no matrix in float32.
     """
     total, modules, experts = 0, dict(model.named_modules()), mixture_layers(model)[0].units["experts"]
     for name, tensor in model.named_parameters():
@@ -430,18 +431,14 @@ def file_bytes(model, row, context=0):
             total += 4 * tensor.numel()
             continue
         total += tensor.numel() * 34 // 32 if columns % 32 == 0 else 2 * tensor.numel()
-    keys = [module.weight for name, module in modules.items() if name.endswith(".k_proj")]
-    return total + sum(2 * 2 * len(weight) for weight in keys) * context
+    return total + sum(kept_bytes(model, context))
 
 
-FITTED = [case for case in MIXTURE_CASES if any("attention" in layer.units for layer in make_shape(case).layers)]  # whose cache is known
-
-
-@pytest.mark.parametrize("case", FITTED)
+@pytest.mark.parametrize("case", MIXTURE_CASES)
 @pytest.mark.parametrize("width", [24, 32])
 def test_a_file_is_counted_tensor_by_tensor(case, width):
     sizes = {name: width for name in row_of(case).sizes[1:]}
-    model, config = make_model(case, **sizes), make_config(2, make_shape(case), fit="1", prune="experts")
+    model, config = make_model(case, **sizes), make_config(2, make_shape(case), fit="1", context=6, prune="experts")
     assert of_bytes(shape_of(model.config), config, 0).target + 1 == file_bytes(model, row_of(case), config.context)
 
 
@@ -547,7 +544,6 @@ def test_heads_may_go_in_place_of_experts():
         ("olmoe", dict(prune="heads"), "^--prune heads: no head of this model can go .* --prune experts"),
         ("llama_gqa", dict(prune="experts"), "^--prune experts: this model has none"),
         ("mixtral", dict(layer_ratio="auto"), "^--layer_ratio auto: all layers of a mixture of experts lose the same"),
-        ("deepseek_v3", dict(fit="1MB"), "^--fit 1MB: the KV cache of this model's attention cannot be counted"),
         ("mixtral", dict(target_speedup=1.5), "^--target_speedup 1.5: a token takes as long however many experts stay"),
         ("mixtral", dict(target_sparsity=0.1, price_list="p.json"), "^--price_list p.json: it goes by prices"),
         ("mixtral", dict(vocab="auto", smaller=0.2), "^--vocab auto: it goes by prices"),

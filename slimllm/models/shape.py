@@ -6,25 +6,29 @@ from dataclasses import dataclass, replace
 
 from ..errors import UserError
 from .families import Family, family_of
-from .parts import KINDS, Counted, PartShape, Units, biases_of, has_bias, is_in_layer, shared_numbers_of, token_inputs_of
+from .parts import KINDS, Cache, Counted, PartShape, Units, biases_of, has_bias, is_in_layer, shared_numbers_of, token_inputs_of
 
 # architectures of llama.cpp that take no fewer heads
 HEADS_FILL_HIDDEN = (
     *("qwen2", "qwen2moe", "phi3", "chatglm", "olmo", "olmo2", "olmoe", "exaone4", "starcoder2", "nemotron", "phi2"),
     *("command-r", "cohere2"),
 )
+# those whose layers may look back only so far
+OWN_WINDOWS = ("gemma2", "gemma3", "gemma4", "olmo2", "exaone4", "exaone-moe", "cohere2", "gpt-oss")
+ALL_HEADS_CACHED = ("minicpm3",)  # those that keep keys and values of all heads, where latent attention has one latent state for them
 RUNTIMES = ("any", "transformers", "vllm", "gguf")
 
 
 @dataclass(frozen=True)
 class LayerShape:
     """The parts of one layer that have units, in the order of computation. ``uncut_parameters``: of its norms of the residual stream, and
-    of what is run and never cut; ``uncut_matrices``: (rows, columns) of the matrices among these.
+    of what is run and never cut; ``uncut_matrices``: (rows, columns) of the matrices among these; ``caches``: what it keeps of a text.
     """
 
     parts: tuple[PartShape, ...]
     uncut_parameters: int
     uncut_matrices: tuple[tuple[int, int], ...] = ()
+    caches: tuple[Cache, ...] = ()
 
     @property
     def units(self) -> dict[str, Units]:
@@ -63,6 +67,7 @@ class ModelShape:
     shared: int = 0  # numbers of the keys and values that some layers leave of a token for others
     token_inputs: int = 0  # numbers that all layers together are given for a token besides the state, from a table
     regular: bool = False  # no class holds it with layers of different widths
+    uncounted: str | None = None  # its model_type, where it is not known what its layers keep of a text
     tokens_gone: int = 0  # of the vocabulary that the model came with
     layers_gone: tuple[tuple[int, LayerShape], ...] = ()  # whole layers of it, by the numbers that they had
 
@@ -79,6 +84,11 @@ class ModelShape:
     @property
     def _token_parameters(self) -> int:
         return self.hidden * (1 if self.tied else 2) + self.head_bias + self.token_inputs
+
+    @property
+    def token_matrices(self) -> list[tuple[int, int]]:
+        """(rows, columns) of the matrices among ``norm_parameters``."""
+        return [(self.token_inputs, self.hidden)] if self.token_inputs else []
 
     @property
     def streamed(self) -> int:
@@ -158,7 +168,8 @@ class ModelShape:
 
     def cache_numbers(self, units: list[dict[str, Units]] | None = None) -> int:
         """Numbers that the KV cache holds per token, of all layers, with these units or the model's own."""
-        return sum(part.cache_numbers(left[part.kind]) for layer, left in zip(self.layers, units or self.units) for part in layer.parts)
+        kept = sum(part.cache_numbers(left[part.kind]) for layer, left in zip(self.layers, units or self.units) for part in layer.parts)
+        return kept + sum(cache.numbers for layer in self.layers for cache in layer.caches)
 
     def to_dict(self) -> dict:
         """What a record holds of it: the sizes, and what each part of each layer has."""
@@ -197,18 +208,22 @@ def shape_of(config, family: Family | None = None) -> ModelShape:
         gguf_free=free_architecture_of(config, family),
         vllm_free=family.decilm and window_of(config) is None,
         regular=family.regular,
+        uncounted=family.model_type if any(one and one.caches is None for one in modules) else None,
     )
 
 
 def _layer_shape(config, family: Family, index: int, modules: Counted | None) -> LayerShape:
+    caches = ()
     if modules is None:
         rows = [row for row in family.parts if is_in_layer(config, row, index)]
         norms = {name for row in rows for name in (row.norm, row.post_norm) if name is not None}
         uncut, matrices = len(norms) * family.norm_vectors * config.hidden_size, ()
     else:
         rows, uncut, matrices = [row for row in family.parts if row.kind in modules.kinds], modules.uncut, modules.matrices
-    parts = (modules.experts if row.kind == "experts" else KINDS[row.kind].of(config, row, index) for row in rows)
-    return LayerShape(tuple(parts), uncut, matrices)
+        caches = modules.caches or ()
+    window = cached_window(config, family, index)
+    parts = (modules.experts if row.kind == "experts" else KINDS[row.kind].of(config, row, index, window) for row in rows)
+    return LayerShape(tuple(parts), uncut, matrices, caches)
 
 
 def alike(shape: ModelShape, units: list[dict[str, Units]]) -> list[dict[str, Units]]:
@@ -226,6 +241,16 @@ def window_of(config) -> int | None:
     if (types and "sliding_attention" not in types) or not getattr(config, "use_sliding_window", True):
         return None
     return getattr(config, "sliding_window", None) or None
+
+
+def cached_window(config, family: Family, index: int) -> int | None:
+    """Tokens that attention in layer ``index`` looks back, where that is limited and its cache goes by it; None where the cache holds all,
+    as in architectures of llama.cpp that know no windows.
+    """
+    types = getattr(config, "layer_types", None)
+    if family.gguf not in (None, *OWN_WINDOWS) or (types and types[index] != "sliding_attention"):
+        return None
+    return window_of(config)
 
 
 def rope_of(config, layer_type: str = "full_attention") -> dict:

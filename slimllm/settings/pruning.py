@@ -482,6 +482,10 @@ class PruneConfig:
             )
         if self.plan is not None:
             return found
+        if self.fit is not None and shape.uncounted:
+            raise UserError(
+                f"--fit {self.fit}: what a {shape.uncounted} keeps of a text for the tokens that follow is unknown; ask by --target_params"
+            )
         found |= self._of_mixture(shape)
         prune = found.get("prune", self.prune)
         if limits.whole_heads and prune in ("both", "heads") and not (shape.is_mixture and prune == "both"):
@@ -534,7 +538,6 @@ class PruneConfig:
             )
         if self.price_list is not None:
             raise UserError(f"--price_list {self.price_list}: it goes by prices, which experts have none of yet; leave it out")
-        self._check_fit(shape)
         if self.vocab == "auto":
             raise UserError("--vocab auto: it goes by prices, which experts have none of yet; name a number of tokens")
         if self.layer_ratio not in (None, "uniform"):
@@ -558,11 +561,6 @@ class PruneConfig:
         if self.prune in ("both", "channels"):
             found["round_to"] = self._expert_multiple()
         return found
-
-    def _check_fit(self, shape: ModelShape) -> None:
-        """Raises UserError for a mixture of which it is not known how many bytes a plan takes."""
-        if self.fit is not None and not any(part.kind == "attention" for layer in shape.layers for part in layer.parts):
-            raise UserError(f"--fit {self.fit}: the KV cache of this model's attention cannot be counted yet; ask by --target_params")
 
     def _check_experts_recovery(self) -> None:
         """Raises UserError for a fit that cannot be made of the inputs of one expert and what is missing of all."""

@@ -106,23 +106,24 @@ def of_parameters(shape: ModelShape, config: PruneConfig) -> Budget:
 
 
 def of_bytes(shape: ModelShape, config: PruneConfig, overhead: int) -> Budget:
-    """``--fit``: a GGUF file of ``--gguf_type``, and the KV cache of ``--context`` tokens in 16 bits. ``overhead``: bytes of the file that
-    hold no weights, the vocabulary above all.
+    """``--fit``: a GGUF file of ``--gguf_type``, and what llama.cpp keeps of ``--context`` tokens: the KV cache in 16 bits, the states of
+    layers without attention in 32. ``overhead``: bytes of the file that hold no weights, the vocabulary above all.
     """
 
     def measure(part: PartShape, units: Units, input_bias: bool, output_bias: bool) -> float:
         weights = stored(part.parameters(units, input_bias, output_bias), part.matrices(units))
-        return weights + cache * part.cache_numbers(units)
+        return weights + part.cache_bytes(config.context, units)
 
     def stored(parameters: int, matrices: Sequence[tuple[int, int]]) -> int:
         vectors = parameters - sum(rows * columns for rows, columns in matrices)
         return sum(gguf_bytes(*matrix, config.gguf_type) for matrix in matrices) + 4 * vectors
 
-    cache = 2 * config.context
     layers = sum(measure(p, p.units, p.input_bias, p.output_bias) for layer in shape.layers for p in layer.parts)
     uncut = sum(stored(layer.uncut_parameters, layer.uncut_matrices) for layer in shape.layers)
-    whole = layers + uncut + 4 * (shape.norm_parameters + shape.head_bias * shape.vocab) + overhead
+    caches = sum(cache.bytes(config.context) for layer in shape.layers for cache in layer.caches)
+    whole = layers + uncut + caches + overhead + stored(shape.norm_parameters + shape.head_bias * shape.vocab, shape.token_matrices)
     whole += (1 if shape.tied else 2) * gguf_bytes(shape.vocab, shape.hidden, config.gguf_type)
+    whole += gguf_bytes(shape.vocab, shape.token_inputs, config.gguf_type)
     asked = cli.number_of("fit", config.fit, BYTES)
 
     def in_words(amount: float) -> str:
