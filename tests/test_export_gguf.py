@@ -319,7 +319,8 @@ def test_texts_that_begin_alike_are_not_mixed_up_where_layers_have_windows(tmp_p
 
 
 def test_every_mixture_with_an_architecture_is_compared():
-    assert {MIXTURE_CASES[case][0] for case in MIXTURES} == {name for name, family in FAMILIES.items() if family.is_mixture and family.gguf}
+    written = {name for name, family in FAMILIES.items() if family.is_mixture and family.gguf}
+    assert {MIXTURE_CASES[case][0] for case in MIXTURES} == written - {"gemma4_text"}  # which is written without experts
 
 
 def test_a_base_that_hunyuan_calls_dynamic_is_that_of_the_file(tmp_path):

@@ -20,7 +20,7 @@ from slimllm.plan import LayerPlan, removed_parameters
 from slimllm.pruning.allocation import budget, prices, solver, timing
 from slimllm.pruning.allocation.budget import budgets_of, of_parameters
 from slimllm.pruning.allocation.inputs import AllocationInputs
-from slimllm.pruning.allocation.price_list import NAME, Price, PriceList, curve
+from slimllm.pruning.allocation.price_list import NAME, Price, PriceList, curve, levels_of
 from slimllm.pruning.allocation.sizing import Sizing
 from slimllm.streaming.journal import Journal
 from tests.conftest import (
@@ -152,7 +152,7 @@ def random_list(shape, config, seed=0):
     for index, layer in enumerate(shape.layers):
         for part in layer.parts:
             steps, scale = part.steps(config.head_unit), float(torch.rand((), generator=generator)) + 0.05
-            for kept in prices.levels_of(steps):
+            for kept in levels_of(steps):
                 gone = 1 - kept / steps.count
                 listed.append(Price(index, part.kind, steps.units(kept), gone, scale * gone**1.4))
     return PriceList.of(shape, config, "", 0, listed, 0.0)

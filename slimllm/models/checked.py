@@ -72,12 +72,15 @@ def check_config(config, where: str) -> None:
 
 def _check_per_layer(config, where: str) -> None:
     """The lists with an entry for each layer, by which a pruned model is built."""
-    for row in family_of(config).parts:
-        for name, kind, least in (*((f"{size}_per_layer", int, 1) for size in row.sizes), (f"{row.output}_bias_per_layer", bool, False)):
+    family = family_of(config)
+    for row in family.parts:
+        sparse = row.layers is not None or (family.is_mixture and row.kind != "attention")  # not every layer has the part
+        biases = () if row.kind == "experts" else ((f"{row.output}_bias_per_layer", bool, False),)
+        for name, kind, least in (*((f"{size}_per_layer", int, 1) for size in row.sizes), *biases):
             values = getattr(config, name, None)
             if not isinstance(values, list | tuple) or len(values) != config.num_hidden_layers:
                 raise UserError(f"{where}: {name} is no list with an entry for each of {config.num_hidden_layers} layers")
-            values = [value for value in values if value is not None or row.layers is None]
+            values = [value for value in values if value is not None or not sparse]
             if odd := [value for value in values if type(value) is not kind or value < least]:
                 raise UserError(
                     f"{where}: {name} holds {odd[0]!r}, not {'true or false' if kind is bool else 'a whole number of at least 1'}"

@@ -9,7 +9,7 @@ To add one: docs/architecture.md#parts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from .families import Family, PartRow
@@ -439,6 +439,12 @@ class ExpertsShape:
     def units(self) -> Units:
         """How many experts it has, and how many channels each of them has."""
         return {"experts": self.experts, "channels": self.channels}
+
+    def in_layer(self, config, row: PartRow, index: int) -> ExpertsShape:
+        """That of layer ``index`` of a pruned model, whose config says what is left there; this is the dense model's."""
+        counts = [value_in_layer(config, name, index) for name in row.sizes]
+        units = self.units | dict(zip(self.sorts, counts))
+        return replace(self, **units, expert=self._expert(units))
 
     def steps(self, head_unit: str = "query", divisor: int = 0) -> ExpertSteps:
         """The steps in which its experts can go; the arguments are of heads alone."""

@@ -222,7 +222,10 @@ def _layer_shape(config, family: Family, index: int, modules: Counted | None) ->
         rows, uncut, matrices = [row for row in family.parts if row.kind in modules.kinds], modules.uncut, modules.matrices
         caches = modules.caches or ()
     window = cached_window(config, family, index)
-    parts = (modules.experts if row.kind == "experts" else KINDS[row.kind].of(config, row, index, window) for row in rows)
+    parts = (
+        modules.experts.in_layer(config, row, index) if row.kind == "experts" else KINDS[row.kind].of(config, row, index, window)
+        for row in rows
+    )
     return LayerShape(tuple(parts), uncut, matrices, caches)
 
 
@@ -311,20 +314,21 @@ class Limits:
 def limits_of(runtime: str, shape: ModelShape) -> Limits:
     """What ``--runtime`` requires of a model of this shape.
 
-    ``vllm`` and ``gguf`` have layers of different widths for some families only; others must be regular there, as for
-    ``transformers``, and mixtures of experts must be everywhere. What is a llama to ``gguf`` may have biases, which other architectures of
+    ``vllm`` and ``gguf`` have layers of different widths for some families only, no mixtures of experts among them; others must be regular
+    there, as for ``transformers``. What is a llama to ``gguf`` may have biases, which other architectures of
     llama.cpp have no place for.
     Raises UserError for ``gguf`` where llama.cpp has no architecture for it.
     """
     if runtime == "gguf" and shape.gguf is None:
         raise UserError("--runtime gguf: llama.cpp has no architecture that computes this model; leave it out, or name another runtime")
     free = {"any": True, "gguf": shape.gguf_free is not None, "vllm": shape.vllm_free, "transformers": False}[runtime]
-    free = free and not shape.is_mixture and not shape.regular
+    free = free and not shape.regular and (runtime == "any" or not shape.is_mixture)
     divisor = shape.hidden if not free and shape.heads_divide_hidden else 0
     bound = shape.gguf in HEADS_FILL_HIDDEN if runtime == "gguf" else shape.heads_bound
     whole_heads = bool(shape.heads_fixed) or (not free and bound)
-    if runtime == "gguf" or (runtime == "any" and free):
+    if runtime == "gguf" or (runtime == "any" and free and not shape.is_mixture):
         new_bias = runtime == "any" or shape.gguf_free == "deci"
         all_biases = shape.stock_bias and not free
         return Limits(not free, not free, new_bias=new_bias, all_biases=all_biases, divisor=divisor, whole_heads=whole_heads)
-    return Limits(True, not free, new_bias=shape.stock_bias, all_biases=shape.stock_bias, divisor=divisor, whole_heads=whole_heads)
+    same_heads, biases = not (free and shape.is_mixture), shape.stock_bias
+    return Limits(same_heads, not free, new_bias=biases, all_biases=biases, divisor=divisor, whole_heads=whole_heads)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +11,7 @@ import gguf
 
 from ... import cli
 from ...errors import UserError
-from ...models.parts import PRUNED_KINDS, PartShape, Units
+from ...models.parts import PartShape, Units, all_steps, goes
 from ...models.shape import ModelShape
 from ...plan import LayerPlan, Measure, parameters, removed
 from ...settings.pruning import BY_PRICES, BYTES, PruneConfig
@@ -54,7 +56,7 @@ class Budget:
         part = slot.part
         bias = part.output_bias or (steps < slot.steps.count and self.config.adds_bias(self.shape))
         whole = self.measure(part, part.units, part.input_bias, part.output_bias)
-        return whole - self.measure(part, slot.steps.units(steps), part.input_bias, bias)
+        return whole - self.measure(part, part.units | slot.steps.units(steps), part.input_bias, bias)
 
     def out_of_reach(self, most: list[LayerPlan]) -> UserError:
         """The error for a target beyond what the plans ``most``, which remove as much as can go, remove."""
@@ -93,8 +95,10 @@ def of_parameters(shape: ModelShape, config: PruneConfig) -> Budget:
     """``--target_sparsity``; of a ``--pruning_ratio``, that share of what may go of as many layers as are pruned."""
     share = config.sparsity_of(shape)
     if share is None:
-        parts = [part for layer in shape.layers for part in layer.parts if part.kind in PRUNED_KINDS[config.prune]]
-        gone = sum(part.parameters() - part.parameters(part.steps(config.head_unit).units(1)) for part in parts)
+        gone = 0
+        for part in (part for layer in shape.layers for part in layer.parts):
+            least = [s.units(s.least) for s in all_steps(part, config.head_unit) if goes(config.prune, part, s.sort, shape.is_mixture)]
+            gone += part.parameters() - part.parameters(functools.reduce(operator.or_, least, part.units))
         share = config.pruning_ratio * config.pruned_layers / len(shape.layers) * gone / shape.decoder_parameters
     name, value = config.amount
 

@@ -20,6 +20,7 @@ from .price_list import PriceList
 from .sizing import Sizing, Slot
 
 EVENNESS = 3.5  # how strongly parts are kept from losing much of themselves, in mean prices times the share that goes of all
+EVENNESS_OF_MIXTURES = 1.0  # the same of experts: fewer of them are missed less than fewer heads or channels
 MOST = 0.9  # the share that a part loses at most, unless nothing else frees enough
 STEEP = 1e3  # nats per share beyond that
 WEIGHINGS = 30  # how often several budgets are weighed against each other
@@ -48,7 +49,7 @@ def predicted(prices: PriceList, sizing: Sizing, plans: list[LayerPlan]) -> floa
     """What plans cost by the price list: the sum over their parts, nats per token."""
     total = 0.0
     for slot in (*sizing.coarse, *sizing.fine):
-        scale, exponent = prices.curve_of(slot.layer, slot.part.kind)
+        scale, exponent = prices.curve_of(slot.layer, slot.part.kind, slot.steps.sort)
         total += scale * (1 - slot.kept(plans) / slot.steps.count) ** exponent
     return total
 
@@ -123,8 +124,8 @@ def solve(prices: PriceList, sizing: Sizing, budget: Budget) -> list[LayerPlan]:
 
 def _offers(prices: PriceList, sizing: Sizing, budget: Budget, slots: list[Slot], tied: bool) -> list[Offer]:
     """An offer for each part, or where all layers are to be alike, one for all of them."""
-    curves = [prices.curve_of(slot.layer, slot.part.kind) for slot in slots]
-    evenness = EVENNESS * prices.mean * budget.share
+    curves = [prices.curve_of(slot.layer, slot.part.kind, slot.steps.sort) for slot in slots]
+    evenness = (EVENNESS_OF_MIXTURES if sizing.shape.is_mixture else EVENNESS) * prices.mean * budget.share
     offers = []
     for slot, (scale, exponent) in zip(slots, curves):
         steps = torch.tensor(sorted({*slot.steps.allowed(sizing.config.round_to), slot.steps.count}))
