@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .models.parts import PRUNED_KINDS, PartShape
+from .models.parts import PartShape
 from .plan import LayerPlan
-from .pruning.allocation.price_list import levels_of
+from .pruning.allocation.price_list import levels_in
 from .pruning.allocation.prices import FIT_TOKENS, PROBE_TOKENS
 from .pruning.choice import needs_of
 from .run import Run
@@ -22,6 +22,7 @@ from .utils.device import evaluation_dtype, synchronise
 TOKENS = 512  # that go through a product at a time
 EIGEN_SIZE = 512  # of the matrix whose eigenvectors are timed
 WRITING = 6  # times what its products take: the attention to what is written, and all that happens once per token
+EXPERT_PASSES = 6  # at each level that is priced: what they give, each alone, routed anew, and three sweeps of their fit
 SECONDS_BESIDE = 8  # starting, reading and writing, of any run
 
 
@@ -136,15 +137,15 @@ def _prices(run: Run, speed: Speeds) -> float:
     fitted, probes = min(FIT_TOKENS, asked), min(PROBE_TOKENS[config.prices], asked)
     options, total = 0, 0.0
     for layer in run.shape.layers:
-        for part in layer.parts:
-            if part.kind not in PRUNED_KINDS[config.prune]:
-                continue
-            needs, steps = needs_of(part.kind, config, True), part.steps(config.head_unit)
-            total += _statistics(part, fitted, needs, speed)
-            for count in levels_of(steps):
-                kept = part.output_inputs(steps.units(count))
-                total += _fit(part, fitted, kept, config.recovery, speed) / 2 + probes * kept * part.hidden / speed.evaluation
-                options += 1
+        priced = levels_in(layer.parts, config, run.shape.is_mixture)
+        for part in {part.kind: part for part, _ in priced}.values():
+            total += _statistics(part, fitted, needs_of(part.kind, config, True), speed)
+        for part, level in priced:
+            kept = part.output_inputs(level.units)
+            total += _fit(part, fitted, kept, config.recovery, speed) / 2 + probes * kept * part.hidden / speed.evaluation
+            options += 1
+            if part.kind == "experts":  # which are run again at each level
+                total += (EXPERT_PASSES * fitted + probes) * layer.active_parameters / speed.evaluation
     passes = 2 * fitted + 4 * probes if config.prices == "gradient" else 2 * fitted + probes * options / 2
     return total + passes * _forward(run) / speed.evaluation
 

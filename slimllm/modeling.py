@@ -45,9 +45,12 @@ class LayerConfig:
 
     def __init__(self, config, index):
         self._config = config
+        aliases = config.attribute_map  # another name of a setting -> its own; a class may read it by either
         for name, values in per_layer_settings(config).items():
             if not name.endswith(BIAS_PER_LAYER):
-                setattr(self, name.removesuffix(PER_LAYER), values[index])
+                own = aliases.get(name.removesuffix(PER_LAYER), name.removesuffix(PER_LAYER))
+                for alias in (own, *(alias for alias, of in aliases.items() if of == own)):
+                    setattr(self, alias, values[index])
 
     def __getattr__(self, name):
         if name.startswith("__") or name == "_config":  # looked up before there is one, by copy and pickle

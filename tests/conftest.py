@@ -178,7 +178,7 @@ FAMILY_CASES = {
         "falcon_h1",
         dict(num_key_value_heads=2, mlp_multipliers=[0.7, 0.4], lm_head_multiplier=0.5, mamba_d_ssm=32, **MAMBA | {"mamba_d_head": 8}),
     ),
-    "minicpm3": ("minicpm3", dict(scale_depth=1.4, scale_emb=3, dim_model_base=8, **LATENT)),
+    "minicpm3": ("minicpm3", dict(scale_depth=1.4, scale_emb=12, dim_model_base=256, **LATENT)),
     "exaone4": ("exaone4", dict(num_key_value_heads=2, sliding_window=None, layer_types=["full_attention"] * 2)),
     "exaone4_window": ("exaone4", dict(num_key_value_heads=4, sliding_window=6, layer_types=GEMMA["layer_types"])),
 }
@@ -377,6 +377,20 @@ def make_ids(samples=6, length=16, vocab=97, seed=1):
 def make_shape(case="llama_gqa", **sizes):
     """The ModelShape of a random model."""
     return shapes.shape_of(family_config(case, **sizes))
+
+
+def kept_bytes(model, context=1):
+    """(bytes of the KV cache in 16 bits, bytes in 32 of the states of layers without attention) of a text of so many tokens, from what the
+    model's class keeps of one; of what goes into a convolution llama.cpp keeps all but the last token.
+    """
+    with torch.no_grad():
+        cache = model(torch.ones(1, 1, dtype=torch.long), use_cache=True).past_key_values
+    tokens = states = 0
+    for layer in map(vars, cache.layers):
+        tokens += sum(layer[name].numel() for name in ("keys", "values", "indexer_keys") if layer.get(name) is not None)
+        states += sum(one[..., 1:].numel() for one in layer.get("conv_states", {}).values())
+        states += sum(one.numel() for one in layer.get("recurrent_states", {}).values() if one is not None)
+    return 2 * tokens * context, 4 * states
 
 
 def run_of(model, ids, config, **rest):

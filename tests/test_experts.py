@@ -43,6 +43,7 @@ from tests.conftest import (
     TEXT,
     check_parts_are_the_layers,
     family_config,
+    kept_bytes,
     logits,
     make_config,
     make_ids,
@@ -415,8 +416,8 @@ def test_more_than_can_go_is_refused_from_the_config_alone():
 
 
 def file_bytes(model, row, context=0):
-    """Bytes of the tensors of a q8_0 file, one by one, and of the KV cache: 34 bytes per 32 weights of a row, or 64 where rows are no
-    multiple of 32; vectors, routers and what is no matrix in float32.
+    """Bytes of the tensors of a q8_0 file, one by one, and of what is kept of a text: 34 bytes per 32 weights of a row, or 64 where rows
+    are no multiple of 32; vectors, routers and what is no matrix in float32.
     """
     total, modules, experts = 0, dict(model.named_modules()), mixture_layers(model)[0].units["experts"]
     for name, tensor in model.named_parameters():
@@ -430,18 +431,14 @@ def file_bytes(model, row, context=0):
             total += 4 * tensor.numel()
             continue
         total += tensor.numel() * 34 // 32 if columns % 32 == 0 else 2 * tensor.numel()
-    keys = [module.weight for name, module in modules.items() if name.endswith(".k_proj")]
-    return total + sum(2 * 2 * len(weight) for weight in keys) * context
+    return total + sum(kept_bytes(model, context))
 
 
-FITTED = [case for case in MIXTURE_CASES if any("attention" in layer.units for layer in make_shape(case).layers)]  # whose cache is known
-
-
-@pytest.mark.parametrize("case", FITTED)
+@pytest.mark.parametrize("case", MIXTURE_CASES)
 @pytest.mark.parametrize("width", [24, 32])
 def test_a_file_is_counted_tensor_by_tensor(case, width):
     sizes = {name: width for name in row_of(case).sizes[1:]}
-    model, config = make_model(case, **sizes), make_config(2, make_shape(case), fit="1", prune="experts")
+    model, config = make_model(case, **sizes), make_config(2, make_shape(case), fit="1", context=6, prune="experts")
     assert of_bytes(shape_of(model.config), config, 0).target + 1 == file_bytes(model, row_of(case), config.context)
 
 
@@ -532,7 +529,7 @@ def test_heads_may_go_in_place_of_experts():
     config = config_of("mixtral", prune="heads", recovery="least_squares", head_unit="group")
     reports = prune(model, ids, config)
     assert all(report.units == {"attention": {"heads": 2, "kv_heads": 1}, "experts": {"experts": 8, "channels": 48}} for report in reports)
-    assert limits_of("any", shape).same_heads and not any(
+    assert not limits_of("any", shape).new_bias and not any(
         part.output.bias is not None for part in LayerAdapter(model.config).projected_parts(model)
     )
     runtimes.convert_for_runtime(model)
@@ -546,11 +543,15 @@ def test_heads_may_go_in_place_of_experts():
         ("mixtral", dict(prune="both", channel_score="taylor"), "^--channel_score taylor.*gradients is not taken of experts"),
         ("olmoe", dict(prune="heads"), "^--prune heads: no head of this model can go .* --prune experts"),
         ("llama_gqa", dict(prune="experts"), "^--prune experts: this model has none"),
-        ("mixtral", dict(layer_ratio="auto"), "^--layer_ratio auto: all layers of a mixture of experts lose the same"),
-        ("deepseek_v3", dict(fit="1MB"), "^--fit 1MB: the KV cache of this model's attention cannot be counted"),
+        ("mixtral", dict(layer_ratio="ranking"), "^--layer_ratio ranking: of a mixture of experts name uniform, importance, auto"),
+        (
+            "mixtral",
+            dict(layer_ratio="importance", runtime="transformers"),
+            "^--layer_ratio importance and --runtime transformers: all layers of this model lose the same there",
+        ),
+        ("mixtral", dict(layer_ratio="importance", fit="1MB"), "^--fit 1MB: it goes by a price list"),
         ("mixtral", dict(target_speedup=1.5), "^--target_speedup 1.5: a token takes as long however many experts stay"),
-        ("mixtral", dict(target_sparsity=0.1, price_list="p.json"), "^--price_list p.json: it goes by prices"),
-        ("mixtral", dict(vocab="auto", smaller=0.2), "^--vocab auto: it goes by prices"),
+        ("mixtral", dict(vocab="auto", smaller=0.2), "^--vocab auto: it goes by a price list"),
         ("phimoe", dict(runtime="gguf"), "^--runtime gguf: llama.cpp has no architecture"),
     ],
 )
@@ -573,12 +574,30 @@ def test_widths_are_multiples_only_where_they_change():
         Sizing(shape, make_config(2, shape, runtime="gguf", target_sparsity=0.2, prune="channels"))
 
 
-def test_what_a_recipe_would_do_by_prices_is_uniform_and_says_so():
-    config = config_of("mixtral", recipe="best", expert_score="reap", keep_lowest=0.1)
+@pytest.mark.parametrize(
+    "settings, found",
+    [
+        ({}, "auto"),
+        (dict(recipe="paper"), "uniform"),
+        (dict(runtime="transformers"), "uniform"),
+        (dict(runtime="gguf"), "uniform"),
+        (dict(runtime="gguf", layer_ratio="auto"), "auto"),
+        (dict(fit="1MB", pruning_ratio=None), "uniform"),
+        (dict(fit="1MB", pruning_ratio=None, layer_ratio="auto"), "auto"),
+        (dict(recipe="paper", price_list="p.json"), "auto"),
+        (dict(vocab="auto", smaller=0.2, pruning_ratio=None), "auto"),
+    ],
+)
+def test_the_recipe_goes_by_prices_where_layers_may_differ(settings, found):
+    assert config_of("qwen3_moe", **{"recipe": "best", "pruning_ratio": 0.5} | settings).layer_ratio == found
+
+
+def test_where_layers_are_alike_the_recipe_is_uniform_and_says_so():
+    config = config_of("mixtral", recipe="best", expert_score="reap", keep_lowest=0.1, runtime="transformers")
     assert (config.layer_ratio, config.prune, config.recovery, config.look_back) == ("uniform", "experts", "least_squares", 0.3)
     assert config.remarks() == [
         "--keep_lowest has no effect: no channel is chosen",
-        "layer ratio uniform, not auto: all layers of a mixture of experts lose the same",
+        "layer ratio uniform, not auto: all layers of this mixture of experts lose the same",
     ]
 
 
@@ -607,7 +626,8 @@ def test_a_plan_file_names_experts(tmp_path):
                 read_plan(str(path), shape)
     path.write_text(json.dumps({"layers": [{"kept": {**whole, "experts": {"experts": list(range(n))}}} for n in (3, 4)]}))
     with pytest.raises(UserError, match="needs them alike"):
-        read_plan(str(path), shape)
+        read_plan(str(path), shape, "transformers")
+    assert [plan.units["experts"]["experts"] for plan in read_plan(str(path), shape)[1]] == [3, 4]
 
 
 LOAD_ALONE = """

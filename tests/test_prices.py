@@ -20,10 +20,23 @@ from slimllm.plan import LayerPlan, removed_parameters
 from slimllm.pruning.allocation import budget, prices, solver, timing
 from slimllm.pruning.allocation.budget import budgets_of, of_parameters
 from slimllm.pruning.allocation.inputs import AllocationInputs
-from slimllm.pruning.allocation.price_list import NAME, Price, PriceList, curve
+from slimllm.pruning.allocation.price_list import NAME, Price, PriceList, curve, levels_of
 from slimllm.pruning.allocation.sizing import Sizing
 from slimllm.streaming.journal import Journal
-from tests.conftest import CORE_CASES, DISTINCT_CASES, TEXT, count, logits, make_config, make_ids, make_model, make_shape, prune, run_of
+from tests.conftest import (
+    CORE_CASES,
+    DISTINCT_CASES,
+    TEXT,
+    count,
+    kept_bytes,
+    logits,
+    make_config,
+    make_ids,
+    make_model,
+    make_shape,
+    prune,
+    run_of,
+)
 from tests.test_export_gguf import bpe_tokenizer, save
 
 
@@ -139,7 +152,7 @@ def random_list(shape, config, seed=0):
     for index, layer in enumerate(shape.layers):
         for part in layer.parts:
             steps, scale = part.steps(config.head_unit), float(torch.rand((), generator=generator)) + 0.05
-            for kept in prices.levels_of(steps):
+            for kept in levels_of(steps):
                 gone = 1 - kept / steps.count
                 listed.append(Price(index, part.kind, steps.units(kept), gone, scale * gone**1.4))
     return PriceList.of(shape, config, "", 0, listed, 0.0)
@@ -340,7 +353,8 @@ def test_what_is_never_cut_is_counted_as_the_file_has_it(tmp_path):
     path = export_gguf.export(folder, tmp_path / "out.gguf", "q8_0")
     shape = make_shape("qwen3_5", **sizes)
     counted = 1 + budget.of_bytes(shape, make_config(4, shape, fit="1", context=1, layer_ratio="auto"), 0).target
-    assert sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors) + 2 * shape.cache_numbers() == counted
+    kept = kept_bytes(make_model("qwen3_5", **sizes))
+    assert sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors) + sum(kept) == counted
 
 
 def test_what_a_part_takes_in_a_file_follows_the_blocks():

@@ -16,15 +16,25 @@ from ..models.families import FAMILIES, MLP, family_of
 from ..models.gguf_settings import SCALAR_OF_HIDDEN, llama3_factors
 from ..models.gguf_tensors import ROPE_IN_PAIRS, in_pairs
 from ..models.parts import Units, has_bias, head_dim_of
-from ..models.shape import HEADS_FILL_HIDDEN, check_missing, free_architecture_of, irregular, rope_of, shape_of, units_of, window_of
-from . import gguf_experts, gguf_latent_attention, gguf_linear_attention
+from ..models.shape import (
+    HEADS_FILL_HIDDEN,
+    OWN_WINDOWS,
+    alike,
+    check_missing,
+    free_architecture_of,
+    irregular,
+    rope_of,
+    shape_of,
+    units_of,
+    window_of,
+)
+from . import gguf_experts, gguf_gemma4, gguf_latent_attention, gguf_linear_attention
 
 PER_LAYER = ("deci", "openelm")  # architectures that read the widths of each layer
 # those that have biases in the output projections
 OUTPUT_BIASES = ("llama", "deci", "granite", "granitemoe", "starcoder2", "jais2", "nemotron", "apertus", "phi2", "gpt-oss")
 BIASES_ASKED = ("starcoder2", "jais2", "phi2", "gpt-oss")  # those that take no projection without one
-OWN_WINDOWS = ("gemma2", "gemma3", "olmo2", "exaone4", "exaone-moe", "cohere2", "gpt-oss")  # those whose layers may look back only so far
-WINDOWS_ASKED = ("exaone-moe", "gpt-oss")  # of these, those that take no model without a window
+WINDOWS_ASKED = ("exaone-moe", "gpt-oss")  # of OWN_WINDOWS, those that take no model without a window
 LINEAR_ATTENTION = ("qwen35", "qwen35moe", "qwen3next")
 EXAONE_WINDOWS = (64, 4)  # layers of the one model to which exaone4's graph gives windows, and their period
 FIXED_ALPHA = ("hunyuan-dense", "hunyuan-moe")  # those whose dynamic rope is another base for all lengths
@@ -51,7 +61,7 @@ def architecture_of(config, biased: bool, requested: str = "auto") -> str:
     if reason := difference(config):
         raise UserError(reason)
     check_missing(shape, "gguf")
-    units, stock, free = shape.units, family.gguf, free_architecture_of(config)
+    units, stock, free = alike(shape, shape.units), family.gguf, free_architecture_of(config)
     odd = irregular(units) or ", ".join(f"layer {index} lacks a part" for index, layer in enumerate(shape.layers) if layer.missing)
     heads = next((layer["attention"]["heads"] for layer in units if "attention" in layer), 0)
     if requested == "llama":
@@ -87,6 +97,8 @@ def difference(config) -> str | None:
 def _difference_of_graph(config) -> str | None:
     """What llama.cpp's graph of this family computes otherwise than this model, in words; None where it is the same."""
     family = family_of(config)
+    if family.gguf == gguf_gemma4.ARCH:
+        return gguf_gemma4.difference(config)
     if family.sparse_rope:
         without = [index for index, rotary in enumerate(getattr(config, family.sparse_rope)) if not rotary]
         if without != list(range(SPARSE_ROPE - 1, config.num_hidden_layers, SPARSE_ROPE)):
@@ -103,7 +115,7 @@ def _difference_of_graph(config) -> str | None:
         return "final_logit_softcapping: llama.cpp's gemma3 does not compute it"
     if family.gguf in LINEAR_ATTENTION and (reason := gguf_linear_attention.difference(config)):
         return reason
-    if family.gguf == gguf_latent_attention.ARCH and (reason := gguf_latent_attention.difference(config)):
+    if family.gguf in gguf_latent_attention.ARCHITECTURES and (reason := gguf_latent_attention.difference(config, family.gguf)):
         return reason
     if family.is_mixture and (reason := gguf_experts.difference(config)):
         return reason
@@ -131,10 +143,12 @@ def add_settings(writer: gguf.GGUFWriter, config) -> None:
     """Adds what llama.cpp reads of a config besides the tokenizer and the tensors."""
     units, family, arch = units_of(config), family_of(config), writer.arch
     channels = [layer.get("experts", layer.get("mlp", {"channels": 0}))["channels"] for layer in units]
-    writer.add_feed_forward_length(channels if arch in PER_LAYER else channels[0])
+    writer.add_feed_forward_length(channels if arch in (*PER_LAYER, gguf_gemma4.ARCH) else channels[0])
     window, rope = window_of(config), rope_of(config)
     context = config.max_position_embeddings
-    if arch in OWN_WINDOWS and (window or arch.startswith("gemma")):  # without one, it would take the published models'
+    if arch == gguf_gemma4.ARCH:
+        gguf_gemma4.add_settings(writer, config)
+    elif arch in OWN_WINDOWS and (window or arch.startswith("gemma")):  # without one, it would take the published models'
         writer.add_sliding_window(window or context)
         writer.add_sliding_window_pattern(_period(config))
         writer.add_rope_freq_base_swa(rope_of(config, "sliding_attention")["rope_theta"])
@@ -143,13 +157,14 @@ def add_settings(writer: gguf.GGUFWriter, config) -> None:
     writer.add_context_length(context)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    rotary = _add_heads(writer, config, units)
-    writer.add_rope_dimension_count(rotary)
+    if arch != gguf_gemma4.ARCH:
+        rotary = _add_heads(writer, config, units)
+        writer.add_rope_dimension_count(rotary)
+        _add_rope(writer, config, rope)
     if arch in LINEAR_ATTENTION:
         gguf_linear_attention.add_settings(writer, config, rotary)
     _add_norm_epsilon(writer, config, family.norm_epsilon)
     writer.add_vocab_size(config.vocab_size)
-    _add_rope(writer, config, rope)
     if arch != family.gguf:
         return
     for name, add in (
@@ -162,13 +177,13 @@ def add_settings(writer: gguf.GGUFWriter, config) -> None:
         (family.attention_softcap, writer.add_attn_logit_softcapping),
         (family.logits_softcap, writer.add_final_logit_softcapping),
     ):
-        if name and getattr(config, name) is not None:
+        if name and getattr(config, name, None) is not None:  # some classes derive it from other settings
             add(float(getattr(config, name)))
 
 
 def _add_heads(writer: gguf.GGUFWriter, config, units: list[dict[str, Units]]) -> int:
     """Adds the numbers and sizes of heads; returns how many dimensions of a head rotary embeddings rotate."""
-    if writer.arch == gguf_latent_attention.ARCH:
+    if writer.arch in gguf_latent_attention.ARCHITECTURES:
         gguf_latent_attention.add_settings(writer, config)
         return config.qk_rope_head_dim
     heads, kv_heads = ([layer.get("attention", {}).get(sort, 0) for layer in units] for sort in ("heads", "kv_heads"))
@@ -248,6 +263,8 @@ def _add_rope(writer, config, rope: dict) -> None:
 def rope_factors(config) -> dict[str, np.ndarray]:
     """What llama.cpp divides each rotary frequency by, [rotary dimensions / 2], as tensors of a file: for llama3 and longrope."""
     rope = rope_of(config)
+    if family_of(config).gguf == gguf_gemma4.ARCH:
+        return {"rope_freqs.weight": gguf_gemma4.rope_factors(config)}
     if rope.get("rope_type") == "longrope":
         return {f"rope_factors_{length}.weight": np.array(rope[f"{length}_factor"], dtype=np.float32) for length in ("long", "short")}
     if rope.get("rope_type") != "llama3":
@@ -290,7 +307,7 @@ class Arrangement:
         shape = [stop - piece.start, *self._shapes[piece.sources[0]][1:]]
         if gguf_linear_attention.LINEAR in name:
             return gguf_linear_attention.shape(name, shape, self.config)
-        if gguf_latent_attention.JOINED in piece.sources[0]:
+        if self._splits(piece):
             return gguf_latent_attention.shape(name, self.config)
         return gguf_experts.shape(name, shape)
 
@@ -308,7 +325,7 @@ class Arrangement:
         tensor = (parts[0] if len(parts) == 1 else torch.cat(parts))[piece.start : piece.stop]
         if gguf_linear_attention.LINEAR in name:
             return gguf_linear_attention.value(name, tensor, self.config)
-        if gguf_latent_attention.JOINED in piece.sources[0]:
+        if self._splits(piece):
             return gguf_latent_attention.value(name, tensor, self.config).contiguous()
         if self.arch in ROPE_IN_PAIRS and (heads := self._split.rotary_heads(name, self.units)):
             tensor = in_pairs(tensor, heads)
@@ -317,6 +334,10 @@ class Arrangement:
         stem = name.rpartition(".")[0].rpartition(".")[2]
         return (tensor * self._factors.get(stem, 1.0)).view(self.shape(name))
 
+    def _splits(self, piece: Piece) -> bool:
+        """Whether this is one of the two that the projection from the latent state to keys and values becomes."""
+        return self.arch == gguf_latent_attention.ARCH and gguf_latent_attention.JOINED in piece.sources[0]
+
     def _pieces_of(self, name: str) -> dict[str, Piece]:
         if self.family.is_mixture and (found := gguf_experts.pieces(name, self._shapes[name], self.family.part("experts"))):
             return found
@@ -324,10 +345,12 @@ class Arrangement:
         block, _, part = stem.rpartition(".")
         if part == XIELU_MODULE:
             return {}
+        if suffix == gguf_gemma4.SCALAR:
+            return {f"{name}.weight": Piece((name,))}
         if part == gguf_linear_attention.FUSED:
             return {f"{block}.{one}": Piece((name,)) for one in gguf_linear_attention.OF_FUSED}
-        if part == gguf_latent_attention.JOINED:
-            return {f"{block}.{one}": Piece((name,)) for one in (gguf_latent_attention.KEYS, gguf_latent_attention.VALUES)}
+        if part == gguf_latent_attention.JOINED and self.arch == gguf_latent_attention.ARCH:
+            return {f"{block}.{one}": Piece((name,)) for one in gguf_latent_attention.OF_JOINED}
         if self.family.is_mixture and (found := self._pieces_of_shared(name)):
             return found
         split, fused = ({row.kind: row.inputs for row in FAMILIES[name].parts} for name in ("llama", "phi3"))

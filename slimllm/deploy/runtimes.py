@@ -15,13 +15,16 @@ from ..models.shape import alike, irregular, limits_of, shape_of, units_of
 def convert_for_runtime(model, runtime: str = "any"):
     """Converts a sliced model (in place) to the class and config that ``--runtime`` asks for. No weight is copied.
 
-    ``transformers`` and models that must be regular elsewhere: the family's own class. ``vllm``: ours, with the entries
-    that DeciLMForCausalLM reads. Otherwise ours. Raises UserError for a model whose layers are not alike enough.
+    ``transformers``, models that must be regular elsewhere, and mixtures of experts whose layers are alike: the family's own class.
+    ``vllm``: ours, with the entries that DeciLMForCausalLM reads. Otherwise ours. Raises UserError for a model whose layers are not alike
+    enough.
     """
     if runtime == "any" and _is_stock(model):
         return model
-    limits = limits_of(runtime, shape_of(model.config))
-    if limits.same_channels:
+    shape = shape_of(model.config)
+    limits = limits_of(runtime, shape)
+    alike_now = shape.is_mixture and not irregular(alike(shape, LayerAdapter(model.config).units(model)))
+    if limits.same_channels or alike_now:
         return as_stock_model(model)
     return _as_deci_model(model) if limits.same_heads else as_slim_model(model)
 
@@ -59,6 +62,8 @@ def as_slim_model(model):
     for row in family.parts:
         for name in row.sizes:  # a layer without the part is built from the dense model's number
             setattr(config, f"{name}_per_layer", [counts.get(name, value_in_layer(config, name, i)) for i, counts in enumerate(widths)])
+        if row.kind == "experts":  # which get no biases
+            continue
         own = [next((part for part in parts if part.kind == row.kind), None) for parts in layers]
         setattr(config, f"{row.output}_bias_per_layer", [part and part.output.bias is not None for part in own])  # None: it has none
     missing = [missing_modules(layer) for layer in adapter.layers(model)]

@@ -73,18 +73,20 @@ def check_config(config, where: str) -> None:
 
 def _check_per_layer(config, where: str) -> None:
     """The lists with an entry for each layer, by which a pruned model is built."""
-    rows, layers = family_of(config).parts, range(config.num_hidden_layers)
-    modules = {name for row in rows for name in (row.module, *row.norms)}
+    family, layers = family_of(config), range(config.num_hidden_layers)
+    modules = {name for row in family.parts for name in (row.module, *row.norms)}
     missing = getattr(config, MISSING, [[]] * len(layers))
     lists = isinstance(missing, list | tuple) and all(isinstance(names, list | tuple) for names in missing)
     if not lists or len(missing) != len(layers) or not modules.issuperset(name for names in missing for name in names):
         raise UserError(f"{where}: {MISSING} is no list of lists, one for each of {len(layers)} layers, of {', '.join(sorted(modules))}")
-    for row in rows:
-        for name, kind, least in (*((f"{size}_per_layer", int, 1) for size in row.sizes), (f"{row.output}_bias_per_layer", bool, False)):
+    for row in family.parts:
+        sparse = row.layers is not None or (family.is_mixture and row.kind != "attention")  # not every layer has the part
+        biases = () if row.kind == "experts" else ((f"{row.output}_bias_per_layer", bool, False),)
+        for name, kind, least in (*((f"{size}_per_layer", int, 1) for size in row.sizes), *biases):
             values = getattr(config, name, None)
             if not isinstance(values, list | tuple) or len(values) != config.num_hidden_layers:
                 raise UserError(f"{where}: {name} is no list with an entry for each of {config.num_hidden_layers} layers")
-            may_be_none = [row.layers is not None or is_missing(config, row, index) for index in layers]
+            may_be_none = [sparse or is_missing(config, row, index) for index in layers]
             values = [value for value, none in zip(values, may_be_none) if value is not None or not none]
             if odd := [value for value in values if type(value) is not kind or value < least]:
                 raise UserError(

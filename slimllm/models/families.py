@@ -33,7 +33,9 @@ class PartRow:
 
     ``scale``: of a feed-forward part, what its module calls the factor of what its output projection gives.
 
-    A part without ``sizes`` has no units: it is run as it is (:func:`mixer`).
+    A part without ``sizes`` has no units: it is run as it is (:func:`mixer`). ``kept``: the projections, by their places in the layer,
+    whose outputs it keeps of each token; where a layer lacks one, it keeps what the one before gives once more, and nothing where it lacks
+    the first. What has a convolution keeps a state besides.
 
     Of experts, ``inputs`` names the router and ``output`` the module that holds them all; ``top_k``: the entry with the number of experts
     that a token is routed to; ``groups``: those with the numbers of groups that they lie in, and of groups that these are taken from;
@@ -73,6 +75,7 @@ class PartRow:
     beside: PartRow | None = None
     own_norm: str | None = None
     doubled: Callable[[object, int], bool] | None = None
+    kept: tuple[str, ...] = ()
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -233,11 +236,17 @@ def side_by_side(attention: dict | None = None, mlp: dict | None = None) -> tupl
     return ((replace(ATTENTION, **attention or {}), replace(MLP, **{"norm": ATTENTION.norm, **(mlp or {})})),)
 
 
-def mixer(module: str, layers: str | tuple[str, str] | None = None, norm: str = "input_layernorm", mark: str = "") -> PartRow:
+def mixer(
+    module: str,
+    layers: str | tuple[str, str] | None = None,
+    norm: str = "input_layernorm",
+    mark: str = "",
+    kept: tuple[str, ...] = (),
+) -> PartRow:
     """A part that is run and never cut: linear attention, a state space, a convolution, latent attention. ``mark``: what the module has
-    where it is such a part, if other parts have its name.
+    where it is such a part, if other parts have its name. ``kept``: as PartRow has it.
     """
-    return PartRow("mixer", module, (), mark, (), norm, layers=layers)
+    return PartRow("mixer", module, (), mark, (), norm, layers=layers, kept=kept)
 
 
 _BIASED = {"input_bias": True, "output_bias": True}
@@ -309,8 +318,10 @@ _SQUARE = "the output projection of its attention has as many inputs as the hidd
 _STABLELM = {"input_bias": "use_qkv_bias", "output_bias": False, "qk_norm": "all", "qk_norm_flag": "qk_layernorm", "fixed": _SQUARE}
 _LINEAR_ATTENTION = mixer("linear_attn", layers=("layer_types", "linear_attention"))
 _GATED_ATTENTION = replace(ATTENTION, layers=("layer_types", "full_attention"), qk_norm="head", output_gate=True)
-_LATENT = mixer("self_attn")  # latent attention: keys and values of all heads come from one shared projection
-_WHOLE = mixer("self_attn")  # attention whose heads have a gate, or sizes, of a form that has not been verified yet
+_LATENT_STATE = "self_attn.kv_a_proj_with_mqa"
+_LATENT = mixer("self_attn", kept=(_LATENT_STATE,))  # latent attention: keys and values of all heads come from one shared projection
+_KEYS_AND_VALUES = ("self_attn.k_proj", "self_attn.v_proj")
+_WHOLE = mixer("self_attn", kept=_KEYS_AND_VALUES)  # attention whose heads have a gate, or sizes, of a form that has not been verified yet
 _GROUPS = ("n_group", "topk_group")
 _ROUTED = {"sizes": ("n_routed_experts",), "groups": _GROUPS}
 _UNGATED = {"inputs": ("up_proj",), "gate": False}
@@ -340,7 +351,7 @@ _GEMMA4_LAST = (TOKEN_INPUT,), (mixer("layer_scalar"),)
 _GEMMA4_DENSE = ((_WHOLE,), (_GEMMA4_MLP,), *_GEMMA4_LAST)
 _GEMMA4 = partial(
     Family,
-    gguf=None,
+    gguf="gemma4",
     steps=_GEMMA4_DENSE,
     logits_softcap="final_logit_softcapping",
     begins_text=True,
@@ -680,11 +691,21 @@ FAMILIES = {
         Family("glm4_moe_lite", "GLM-4.7-Flash", "deepseek2", steps=with_experts(_LATENT, _ROUTED)),
         Family("deepseek_v2", "DeepSeek-V2", "deepseek2", steps=with_experts(_LATENT, _ROUTED)),
         Family("deepseek_v3", "DeepSeek-V3, DeepSeek-R1, Moonlight, Kimi K2", "deepseek2", steps=with_experts(_LATENT, _ROUTED)),
-        Family("deepseek_v32", "DeepSeek-V3.2", None, steps=with_experts(_LATENT, _ROUTED)),
+        Family(
+            "deepseek_v32",
+            "DeepSeek-V3.2",
+            None,
+            steps=with_experts(mixer("self_attn", kept=(_LATENT_STATE, "self_attn.indexer.wk")), _ROUTED),
+        ),
         Family("axk1", "A.X K1", None, steps=with_experts(_LATENT, _ROUTED)),
         Family("youtu", "Youtu-LLM", None, steps=((_LATENT,), (MLP,))),
         Family(
-            "minicpm3", "MiniCPM3", None, steps=((_LATENT,), (MLP,)), residual_multiplier="residual_scale", logits_divisor="logits_scaling"
+            "minicpm3",
+            "MiniCPM3",
+            "minicpm3",
+            steps=((_LATENT,), (MLP,)),
+            residual_multiplier="residual_scale",
+            logits_divisor="logits_scaling",
         ),
         Family(
             "bamba",
@@ -703,7 +724,7 @@ FAMILIES = {
             "Falcon-H1",
             None,
             steps=(
-                (mixer("mamba"),),  # and the attention beside it
+                (mixer("mamba", kept=_KEYS_AND_VALUES),),  # and the attention beside it
                 (replace(MLP, module="feed_forward", norm="pre_ff_layernorm", scale="down_multiplier", **_MLP_BIAS),),
             ),
             final_norm="final_layernorm",

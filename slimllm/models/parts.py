@@ -9,7 +9,7 @@ To add one: docs/architecture.md#parts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from .families import Family, PartRow
@@ -17,6 +17,8 @@ from .families import Family, PartRow
 Units = dict[str, int]  # how many units of each sort
 Kept = dict[str, list]  # which units of each sort, ascending; of the channels of experts a list for each expert, where these differ
 EXPERT_CHANNELS = 8  # channels of experts come in multiples of this: transformers multiplies them in rows of whole 16 bytes
+# Where layers have a window, llama.cpp keeps as many tokens more as it reads at once, in all a multiple of so many
+WINDOW_BATCH, WINDOW_CELLS = 512, 256
 
 
 def count_of(indices: list) -> int:
@@ -89,6 +91,26 @@ def _has_output_bias(config, row: PartRow, index: int) -> bool:
     """Whether the output projection has a bias, which pruned models say layer by layer."""
     listed = biases_of(config, row)
     return has_bias(config, row.output_bias) if listed is None else listed[index]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What something that is never cut keeps of a text, for the tokens that follow. ``numbers``: of each token, such as keys and values, or
+    the latent state that they are made of; ``window``: as in :func:`cached_tokens`; ``state``: of all tokens together, however many.
+    """
+
+    numbers: int = 0
+    window: int | None = None
+    state: int = 0
+
+    def bytes(self, context: int) -> int:
+        """Bytes for ``context`` tokens, as llama.cpp keeps them: 16 bits for each number of a token, 32 for each of a state."""
+        return 2 * self.numbers * cached_tokens(context, self.window) + 4 * self.state
+
+
+def cached_tokens(context: int, window: int | None) -> int:
+    """How many of ``context`` tokens a layer's cache holds. ``window``: tokens that the layer looks back, where its cache goes by that."""
+    return context if window is None else min(context, -(-(window + WINDOW_BATCH) // WINDOW_CELLS) * WINDOW_CELLS)
 
 
 class HeadSteps:
@@ -219,16 +241,17 @@ class AttentionShape:
     qk_norm: str | None = None  # as PartRow has it
     per_head: int = 0  # parameters besides, per query head
     output_gate: bool = False  # as PartRow has it
+    window: int | None = None  # as Cache has it
 
     @classmethod
-    def of(cls, config, row: PartRow, index: int) -> AttentionShape:
-        """That of layer ``index`` of a model, dense or pruned."""
+    def of(cls, config, row: PartRow, index: int, window: int | None = None) -> AttentionShape:
+        """That of layer ``index`` of a model, dense or pruned. ``window``: as :class:`Cache` has it."""
         heads, kv_heads = (value_in_layer(config, name, index) for name in row.sizes)
         biases = has_bias(config, row.input_bias), _has_output_bias(config, row, index)
         flags = _flag(row.input_bias), _flag(row.output_bias)
         qk_norm = row.qk_norm if row.qk_norm_flag is None or getattr(config, row.qk_norm_flag) else None
         sizes = config.hidden_size, heads, kv_heads or heads, head_dim_of(config)
-        return cls(*sizes, *biases, *flags, qk_norm, len(row.per_head), row.output_gate)
+        return cls(*sizes, *biases, *flags, qk_norm, len(row.per_head), row.output_gate, window)
 
     @property
     def units(self) -> Units:
@@ -265,6 +288,10 @@ class AttentionShape:
     def cache_numbers(self, units: Units | None = None) -> int:
         """Numbers that the KV cache holds per token."""
         return 2 * (units or self.units)["kv_heads"] * self.head_dim
+
+    def cache_bytes(self, context: int, units: Units | None = None) -> int:
+        """Bytes of the KV cache for ``context`` tokens."""
+        return Cache(self.cache_numbers(units), self.window).bytes(context)
 
     def pair_multiplications(self, units: Units | None = None) -> int:
         """Multiplications per pair of tokens, besides those per token, of which each matrix has as many as parameters."""
@@ -310,8 +337,8 @@ class MlpShape:
     times: int = 1
 
     @classmethod
-    def of(cls, config, row: PartRow, index: int) -> MlpShape:
-        """That of layer ``index`` of a model, dense or pruned."""
+    def of(cls, config, row: PartRow, index: int, window: int | None = None) -> MlpShape:
+        """That of layer ``index`` of a model, dense or pruned; the ``window`` is of attention alone."""
         biases = has_bias(config, row.input_bias), _has_output_bias(config, row, index)
         flags = _flag(row.input_bias), _flag(row.output_bias)
         times = 2 if row.doubled and row.doubled(config, index) else 1
@@ -350,6 +377,10 @@ class MlpShape:
 
     def cache_numbers(self, units: Units | None = None) -> int:
         """Zero: the KV cache holds nothing of it."""
+        return 0
+
+    def cache_bytes(self, context: int, units: Units | None = None) -> int:
+        """Zero, too."""
         return 0
 
     def pair_multiplications(self, units: Units | None = None) -> int:
@@ -416,6 +447,12 @@ class ExpertsShape:
         """How many experts it has, and how many channels each of them has."""
         return {"experts": self.experts, "channels": self.channels}
 
+    def in_layer(self, config, row: PartRow, index: int) -> ExpertsShape:
+        """That of layer ``index`` of a pruned model, whose config says what is left there; this is the dense model's."""
+        counts = [value_in_layer(config, name, index) for name in row.sizes]
+        units = self.units | dict(zip(self.sorts, counts))
+        return replace(self, **units, expert=self._expert(units))
+
     def steps(self, head_unit: str = "query", divisor: int = 0) -> ExpertSteps:
         """The steps in which its experts can go; the arguments are of heads alone."""
         return ExpertSteps(self.experts, self.least, self.groups)
@@ -458,6 +495,10 @@ class ExpertsShape:
         """Zero: the KV cache holds nothing of it."""
         return 0
 
+    def cache_bytes(self, context: int, units: Units | None = None) -> int:
+        """Zero, too."""
+        return 0
+
     def pair_multiplications(self, units: Units | None = None) -> int:
         """Zero: it works on each token alone."""
         return 0
@@ -492,13 +533,14 @@ class ExpertsShape:
 @dataclass(frozen=True)
 class Counted:
     """What the modules of one layer say. ``uncut``: parameters outside the parts that can lose units: its norms, and what is run and never
-    cut; ``matrices``: (rows, columns) of the matrices among these. ``kinds``: of the parts that it has. ``experts``: the numbers of its
-    experts, where it has some.
+    cut; ``matrices``: (rows, columns) of the matrices among these. ``kinds``: of the parts that it has. ``caches``: what is never cut keeps
+    of a text; None where that is not known. ``experts``: the numbers of its experts, where it has some.
     """
 
     uncut: int
     matrices: tuple[tuple[int, int], ...]
     kinds: frozenset[str]
+    caches: tuple[Cache, ...] | None = ()
     experts: ExpertsShape | None = None
 
 

@@ -7,13 +7,28 @@ from dataclasses import dataclass, replace
 
 from ..errors import UserError
 from .families import Family, family_of
-from .parts import KINDS, Counted, PartShape, Units, biases_of, has_bias, is_in_layer, is_missing, shared_numbers_of, token_inputs_of
+from .parts import (
+    KINDS,
+    Cache,
+    Counted,
+    PartShape,
+    Units,
+    biases_of,
+    has_bias,
+    is_in_layer,
+    is_missing,
+    shared_numbers_of,
+    token_inputs_of,
+)
 
 # architectures of llama.cpp that take no fewer heads
 HEADS_FILL_HIDDEN = (
     *("qwen2", "qwen2moe", "phi3", "chatglm", "olmo", "olmo2", "olmoe", "exaone4", "starcoder2", "nemotron", "phi2"),
     *("command-r", "cohere2"),
 )
+# those whose layers may look back only so far
+OWN_WINDOWS = ("gemma2", "gemma3", "gemma4", "olmo2", "exaone4", "exaone-moe", "cohere2", "gpt-oss")
+ALL_HEADS_CACHED = ("minicpm3",)  # those that keep keys and values of all heads, where latent attention has one latent state for them
 RUNTIMES = ("any", "transformers", "vllm", "gguf")
 Staying = tuple[tuple[str, ...] | None, ...]  # of each layer the kinds of parts that stay; None: it is gone whole
 
@@ -21,14 +36,15 @@ Staying = tuple[tuple[str, ...] | None, ...]  # of each layer the kinds of parts
 @dataclass(frozen=True)
 class LayerShape:
     """The parts of one layer that have units, in the order of computation. ``uncut_parameters``: of its norms of the residual stream, and
-    of what is run and never cut; ``uncut_matrices``: (rows, columns) of the matrices among these. ``norms``: of each kind of part, the
-    parameters of the norms that it has alone, which go with it. ``mixes``: something of it is run and never cut. ``missing``: kinds of
-    parts that it had and that are gone.
+    of what is run and never cut; ``uncut_matrices``: (rows, columns) of the matrices among these; ``caches``: what it keeps of a text.
+    ``norms``: of each kind of part, the parameters of the norms that it has alone, which go with it. ``mixes``: something of it is run and
+    never cut. ``missing``: kinds of parts that it had and that are gone.
     """
 
     parts: tuple[PartShape, ...]
     uncut_parameters: int
     uncut_matrices: tuple[tuple[int, int], ...] = ()
+    caches: tuple[Cache, ...] = ()
     norms: tuple[tuple[str, int], ...] = ()
     mixes: bool = False
     missing: tuple[str, ...] = ()
@@ -77,6 +93,7 @@ class ModelShape:
     shared: int = 0  # numbers of the keys and values that some layers leave of a token for others
     token_inputs: int = 0  # numbers that all layers together are given for a token besides the state, from a table
     regular: bool = False  # no class holds it with layers of different widths
+    uncounted: str | None = None  # its model_type, where it is not known what its layers keep of a text
     tokens_gone: int = 0  # of the vocabulary that the model came with
     given: tuple[LayerShape, ...] = ()  # the layers that it came with, where some are gone or lack parts that they had
     staying: Staying | None = None  # what stays of these
@@ -94,6 +111,11 @@ class ModelShape:
     @property
     def _token_parameters(self) -> int:
         return self.hidden * (1 if self.tied else 2) + self.head_bias + self.token_inputs
+
+    @property
+    def token_matrices(self) -> list[tuple[int, int]]:
+        """(rows, columns) of the matrices among ``norm_parameters``."""
+        return [(self.token_inputs, self.hidden)] if self.token_inputs else []
 
     @property
     def streamed(self) -> int:
@@ -239,7 +261,8 @@ class ModelShape:
 
     def cache_numbers(self, units: list[dict[str, Units]] | None = None) -> int:
         """Numbers that the KV cache holds per token, of all layers, with these units or the model's own."""
-        return sum(part.cache_numbers(left[part.kind]) for layer, left in zip(self.layers, units or self.units) for part in layer.parts)
+        kept = sum(part.cache_numbers(left[part.kind]) for layer, left in zip(self.layers, units or self.units) for part in layer.parts)
+        return kept + sum(cache.numbers for layer in self.layers for cache in layer.caches)
 
     def to_dict(self) -> dict:
         """What a record holds of it: the sizes, and what each part of each layer has."""
@@ -278,21 +301,28 @@ def shape_of(config, family: Family | None = None) -> ModelShape:
         gguf_free=free_architecture_of(config, family),
         vllm_free=family.decilm and window_of(config) is None,
         regular=family.regular,
+        uncounted=family.model_type if any(one and one.caches is None for one in modules) else None,
     )
 
 
 def _layer_shape(config, family: Family, index: int, modules: Counted | None) -> LayerShape:
     norm = family.norm_vectors * config.hidden_size
     mixers = [row for step in family.steps for row in step if not row.sizes and is_in_layer(config, row, index)]
+    caches = ()
     if modules is None:  # first all that the layer had in the dense model
         rows = [row for row in family.parts if is_in_layer(config, row, index) or is_missing(config, row, index)]
         uncut, matrices = len({name for row in rows for name in row.norms}) * norm, ()
     else:
         rows, uncut, matrices = [row for row in family.parts if row.kind in modules.kinds], modules.uncut, modules.matrices
+        caches = modules.caches or ()
     of_others = {row.kind: {name for other in (*rows, *mixers) if other is not row for name in other.norms} for row in rows}
     norms = tuple((row.kind, len(set(row.norms) - of_others[row.kind]) * norm) for row in rows)
-    parts = (modules.experts if row.kind == "experts" else KINDS[row.kind].of(config, row, index) for row in rows)
-    dense = LayerShape(tuple(parts), uncut, matrices, norms, bool(mixers))
+    window = cached_window(config, family, index)
+    parts = (
+        modules.experts.in_layer(config, row, index) if row.kind == "experts" else KINDS[row.kind].of(config, row, index, window)
+        for row in rows
+    )
+    dense = LayerShape(tuple(parts), uncut, matrices, caches, norms, bool(mixers))
     return dense.with_parts([row.kind for row in rows if not is_missing(config, row, index)])
 
 
@@ -311,6 +341,16 @@ def window_of(config) -> int | None:
     if (types and "sliding_attention" not in types) or not getattr(config, "use_sliding_window", True):
         return None
     return getattr(config, "sliding_window", None) or None
+
+
+def cached_window(config, family: Family, index: int) -> int | None:
+    """Tokens that attention in layer ``index`` looks back, where that is limited and its cache goes by it; None where the cache holds all,
+    as in architectures of llama.cpp that know no windows.
+    """
+    types = getattr(config, "layer_types", None)
+    if family.gguf not in (None, *OWN_WINDOWS) or (types and types[index] != "sliding_attention"):
+        return None
+    return window_of(config)
 
 
 def rope_of(config, layer_type: str = "full_attention") -> dict:
@@ -374,25 +414,26 @@ class Limits:
 def limits_of(runtime: str, shape: ModelShape) -> Limits:
     """What ``--runtime`` requires of a model of this shape.
 
-    ``vllm`` and ``gguf`` have layers of different widths for some families only; others must be regular there, as for
-    ``transformers``, and mixtures of experts must be everywhere. What is a llama to ``gguf`` may have biases, which other architectures of
+    ``vllm`` and ``gguf`` have layers of different widths for some families only, no mixtures of experts among them; others must be regular
+    there, as for ``transformers``. What is a llama to ``gguf`` may have biases, which other architectures of
     llama.cpp have no place for.
     Raises UserError for ``gguf`` where llama.cpp has no architecture for it.
     """
     if runtime == "gguf" and shape.gguf is None:
         raise UserError("--runtime gguf: llama.cpp has no architecture that computes this model; leave it out, or name another runtime")
     free = {"any": True, "gguf": shape.gguf_free is not None, "vllm": shape.vllm_free, "transformers": False}[runtime]
-    free = free and not shape.is_mixture and not shape.regular
+    free = free and not shape.regular and (runtime == "any" or not shape.is_mixture)
     divisor = shape.hidden if not free and shape.heads_divide_hidden else 0
     bound = shape.gguf in HEADS_FILL_HIDDEN if runtime == "gguf" else shape.heads_bound
     whole_heads = bool(shape.heads_fixed) or (not free and bound)
-    lacking = () if not free or (runtime == "gguf" and shape.gguf_free != "deci") else ("attention", "mlp")
+    lacking = () if not free or shape.is_mixture or (runtime == "gguf" and shape.gguf_free != "deci") else ("attention", "mlp")
     lacks = {"lacking": lacking[:1] if runtime == "gguf" else lacking, "first_attends": runtime != "any"}
-    if runtime == "gguf" or (runtime == "any" and free):
+    if runtime == "gguf" or (runtime == "any" and free and not shape.is_mixture):
         new_bias = runtime == "any" or shape.gguf_free == "deci"
         all_biases = shape.stock_bias and not free
         return Limits(not free, not free, new_bias=new_bias, all_biases=all_biases, divisor=divisor, whole_heads=whole_heads, **lacks)
-    return Limits(True, not free, new_bias=shape.stock_bias, all_biases=shape.stock_bias, divisor=divisor, whole_heads=whole_heads, **lacks)
+    same_heads, biases = not (free and shape.is_mixture), shape.stock_bias
+    return Limits(same_heads, not free, new_bias=biases, all_biases=biases, divisor=divisor, whole_heads=whole_heads, **lacks)
 
 
 def check_missing(shape: ModelShape, runtime: str) -> None:

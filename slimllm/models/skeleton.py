@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import json
 import re
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from .adapter import part_of
 from .families import PRUNED, Family, PartRow, family_of
-from .parts import Counted, ExpertsShape, value_in_layer
+from .parts import Cache, Counted, ExpertsShape, value_in_layer
+from .shape import ALL_HEADS_CACHED, cached_window
 
 
 def skeleton_of(config, dtype: torch.dtype):
@@ -76,10 +78,41 @@ def _in_float32(settings: str, dtype: torch.dtype) -> frozenset[str]:
 def _of_layer(layer: nn.Module, index: int, config, family: Family) -> Counted:
     rows = [row for row in family.parts if row.is_in(layer)]
     cut = {name for row in rows for name in (row.module, *(row.inputs if row.beside else ()))}
+    mixers = [row for step in family.steps for row in step if row.kind == "mixer" and row.is_in(layer)]
+    mixers = [row for row in mixers if isinstance(getattr(layer, row.module), nn.Module)]  # one may be a number
+    caches = [_cache_of(layer, row, config, family) for row in mixers]
+    window = cached_window(config, family, index)
+    kept = None if None in caches else tuple(replace(cache, window=window) for cache in caches)
     uncut = sum(p.numel() for name, p in layer.named_parameters() if name.partition(".")[0] not in cut)
     matrices = _matrices([module for name, module in layer.named_modules() if name.partition(".")[0] not in cut])
     experts = next((row for row in rows if row.kind == "experts"), None)
-    return Counted(uncut, matrices, frozenset(row.kind for row in rows), experts and _experts(layer, index, config, experts))
+    return Counted(uncut, matrices, frozenset(row.kind for row in rows), kept, experts and _experts(layer, index, config, experts))
+
+
+def _cache_of(layer: nn.Module, row: PartRow, config, family: Family) -> Cache | None:
+    """What a part that is never cut keeps of a text; None where its row does not say it and it is of no known form.
+
+    Linear attention, state spaces and convolutions keep the last inputs of their convolution, and all but the last of these a state.
+    """
+    module = getattr(layer, row.module)
+    convolution = next((one for one in module.children() if isinstance(one, nn.Conv1d)), None)
+    if convolution is None and not row.kept:
+        return None
+    numbers = state = last = 0
+    for place in row.kept:
+        holder, _, name = place.rpartition(".")
+        projection = getattr(layer.get_submodule(holder), name, None)
+        last = last if projection is None else projection.out_features
+        numbers += last
+    if family.gguf in ALL_HEADS_CACHED:
+        numbers = config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+    if convolution is not None:
+        state = convolution.in_channels * (convolution.kernel_size[0] - 1)
+    if hasattr(module, "ssm_state_size"):
+        state += module.intermediate_size * module.ssm_state_size
+    elif hasattr(module, "head_k_dim"):
+        state += module.num_v_heads * module.head_k_dim * module.head_v_dim
+    return Cache(numbers, state=state)
 
 
 def _matrices(modules: list[nn.Module]) -> tuple[tuple[int, int], ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..models.parts import Kept, PartShape
+from ..models.parts import ExpertsShape, Kept, PartShape, Units
 from ..models.slicing import slice_part
 from ..plan import LayerPlan, LayerReport
 from ..run import Run
@@ -14,7 +14,7 @@ from ..streaming.activations import ActivationStore
 from ..streaming.runner import TOKENS_PER_BATCH, LayerRunner
 from ..streaming.sizes import Sizes, widest
 from ..utils import processes
-from .choice import Choice, choice_of, choose, expert_channels, needs_of
+from .choice import choice_of, choose, expert_channels, needs_of
 from .experts_run import ExpertsRun
 from .importance.taylor import Saliency
 from .part_run import Aim, PartRun, part_runs
@@ -76,21 +76,9 @@ class LayerPruner:
         report.errors[kind] = error
 
     def _prune_experts(self, part_run: ExpertsRun, shape: PartShape, plan: LayerPlan, report: LayerReport, aim: Aim | None) -> None:
-        """Whole experts go first; the channels of those that stay are chosen by the tokens that are routed to them then."""
         config, kind = self.config, shape.kind
-        experts, channels = plan.units[kind].values()
-        part_run.take(needs_of(kind, config, plan.kept is None and experts < shape.experts))
-        kept = report.kept[kind]
-        if plan.kept is not None or experts < shape.experts:
-            kept = processes.from_first(lambda: self._choose(part_run, shape, plan, report.index))
-            part_run.cut(kept)
-        if plan.kept is None and channels < shape.channels:
-            part_run.take_channels(CHANNEL_SCORES[config.channel_score].needs)
-            choice = Choice(part_run, shape, config, report.index)
-            own = processes.from_first(lambda: expert_channels(choice, channels))
-            part_run.cut({"experts": list(range(experts)), "channels": own})
-            kept = kept | {"channels": own}
-        report.kept[kind] = kept
+        planned = None if plan.kept is None else plan.kept[kind]
+        report.kept[kind] = cut_experts(part_run, shape, config, report.index, plan.units[kind], planned)
         recovered = part_run.recover(config.recovery, config.ridge_for, not config.dense_states, aim and aim.beyond)
         report.errors[kind], report.starved = recovered
 
@@ -100,6 +88,32 @@ class LayerPruner:
             return plan.kept[shape.kind]
         steps = shape.steps(self.config.head_unit).of(plan.units[shape.kind])
         return choose(choice_of(part_run, shape, self.config, index, self.saliency[index]), steps)
+
+
+def cut_experts(
+    part_run: ExpertsRun, shape: ExpertsShape, config: PruneConfig, index: int, units: Units, planned: Kept | None = None
+) -> Kept:
+    """Runs the experts of layer ``index`` and takes away all but these ``units``, in place; returns what stays. ``planned``: what that is,
+    where it is decided already.
+
+    Whole experts go first; the channels of those that stay are chosen by the tokens that are routed to them then.
+    """
+    experts, channels = units.values()
+    part_run.take(needs_of(shape.kind, config, planned is None and experts < shape.experts))
+    if planned is not None:
+        part_run.cut(planned)
+        return planned
+    choice = choice_of(part_run, shape, config, index, None)
+    kept = {"experts": list(range(experts)), "channels": list(range(channels))}
+    if experts < shape.experts:
+        kept = processes.from_first(lambda: choose(choice, shape.steps().of(units)))
+        part_run.cut(kept)
+    if channels < shape.channels:
+        part_run.take_channels(CHANNEL_SCORES[config.channel_score].needs)
+        own = processes.from_first(lambda: expert_channels(choice, channels))
+        part_run.cut({"experts": list(range(experts)), "channels": own})
+        kept = kept | {"channels": own}
+    return kept
 
 
 def activation_bytes(run: Run, sizes: Sizes) -> int:

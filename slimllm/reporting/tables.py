@@ -111,7 +111,7 @@ def dry_run(run: Run, likely: Allocation, how: str, takes: Footprint, before: in
     pruned = [plan.units for plan in plans]
     given = shape.with_layers([*range(len(shape.given_layers))])
     kv = [given.cache_numbers() * size, shape.cache_numbers(pruned) * size]
-    unchanged = "" if shape.is_mixture or kv[0] != kv[1] else " (no KV head goes; --head_unit group lets some go)"
+    unchanged = "" if shape.is_mixture or shape.heads_fixed or kv[0] != kv[1] else " (no KV head goes; --head_unit group lets some go)"
     active = [shape.active_parameters() + shape.parameters_gone, shape.active_parameters(pruned)]
     rows = [
         ["", "dense", "pruned"],

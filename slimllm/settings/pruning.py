@@ -32,6 +32,7 @@ COUNTS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}  # units of --target_params
 BY_PRICES = ("fit", "target_speedup")  # of AMOUNTS, those that only layer_ratio auto can meet, or for fit a mixture of experts
 HEAD_UNITS = ("group", "query")
 REGULAR = ("uniform", "auto")  # ways to spread the sparsity that can give all layers the same widths
+OF_MIXTURES = ("uniform", "importance", "auto")  # those that know experts
 PARTS = ("both", "heads", "channels", "experts")
 DISTILLATIONS = ("none", "scales", "all")
 SIZES = ("pruning_ratio", "target_sparsity", "smaller", "target_params")  # each says how many parameters are to go
@@ -489,6 +490,10 @@ class PruneConfig:
             )
         if self.plan is not None:
             return found
+        if self.fit is not None and shape.uncounted:
+            raise UserError(
+                f"--fit {self.fit}: what a {shape.uncounted} keeps of a text for the tokens that follow is unknown; ask by --target_params"
+            )
         found |= self._of_mixture(shape)
         prune = found.get("prune", self.prune)
         if limits.whole_heads and prune in ("both", "heads") and not (shape.is_mixture and prune == "both"):
@@ -522,13 +527,14 @@ class PruneConfig:
             )
         for name in (*BY_PRICES, "vocab") if "prices" not in LAYER_RATIOS[found.get("layer_ratio", self.layer_ratio)].needs else ():
             value = getattr(self, name)
-            if value is not None and (name != "vocab" or value == "auto") and not (name == "fit" and shape.is_mixture):
+            alike = name == "fit" and shape.is_mixture and found["layer_ratio"] == "uniform"
+            if value is not None and (name != "vocab" or value == "auto") and not alike:
                 raise UserError(f"--{name} {value}: it goes by a price list; add --recipe best or --layer_ratio auto")
         return found
 
     def _of_mixture(self, shape: ModelShape) -> dict:
-        """What differs for a mixture of experts: all its layers lose the same, experts or heads. Raises UserError for what it cannot lose,
-        and for a mixture's settings with another model.
+        """What differs for a mixture of experts, which loses experts or heads. Raises UserError for what it cannot lose, and for settings
+        of a mixture with another model.
         """
         if not shape.is_mixture:
             if self.prune == "experts":
@@ -539,14 +545,9 @@ class PruneConfig:
                 f"--target_speedup {self.target_speedup}: a token takes as long however many experts stay, and the time of narrower ones "
                 "is not measured; ask by --fit or --target_sparsity"
             )
-        if self.price_list is not None:
-            raise UserError(f"--price_list {self.price_list}: it goes by prices, which experts have none of yet; leave it out")
-        self._check_fit(shape)
-        if self.vocab == "auto":
-            raise UserError("--vocab auto: it goes by prices, which experts have none of yet; name a number of tokens")
-        if self.layer_ratio not in (None, "uniform"):
-            raise UserError(f"--layer_ratio {self.layer_ratio}: all layers of a mixture of experts lose the same; leave it out")
-        found = {"layer_ratio": "uniform"}
+        if self.layer_ratio not in (None, *OF_MIXTURES):
+            raise UserError(f"--layer_ratio {self.layer_ratio}: of a mixture of experts name {', '.join(OF_MIXTURES)}")
+        found = {"layer_ratio": self.layer_ratio or self._usual_of_mixture(shape)}
         if self.pruned_layers is None:
             found["pruned_layers"] = len(shape.layers)
         experts = [part for layer in shape.layers for part in layer.parts if part.kind == "experts"]
@@ -566,10 +567,14 @@ class PruneConfig:
             found["round_to"] = self._expert_multiple()
         return found
 
-    def _check_fit(self, shape: ModelShape) -> None:
-        """Raises UserError for a mixture of which it is not known how many bytes a plan takes."""
-        if self.fit is not None and not any(part.kind == "attention" for layer in shape.layers for part in layer.parts):
-            raise UserError(f"--fit {self.fit}: the KV cache of this model's attention cannot be counted yet; ask by --target_params")
+    def _usual_of_mixture(self, shape: ModelShape) -> str:
+        """How the sparsity of a mixture is spread where nothing says it: by prices where the recipe goes by them and they can change
+        anything. A file for llama.cpp, which ``fit`` is about, has one number of experts for all layers.
+        """
+        if self.price_list is not None:
+            return "auto"
+        differs = self.vocab == "auto" or (self.fit is None and not limits_of(self.runtime, shape).same_heads)
+        return "auto" if differs and self._default("layer_ratio") == "auto" else "uniform"
 
     def _check_experts_recovery(self) -> None:
         """Raises UserError for a fit that cannot be made of the inputs of one expert and what is missing of all."""
@@ -699,7 +704,7 @@ class PruneConfig:
         if self.layer_ratio not in (None, usual) and "layer_ratio" not in self._given:
             why = f"with --runtime {self.runtime} all layers lose the same"
             if of_experts:
-                why = "all layers of a mixture of experts lose the same"
+                why = "all layers of this mixture of experts lose the same"
             found.append(f"layer ratio {self.layer_ratio}, not {usual}: {why}")
         return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +11,7 @@ import gguf
 
 from ... import cli
 from ...errors import UserError
-from ...models.parts import PRUNED_KINDS, PartShape, Units
+from ...models.parts import PartShape, Units, all_steps, goes
 from ...models.shape import ModelShape
 from ...plan import LayerPlan, Measure, parameters, removed
 from ...settings.pruning import BY_PRICES, BYTES, PruneConfig
@@ -54,7 +56,7 @@ class Budget:
         part = slot.part
         bias = part.output_bias or (steps < slot.steps.count and self.config.adds_bias(self.shape))
         whole = self.measure(part, part.units, part.input_bias, part.output_bias)
-        return whole - self.measure(part, slot.steps.units(steps), part.input_bias, bias)
+        return whole - self.measure(part, part.units | slot.steps.units(steps), part.input_bias, bias)
 
     def out_of_reach(self, most: list[LayerPlan]) -> UserError:
         """The error for a target beyond what the plans ``most``, which remove as much as can go, remove."""
@@ -93,8 +95,10 @@ def of_parameters(shape: ModelShape, config: PruneConfig) -> Budget:
     """``--target_sparsity``; of a ``--pruning_ratio``, that share of what may go of as many layers as are pruned."""
     share = config.sparsity_of(shape)
     if share is None:
-        parts = [part for layer in shape.layers for part in layer.parts if part.kind in PRUNED_KINDS[config.prune]]
-        gone = sum(part.parameters() - part.parameters(part.steps(config.head_unit).units(1)) for part in parts)
+        gone = 0
+        for part in (part for layer in shape.layers for part in layer.parts):
+            least = [s.units(s.least) for s in all_steps(part, config.head_unit) if goes(config.prune, part, s.sort, shape.is_mixture)]
+            gone += part.parameters() - part.parameters(functools.reduce(operator.or_, least, part.units))
         share = config.pruning_ratio * config.pruned_layers / len(shape.layers) * gone / shape.decoder_parameters
     name, value = config.amount
 
@@ -106,23 +110,24 @@ def of_parameters(shape: ModelShape, config: PruneConfig) -> Budget:
 
 
 def of_bytes(shape: ModelShape, config: PruneConfig, overhead: int) -> Budget:
-    """``--fit``: a GGUF file of ``--gguf_type``, and the KV cache of ``--context`` tokens in 16 bits. ``overhead``: bytes of the file that
-    hold no weights, the vocabulary above all.
+    """``--fit``: a GGUF file of ``--gguf_type``, and what llama.cpp keeps of ``--context`` tokens: the KV cache in 16 bits, the states of
+    layers without attention in 32. ``overhead``: bytes of the file that hold no weights, the vocabulary above all.
     """
 
     def measure(part: PartShape, units: Units, input_bias: bool, output_bias: bool) -> float:
         weights = stored(part.parameters(units, input_bias, output_bias), part.matrices(units))
-        return weights + cache * part.cache_numbers(units)
+        return weights + part.cache_bytes(config.context, units)
 
     def stored(parameters: int, matrices: Sequence[tuple[int, int]]) -> int:
         vectors = parameters - sum(rows * columns for rows, columns in matrices)
         return sum(gguf_bytes(*matrix, config.gguf_type) for matrix in matrices) + 4 * vectors
 
-    cache = 2 * config.context
     layers = sum(measure(p, p.units, p.input_bias, p.output_bias) for layer in shape.layers for p in layer.parts)
     uncut = sum(stored(layer.uncut_parameters, layer.uncut_matrices) for layer in shape.layers)
-    whole = layers + uncut + 4 * (shape.norm_parameters + shape.head_bias * shape.vocab) + overhead
+    caches = sum(cache.bytes(config.context) for layer in shape.layers for cache in layer.caches)
+    whole = layers + uncut + caches + overhead + stored(shape.norm_parameters + shape.head_bias * shape.vocab, shape.token_matrices)
     whole += (1 if shape.tied else 2) * gguf_bytes(shape.vocab, shape.hidden, config.gguf_type)
+    whole += gguf_bytes(shape.vocab, shape.token_inputs, config.gguf_type)
     asked = cli.number_of("fit", config.fit, BYTES)
 
     def in_words(amount: float) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ...errors import UserError
-from ...models.parts import PRUNED_KINDS, Units
+from ...models.parts import EXPERT_CHANNELS, ChannelSteps, PartShape, Units, all_steps, goes
 from ...models.shape import ModelShape
 from ...settings.pruning import PruneConfig
 from ...utils.files import check_plain, write_text
@@ -20,7 +20,7 @@ from ...utils.files import check_plain, write_text
 NAME = "price_list.json"
 FORMAT = 1
 LEVELS = (0.125, 0.25, 0.5, 0.75)  # shares of a part whose removal is priced; what lies between follows from a curve through them
-_DECIDED_BY = ("method", "recovery", "head_choice", "channel_score", "head_unit", "new_bias", "keep_lowest", "prices")
+_DECIDED_BY = ("method", "recovery", "head_choice", "channel_score", "expert_score", "head_unit", "new_bias", "keep_lowest", "prices")
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,9 @@ class Price:
 class PriceList:
     """Prices of one model, on one text, for one way to choose units and to recover outputs.
 
-    ``prices``: of every part of every layer, at some levels. ``settings``: those that they follow from. ``calibration``: the SHA-256 of
-    the samples; ``tokens``: how many the model was asked about. ``seconds``: that it took.
+    ``prices``: of every part of every layer that loses units, at some levels; of experts, and of the channels of each, apart.
+    ``settings``: those that they follow from. ``calibration``: the SHA-256 of the samples; ``tokens``: how many the model was asked about.
+    ``seconds``: that it took.
     """
 
     model: str
@@ -61,25 +62,27 @@ class PriceList:
         """That of a model whose parts all cost the same per parameter, from its shape alone."""
         prices = []
         for index, layer in enumerate(shape.layers):
-            for part in layer.parts:
-                steps = part.steps(config.head_unit)
+            for part, level in levels_in(layer.parts, config, shape.is_mixture):
                 share = part.parameters() / shape.decoder_parameters
-                for count in levels_of(steps):
-                    gone = 1 - count / steps.count
-                    prices.append(Price(index, part.kind, steps.units(count), gone, share * gone**1.5))
+                prices.append(Price(index, part.kind, level.units, level.share, share * level.share**1.5))
         return cls.of(shape, config, "", 0, prices, 0.0)
 
     @cached_property
-    def curves(self) -> dict[tuple[int, str], tuple[float, float]]:
-        """(layer, part) -> its :func:`curve`; a part that has nothing to give has none."""
+    def curves(self) -> dict[tuple[int, str, str], tuple[float, float]]:
+        """(layer, part, sort of units) -> its :func:`curve`; what has nothing to give has none."""
         found = {}
         for price in self.prices:
-            found.setdefault((price.layer, price.part), []).append(price)
+            found.setdefault((price.layer, price.part, self._sort_of(price)), []).append(price)
         return {key: curve(prices) for key, prices in found.items()}
 
-    def curve_of(self, layer: int, part: str) -> tuple[float, float]:
-        """The curve of a part; one that has nothing to give costs nothing."""
-        return self.curves.get((layer, part), (0.0, 1.0))
+    def _sort_of(self, price: Price) -> str:
+        """The sort of units that a price is of: the first that the part has fewer of. KV heads go with query heads."""
+        whole = self.units[price.layer][price.part]
+        return next(sort for sort, count in price.units.items() if count != whole[sort])
+
+    def curve_of(self, layer: int, part: str, sort: str) -> tuple[float, float]:
+        """The curve of a part's units of a sort; what has nothing to give costs nothing."""
+        return self.curves.get((layer, part, sort), (0.0, 1.0))
 
     @property
     def mean(self) -> float:
@@ -89,12 +92,14 @@ class PriceList:
     def of_halves(self, layers: int) -> list[float]:
         """What half of all parts of each layer costs, nats per token."""
         costs = [0.0] * layers
-        for (layer, _), (scale, exponent) in self.curves.items():
+        for (layer, *_), (scale, exponent) in self.curves.items():
             costs[layer] += scale * 0.5**exponent
         return costs
 
-    def of_part(self, layer: int, part: str) -> list[Price]:
-        return [price for price in self.prices if (price.layer, price.part) == (layer, part)]
+    def of_part(self, layer: int, part: str, sort: str | None = None) -> list[Price]:
+        """The prices of a part, or of its units of one sort."""
+        prices = [price for price in self.prices if (price.layer, price.part) == (layer, part)]
+        return prices if sort is None else [price for price in prices if self._sort_of(price) == sort]
 
     def write(self, folder: Path) -> None:
         """Writes price_list.json into ``folder``."""
@@ -124,21 +129,19 @@ class PriceList:
         if found.format != FORMAT or found.units != shape.units:
             raise UserError(f"{flag}: it is of {found.model}, a model of other widths; make one of this model (slimllm explore)")
         for name in _DECIDED_BY:
-            if name != "prices" and found.settings.get(name) != getattr(config, name):
-                made, now = found.settings.get(name), getattr(config, name)
+            now = getattr(config, name)
+            made = found.settings.get(name, now)  # older lists, of models without experts, have no score of experts
+            if name != "prices" and made != now:
                 raise UserError(f"{flag}: it was made with --{name} {made}, and this run has {now}; give the same, or make a new list")
-        found._check(flag, shape, PRUNED_KINDS[config.prune])
+        found._check(flag, shape, config)
         return found
 
-    def _check(self, flag: str, shape: ModelShape, kinds: tuple[str, ...]) -> None:
-        """Raises UserError where a part of these kinds has no price, or one that is no number."""
+    def _check(self, flag: str, shape: ModelShape, config: PruneConfig) -> None:
+        """Raises UserError where something that goes has no price, or one that is no number."""
         for index, layer in enumerate(shape.layers):
-            for part in layer.parts:
-                if part.kind not in kinds:
-                    continue
-                prices = self.of_part(index, part.kind)
-                priced = len(prices) == len(levels_of(part.steps(self.settings["head_unit"])))
-                if not priced or not all(0 < price.share <= 1 and 0 <= price.nats < math.inf for price in prices):
+            for part, level in levels_in(layer.parts, config, shape.is_mixture):
+                prices = [price for price in self.of_part(index, part.kind) if price.units == level.units]
+                if len(prices) != 1 or not all(0 < price.share <= 1 and 0 <= price.nats < math.inf for price in prices):
                     raise UserError(f"{flag}: layer {index}: its {part.title} has no usable price; make a new list (slimllm explore)")
 
 
@@ -151,10 +154,31 @@ def is_list(path: Path) -> bool:
     return True
 
 
-def levels_of(steps) -> list[int]:
-    """The numbers of steps kept that are priced, ascending."""
+@dataclass(frozen=True)
+class Level:
+    """What is priced of a part: that it keeps so many ``steps`` of what goes, which leaves it these ``units`` and takes this ``share``."""
+
+    steps: int
+    units: Units
+    share: float
+
+
+def levels_of(steps, multiple: int = 1) -> list[int]:
+    """The numbers of steps kept that are priced, ascending; ``multiple``: what they are multiples of."""
     kept = {steps.count - max(1, round(share * steps.count)) for share in LEVELS}
-    return sorted(kept - {0})
+    kept = {count // multiple * multiple for count in kept}
+    return sorted(count for count in kept if count >= max(steps.least, 1))
+
+
+def levels_in(parts: tuple[PartShape, ...], config: PruneConfig, mixture: bool) -> list[tuple[PartShape, Level]]:
+    """What is priced of the parts of a layer, each with its part. ``mixture``: whether the model is one of experts."""
+    found = []
+    for part in parts:
+        for steps in all_steps(part, config.head_unit):
+            multiple = EXPERT_CHANNELS if part.kind == "experts" and isinstance(steps, ChannelSteps) else 1
+            for count in levels_of(steps, multiple) if goes(config.prune, part, steps.sort, mixture) else []:
+                found.append((part, Level(count, part.units | steps.units(count), 1 - count / steps.count)))
+    return found
 
 
 def curve(prices: list[Price]) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """The price list measured: what pruning one part of one layer costs, the rest being whole. ``--prices`` names the way.
 
-Each part is pruned and refitted at some levels on the states that the dense model gives it; what this changes of its output is d.
+Each part is pruned and refitted at some levels on the states that the dense model gives it; what this changes of its output is d. Experts
+are too large for a copy at each level: they are pruned in place, in a layer that is read anew for each.
 ``gradient`` and ``streams`` differ in how they tell from d what it costs. Layers are visited one at a time, so that the time grows with the
 depth (of ``streams``: with its square), and states that do not fit in memory go to the disk.
 """
@@ -10,14 +11,15 @@ from __future__ import annotations
 import copy
 import functools
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
 
 from ...data.calibration import draw
-from ...models.adapter import LayerAdapter
-from ...models.parts import PRUNED_KINDS, Kept, Units
+from ...models.adapter import Experts, LayerAdapter
+from ...models.parts import Kept, Units
 from ...models.slicing import slice_part
 from ...run import Run
 from ...settings.methods import PRICES
@@ -27,10 +29,12 @@ from ...streaming.sizes import Sizes, widest
 from ...utils import processes
 from ...utils.device import evaluation_dtype
 from ..choice import choice_of, choose, needs_of
+from ..experts_run import ExpertsRun
+from ..layer import cut_experts
 from ..part_run import PartRun, part_runs
 from ..recovery import Recovered
 from .inputs import AllocationInputs
-from .price_list import Price, PriceList, levels_of
+from .price_list import Level, Price, PriceList, levels_in
 
 FIT_TOKENS = 4096  # calibration tokens that parts are pruned from, at most; fewer make channels look dearer than heads
 PROBE_TOKENS = {"gradient": 4096, "streams": 512}  # others of them, that prices are measured on, at most
@@ -74,34 +78,77 @@ class Fits:
         self.dtype = evaluation_dtype(run.source.dtype, run.device)
         self.runner = run.runner(ids[: max(1, FIT_TOKENS // ids.shape[1])], self.dtype)
 
+    def levels(self, index: int) -> dict[str, list[Level]]:
+        """What is priced of the parts of a layer, by their kind."""
+        found = {}
+        for part, level in levels_in(self.inputs.shape.layers[index].parts, self.config, self.inputs.shape.is_mixture):
+            found.setdefault(part.kind, []).append(level)
+        return found
+
     def options(self, layer: nn.Module, index: int, hidden: ActivationStore) -> list[Option]:
-        """All options of one layer, which stays as it is; ``hidden``, the states before it, become those after it."""
-        shapes = {part.kind: part for part in self.inputs.shape.layers[index].parts}
+        """All options of one layer but those of its experts; the layer stays as it is. ``hidden``, the states before it, become those
+        after it.
+        """
+        shapes, levels = {part.kind: part for part in self.inputs.shape.layers[index].parts}, self.levels(index)
         found = []
         for step in self.runner.adapter.steps(layer):
             runs = part_runs(self.runner, hidden, step, index)
             for part_run in runs:
-                if part_run.part.kind in PRUNED_KINDS[self.config.prune]:
-                    found += self._of_part(part_run, shapes[part_run.part.kind], index)
+                if isinstance(part_run, PartRun) and part_run.part.kind in levels:
+                    found += self._of_part(part_run, shapes[part_run.part.kind], levels[part_run.part.kind], index)
                 else:
                     part_run.take()
             for part_run in runs:
                 part_run.join()
         return found
 
-    def _of_part(self, part_run: PartRun, shape, index: int) -> list[Option]:
-        config, steps = self.config, shape.steps(self.config.head_unit)
+    def _of_part(self, part_run: PartRun, shape, levels: list[Level], index: int) -> list[Option]:
+        config = self.config
         part_run.take(needs_of(shape.kind, config, True))
         saliency = self.inputs.saliency and self.inputs.saliency[index]
         choice = choice_of(part_run, shape, config, index, saliency)
         ridge, new_bias = config.ridge_for(self.runner.tokens), config.adds_bias(self.inputs.shape)
         found = []
-        for count in levels_of(steps):
-            kept = processes.from_first(functools.partial(choose, choice, count))
+        for level in levels:
+            kept = processes.from_first(functools.partial(choose, choice, level.steps))
             columns = part_run.part.columns(kept, part_run.weight.device)
             recovered, _ = part_run.fit(columns, config.recovery, ridge, new_bias)
-            found.append(Option(shape.kind, steps.units(count), 1 - count / steps.count, kept, columns, recovered))
+            found.append(Option(shape.kind, level.units, level.share, kept, columns, recovered))
         return found
+
+    def pruned_experts(self, index: int, hidden: ActivationStore) -> Iterator[tuple[Level, nn.Module]]:
+        """(what is priced of its experts, the layer with these pruned and refitted), for each level in turn.
+
+        The layer is read anew for each, or copied where the model is in memory, so that it is in memory once. ``hidden``: the states before
+        it, which stay as they are.
+        """
+        for level in self.levels(index).get("experts", []):
+            for _, layer in self.runner.visit(start=index, stop=index + 1):
+                own = layer if self.runner.source.streams else copy.deepcopy(layer)
+                states = hidden.copy()
+                self._prune_experts(own, index, level, states)
+                states.close()
+                yield level, own
+
+    def _prune_experts(self, layer: nn.Module, index: int, level: Level, hidden: ActivationStore) -> None:
+        shape = next(part for part in self.inputs.shape.layers[index].parts if part.kind == "experts")
+        part_run = experts_of(self.runner, layer, index, hidden)
+        cut_experts(part_run, shape, self.config, index, level.units)
+        part_run.recover(self.config.recovery, self.config.ridge_for, replace=False)
+        part_run.close()
+
+
+def experts_of(runner: LayerRunner, layer: nn.Module, index: int, hidden: ActivationStore) -> ExpertsRun:
+    """The run of a layer's experts. ``hidden``, the states before the layer, become those before the experts."""
+    for step in runner.adapter.steps(layer):
+        runs = part_runs(runner, hidden, step, index)
+        if found := [part_run for part_run in runs if isinstance(part_run, ExpertsRun)]:
+            return found[0]
+        for part_run in runs:
+            part_run.take()
+        for part_run in runs:
+            part_run.join()
+    raise RuntimeError(f"layer {index} has no experts")
 
 
 def gradient(inputs: AllocationInputs, fits: Fits, probe_ids: torch.Tensor) -> list[Price]:
@@ -123,12 +170,17 @@ def gradient(inputs: AllocationInputs, fits: Fits, probe_ids: torch.Tensor) -> l
         upstream[i] = _likelihood_gradient(runner, norm, head, upstream[i], uniform)
     last_first, total = [], len(inputs.shape.layers)
     for index in reversed(range(total)):
-        known = run.known(f"prices-{index:05d}")
+        known, levels = run.known(f"prices-{index:05d}"), fits.levels(index)
+        given = [runner.store(), runner.store()] if "experts" in levels and not known else None
         for _, layer in runner.visit(start=index, stop=index + 1):
-            options = [] if known else fits.options(layer, index, fit_inputs[index])
-            costs = _backward(runner, layer, index, probe_inputs[index], upstream, options)
+            options = [] if known or not levels.keys() - {"experts"} else fits.options(layer, index, fit_inputs[index].copy())
+            costs = _backward(runner, layer, index, probe_inputs[index], upstream, options, given)
+        del layer
         if not known:
-            known = [asdict(Price(index, option.part, option.units, option.share, cost)) for option, cost in zip(options, costs)]
+            found = [Price(index, option.part, option.units, option.share, cost) for option, cost in zip(options, costs)]
+            if given is not None:
+                found += _experts_by_gradient(fits, runner, index, fit_inputs[index], probe_inputs[index], *given)
+            known = [asdict(price) for price in found]
             run.keep(f"prices-{index:05d}", known)
         last_first.append([Price(**entry) for entry in known])
         fit_inputs[index].close()
@@ -155,17 +207,33 @@ def _likelihood_gradient(runner: LayerRunner, norm, head, states: torch.Tensor, 
     return gradient
 
 
-def _backward(runner: LayerRunner, layer: nn.Module, index: int, inputs, upstream: ActivationStore, options: list[Option]) -> list[float]:
-    """Replaces ``upstream``, the gradients of the layer's outputs, by those of its ``inputs``; gives what each option costs."""
+def _backward(
+    runner: LayerRunner,
+    layer: nn.Module,
+    index: int,
+    inputs: ActivationStore,
+    upstream: ActivationStore,
+    options: list[Option],
+    of_experts: list[ActivationStore] | None = None,
+) -> list[float]:
+    """Replaces ``upstream``, the gradients of the layer's outputs, by those of its ``inputs``; gives what each option costs.
+
+    ``of_experts``: where what the layer's experts give, and the gradients of that, are to be kept, [tokens, D] each.
+    """
     caught, sums = {}, torch.zeros(len(options), dtype=torch.float64)
-    hooks = [
-        part.output.register_forward_hook(lambda _, args, output, kind=part.kind: caught.update({kind: (args[0], output)}))
-        for part in runner.adapter.parts(layer)
-    ]
+
+    def catch(kind: str):
+        return lambda _, args, output: caught.update({kind: (args[0], output[0] if isinstance(output, tuple) else output)})
+
+    parts = [part for part in runner.adapter.parts(layer) if of_experts is not None or not isinstance(part, Experts)]
+    hooks = [(part.module if isinstance(part, Experts) else part.output).register_forward_hook(catch(part.kind)) for part in parts]
     with frozen(layer):
         for i in range(len(inputs)):
             gradients = runner.backward(layer, index, inputs, upstream, i, lambda: [y for _, y in caught.values()])
             of = {kind: [t.detach().flatten(0, -2) for t in (x, y, g)] for (kind, (x, y)), g in zip(caught.items(), gradients)}
+            if of_experts is not None:
+                for store, tensor in zip(of_experts, of["experts"][1:]):
+                    store.append(tensor)
             for k, option in enumerate(options):
                 x, y, g = of[option.part]
                 sums[k] += (g.float() * option.change(x, y)).sum(-1).double().square().sum().cpu()
@@ -175,22 +243,58 @@ def _backward(runner: LayerRunner, layer: nn.Module, index: int, inputs, upstrea
     return [value / tokens / 2 for value in totals]
 
 
+def _experts_by_gradient(
+    fits: Fits,
+    runner: LayerRunner,
+    index: int,
+    fit_inputs: ActivationStore,
+    probe_inputs: ActivationStore,
+    given: ActivationStore,
+    gradients: ActivationStore,
+) -> list[Price]:
+    """The prices of a layer's experts. ``fit_inputs`` and ``probe_inputs``: the states before the layer, which stay as they are; ``given``
+    and ``gradients`` [tokens, D]: what the experts give to the probe tokens, and the gradients of that.
+    """
+    found = []
+    for level, layer in fits.pruned_experts(index, fit_inputs):
+        states, total = probe_inputs.copy(), 0.0
+        part_run = experts_of(runner, layer, index, states)
+        for i, batch in enumerate(states):
+            change = part_run.part.give(batch).flatten(0, -2).float() - given[i].float()
+            total += float((gradients[i].float() * change).sum(-1).double().square().sum())
+        part_run.close()
+        states.close()
+        total, tokens = processes.total(total, runner.ids.numel())
+        found.append(Price(index, "experts", level.units, level.share, total / tokens / 2))
+    for store in (given, gradients):
+        store.close()
+    return found
+
+
 def streams(inputs: AllocationInputs, fits: Fits, probe_ids: torch.Tensor) -> list[Price]:
     """The divergence itself: KL of the dense model's next-token distribution from that of the model with this part alone pruned, for each
     option a stream of the probe tokens through all layers after it. All streams go through a layer together.
     """
     runner = inputs.run.runner(probe_ids, fits.dtype)
     states, dense = fits.runner.embed(), runner.embed()
-    variants, found = [], []
-    for index, layer in runner.visit("prices"):
-        before = dense.copy()
-        for stream in (dense, *variants):
-            runner.advance(stream, layer, index)
-        for option in fits.options(layer, index, states):
+    variants, found, total = [], [], len(inputs.shape.layers)
+    for index in range(total):
+        before, fit_inputs = dense.copy(), states.copy()
+        for _, layer in runner.visit(start=index, stop=index + 1):
+            for stream in (dense, *variants):
+                runner.advance(stream, layer, index)
+            for option in fits.options(layer, index, states):
+                variants.append(before.copy())
+                runner.advance(variants[-1], _pruned(runner.adapter, layer, option), index)
+                found.append((index, option.part, option.units, option.share))
+        del layer
+        for level, pruned in fits.pruned_experts(index, fit_inputs):
             variants.append(before.copy())
-            runner.advance(variants[-1], _pruned(runner.adapter, layer, option), index)
-            found.append((index, option.part, option.units, option.share))
-        before.close()
+            runner.advance(variants[-1], pruned, index)
+            found.append((index, "experts", level.units, level.share))
+        for store in (before, fit_inputs):
+            store.close()
+        runner.progress("prices", index + 1, total)
     costs = runner.divergences(dense, variants)
     for store in (states, dense, *variants):
         store.close()
@@ -211,7 +315,8 @@ def activation_bytes(run: Run, sizes: Sizes) -> int:
     probes = min(PROBE_TOKENS[run.config.prices], sizes.tokens)
     kept = len(run.shape.layers) * (probes + min(FIT_TOKENS, sizes.tokens))
     if run.config.prices == "streams":
-        kept = sum(len(levels_of(part.steps(run.config.head_unit))) for layer in run.shape.layers for part in layer.parts) * probes
+        mixture = run.shape.is_mixture
+        kept = sum(len(levels_in(layer.parts, run.config, mixture)) for layer in run.shape.layers) * probes
     inputs = (probes + min(FIT_TOKENS, sizes.tokens)) * run.shape.token_inputs
     return (kept * run.shape.streamed + inputs) * sizes.evaluation
 
@@ -222,10 +327,8 @@ def peak_bytes(run: Run, sizes: Sizes) -> int:
         return 0
     peak, tokens = 0, min(FIT_TOKENS, sizes.tokens)
     for layer in run.shape.layers:
-        options = 0
-        for part in layer.parts:
-            steps = part.steps(run.config.head_unit)
-            options += sum(4 * part.hidden * part.output_inputs(steps.units(count)) for count in levels_of(steps))
+        priced = levels_in(layer.parts, run.config, run.shape.is_mixture)
+        options = sum(4 * part.hidden * part.output_inputs(level.units) for part, level in priced if part.kind != "experts")
         inner = widest(layer)
         fitting = 4 * inner * (2 * inner + 4 * layer.parts[0].hidden) + tokens * inner * (sizes.evaluation + 4)
         peak = max(peak, layer.parameters * (sizes.evaluation + sizes.stored) + options + fitting)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ...errors import UserError
@@ -40,7 +40,8 @@ def plans_from_ratios(shape: ModelShape, ratios: Ratios, config: PruneConfig) ->
     if config.pruning_ratio is not None:
         return sizing.rounded(ratios(config.pruning_ratio))
     share = EXPERTS_SHARE if shape.is_mixture else COMMON_ATTENTION_SHARE
-    return sizing.for_target(ratios, share if limits.same_heads and config.prune == "both" else 1.0)
+    together = config.prune == "both" and (limits.same_heads or shape.is_mixture)
+    return sizing.for_target(ratios, share if together else 1.0)
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class Sizing:
 
     def __init__(self, shape: ModelShape, config: PruneConfig):
         self.shape, self.config, self.limits = shape, config, limits_of(config.runtime, shape)
+        if shape.is_mixture and config.layer_ratio == "uniform" and not irregular(alike(shape, shape.units)):
+            self.limits = replace(self.limits, same_heads=True, same_channels=True)  # so that its family's own class holds what is left
         slots = [
             Slot(index, part, steps)
             for index, layer in enumerate(shape.layers)
@@ -269,7 +272,7 @@ class Sizing:
                 surplus -= (moved - before) // step
                 slot.keep(plans, moved)
             pruned = [slot for slot in pruned if (slot.kept(plans) < _most(slot, step) if surplus > 0 else slot.kept(plans) > step)]
-        if surplus:
+        if surplus and (together or not self.shape.is_mixture):  # else the layers' own numbers of experts make up for most of it
             name, value = self.config.amount
             raise UserError(
                 f"--{name} {value}: the heads come in steps too coarse for this, "

@@ -20,6 +20,7 @@ from .price_list import PriceList
 from .sizing import Sizing, Slot
 
 EVENNESS = 3.5  # how strongly parts are kept from losing much of themselves, in mean prices times the share that goes of all
+EVENNESS_OF_MIXTURES = 1.0  # the same of experts: fewer of them are missed less than fewer heads or channels
 MOST = 0.9  # the share that a part loses at most, unless nothing else frees enough
 STEEP = 1e3  # nats per share beyond that
 WEIGHINGS = 30  # how often several budgets are weighed against each other
@@ -48,13 +49,14 @@ def predicted(prices: PriceList, sizing: Sizing, plans: list[LayerPlan]) -> floa
     """What plans cost by the price list: the sum over their parts, nats per token."""
     total = 0.0
     for slot in (*sizing.coarse, *sizing.fine):
-        scale, exponent = prices.curve_of(slot.layer, slot.part.kind)
+        scale, exponent = prices.curve_of(slot.layer, slot.part.kind, slot.steps.sort)
         total += scale * (1 - slot.kept(plans) / slot.steps.count) ** exponent
     return total
 
 
 def solve_all(prices: PriceList, sizing: Sizing, budgets: list[Budget]) -> list[LayerPlan]:
-    """One plan per layer that meets all the budgets, each to within one channel. Raises UserError where the parts cannot free that much.
+    """One plan per layer that meets all the budgets, ``exact`` ones to within one channel. Raises UserError where the parts cannot free as
+    much.
 
     Where the plan for one of them meets the others too, that is it. Else several bind, and they are weighed against each other until one
     plan just meets them all: what is missed gets more weight, what is exceeded less.
@@ -67,7 +69,7 @@ def solve_all(prices: PriceList, sizing: Sizing, budgets: list[Budget]) -> list[
 
     def missed(plans: list[LayerPlan]) -> float:
         """By how many channels a budget is missed, at most."""
-        return max(max(0.0, (budget.target - budget.removed(plans)) / step - 1) for budget, step in zip(budgets, slack))
+        return max(max(0.0, (budget.target - budget.removed(plans)) / step - budget.exact) for budget, step in zip(budgets, slack))
 
     for _ in range(WEIGHINGS if min(map(missed, found)) else 0):
         plans = solve(prices, sizing, together(budgets, weights, beyond))
@@ -113,7 +115,7 @@ def solve(prices: PriceList, sizing: Sizing, budget: Budget) -> list[LayerPlan]:
             failed = error
             continue
         beyond = budget.removed(plans) - budget.target  # whole heads may free too much
-        missed = (abs(beyond) if budget.exact else -beyond) > 2 * _tolerance(fine)
+        missed = (abs(beyond) if budget.exact else -beyond) > 2 * _tolerance(fine, budget)
         found.append((missed, _loss(coarse + fine, plans), plans))
     if not found:
         raise failed
@@ -122,8 +124,8 @@ def solve(prices: PriceList, sizing: Sizing, budget: Budget) -> list[LayerPlan]:
 
 def _offers(prices: PriceList, sizing: Sizing, budget: Budget, slots: list[Slot], tied: bool) -> list[Offer]:
     """An offer for each part, or where all layers are to be alike, one for all of them."""
-    curves = [prices.curve_of(slot.layer, slot.part.kind) for slot in slots]
-    evenness = EVENNESS * prices.mean * budget.share
+    curves = [prices.curve_of(slot.layer, slot.part.kind, slot.steps.sort) for slot in slots]
+    evenness = (EVENNESS_OF_MIXTURES if sizing.shape.is_mixture else EVENNESS) * prices.mean * budget.share
     offers = []
     for slot, (scale, exponent) in zip(slots, curves):
         steps = torch.tensor(sorted({*slot.steps.allowed(sizing.config.round_to), slot.steps.count}))
@@ -156,7 +158,7 @@ def _loss(offers: list[Offer], plans: list[LayerPlan]) -> float:
 
 def _nearest(offers: list[Offer], fixed: Assignment, budget: Budget) -> list[LayerPlan]:
     """The plans nearest to the target, with some offers ``fixed``: those at the price at which it is met, or between the two at which it is
-    just missed and just met.
+    just missed and just met. A budget that is not ``exact`` is met where it can be.
     """
 
     def planned(positions: list[int]) -> list[LayerPlan]:
@@ -171,9 +173,14 @@ def _nearest(offers: list[Offer], fixed: Assignment, budget: Budget) -> list[Lay
         moved = [k for k, (a, b) in enumerate(zip(fewer, more)) if a != b]
         candidates = [[more[k] if k in moved[:count] else fewer[k] for k in range(len(offers))] for count in range(len(moved) + 1)]
     options = [planned(positions) for positions in candidates]
-    if budget.removed(most := max(options, key=budget.removed)) < budget.target - _tolerance(offers):
+    if budget.removed(most := max(options, key=budget.removed)) < budget.target - _tolerance(offers, budget):
         raise budget.out_of_reach(most)
-    return min(options, key=lambda plans: abs(budget.removed(plans) - budget.target))
+
+    def missed(plans: list[LayerPlan]) -> tuple[bool, float]:
+        beyond = budget.removed(plans) - budget.target
+        return beyond < 0 and not budget.exact, abs(beyond)
+
+    return min(options, key=missed)
 
 
 def _around_target(offers: list[Offer], fixed: Assignment, budget: Budget) -> tuple[list[int], list[int]]:
@@ -190,7 +197,7 @@ def _around_target(offers: list[Offer], fixed: Assignment, budget: Budget) -> tu
     low, high = at(0.0), [int(offer.frees.argmax()) for offer in offers]
     if removed(low) >= budget.target:
         return low, low
-    if removed(high) < budget.target - _tolerance(offers):
+    if removed(high) < budget.target - _tolerance(offers, budget):
         raise budget.out_of_reach(_plans([*fixed, *zip(offers, high)], budget.shape))
     cheap, dear = 0.0, 1.0 / budget.target
     while removed(at(dear)) < budget.target and dear < 1e12:
@@ -211,6 +218,8 @@ def _coarse_ways(coarse: list[Offer], fine: list[Offer], budget: Budget) -> list
     return [list(way) for way in dict.fromkeys(tuple(positions[: len(coarse)]) for positions in ends)]
 
 
-def _tolerance(offers: list[Offer]) -> float:
-    """By how much a target may be missed: half the smallest step of an offer."""
+def _tolerance(offers: list[Offer], budget: Budget) -> float:
+    """By how much a target may be missed: half the smallest step of an offer where it is to be met exactly, else by nothing."""
+    if not budget.exact:
+        return 0.0
     return min((float(offer.frees.sort().values.diff().min()) for offer in offers if len(offer.steps) > 1), default=0.0) / 2
