@@ -43,10 +43,10 @@ def two_processes(*arguments):
     return [*TORCHRUN, str(ROOT / "hf_prune.py"), *arguments]
 
 
-@pytest.mark.parametrize("recipe", ["best", "distilled"])
-def test_two_processes_decide_as_one(folder, text_file, recipe):
+@pytest.mark.parametrize("recipe, more", [("best", ()), ("best", ("--drop_parts", 2)), ("distilled", ())])
+def test_two_processes_decide_as_one(folder, text_file, recipe, more):
     """The paper's recipe runs in two processes below."""
-    how = ["--recipe", recipe, "--distill_examples", 40, "--distill_learning_rate", 3e-4]
+    how = ["--recipe", recipe, "--distill_examples", 40, "--distill_learning_rate", 3e-4, *more]
     assert hf_prune.main(flags(text_file, "one", *how)) == 0
     done = subprocess.run(two_processes(*flags(text_file, "two", *how)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
