@@ -14,7 +14,7 @@ import pytest
 import hf_prune
 from slimllm.__main__ import main as slimllm_main
 from slimllm.evaluation import answers
-from slimllm.reporting import page, summary
+from slimllm.reporting import page, summary, tables
 from slimllm.reporting.record import PruningRecord
 from tests.conftest import make_model
 from tests.test_export_gguf import bpe_tokenizer
@@ -216,3 +216,13 @@ def test_an_empty_prompt_is_said_before_the_run(tiny_folder, capsys):
     assert slimllm_main(["prune", str(tiny_folder), "--prompt", ""]) == 2 == slimllm_main(["prune", "a", "--base_model", "b"])
     err = capsys.readouterr().err
     assert "--prompt: a prompt is empty" in err and "a and --base_model both name the same" in err
+
+
+def test_a_mixture_whose_layers_differ_says_where_it_runs():
+    def layer(experts, channels):
+        return {"kept": {"experts": {"experts": list(range(experts)), "channels": [list(range(channels))] * experts}, "attention": {}}}
+
+    dense = {"kept": {"mlp": {"channels": [0, 1]}}}  # such as the first layer of DeepSeek
+    assert tables.uneven_experts([dense, layer(3, 4), layer(3, 4)]) is None and tables.uneven_experts([dense]) is None
+    for other in (layer(2, 4), layer(3, 2)):
+        assert "--runtime gguf" in tables.uneven_experts([dense, layer(3, 4), other])

@@ -10,7 +10,7 @@ from ..deploy import whole_model
 from ..evaluation.answers import LOOPS, STOPS, ChatQuality
 from ..plan import is_gone
 from .record import PruningRecord
-from .tables import TEXT_HEADINGS, aligned, limits_line, odd_widths
+from .tables import TEXT_HEADINGS, aligned, limits_line, odd_widths, uneven_experts
 
 WIDTH = 100  # columns of a terminal
 
@@ -35,10 +35,10 @@ def summary(run: PruningRecord, folder: str, program: str, exports: bool) -> lis
     lost = nats_lost(run)
     if lost is not None:
         band, meaning = verdict(lost)
-        lines += ["", f"{lost:.2f} nats per token lost, in the mean of the texts: {band}", f"({meaning})"]
+        lines += ["", f"{round(lost, 2) + 0.0:.2f} nats per token lost, in the mean of the texts: {band}", f"({meaning})"]
     lines += answered(run)
     lines += ["", spent(run)]
-    lines += _wrapped(" ".join(filter(None, [odd_widths(run.layers)])))
+    lines += [line for remark in (uneven_experts(run.layers), odd_widths(run.layers)) for line in _wrapped(remark or "")]
     if steps := next_steps(run, folder, program, exports):
         lines += ["", "next:", *(f"  {what:8} {command}" for what, command in steps)]
     return lines
@@ -68,7 +68,7 @@ def sizes(run: PruningRecord, exports: bool) -> list[list[str]]:
     for f in run.evaluation:
         star = "*" if f["limited"] else ""
         nats = _nats(f)
-        worse = "" if nats is None else f"{nats:+.2f} nats per token".replace("+-", "-")
+        worse = "" if nats is None else f"{round(nats, 2) + 0.0:+.2f} nats per token"  # + 0.0: no minus before a zero
         rows.append(
             [TEXT_HEADINGS.get(f["data"], f["data"]), *(f"{value}{star}" for value in _values(f, run.vocabulary is not None)), worse]
         )

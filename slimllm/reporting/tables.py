@@ -67,6 +67,17 @@ def odd_widths(layers: list[dict]) -> str | None:
     )
 
 
+def uneven_experts(layers: list[dict]) -> str | None:
+    """A line on where a mixture runs whose ``layers`` (LayerReports) do not all keep as many experts of one width."""
+    sizes = {tuple(map(count_of, layer["kept"]["experts"].values())) for layer in layers if layer["kept"].get("experts")}
+    if len(sizes) < 2:
+        return None
+    return (
+        "its layers keep different numbers of experts, or widths of them, which llama.cpp and vLLM do not read; for these prune with "
+        "--runtime gguf or vllm"
+    )
+
+
 def limits_line(figures: list[dict]) -> list[str]:
     """What ``*`` means below a table with these perplexities; nothing where none is limited."""
     limited = sorted({(f["blocks"], f["seq_len"]) for f in figures if f["limited"]})
