@@ -280,13 +280,18 @@ def test_a_plan_that_is_none_is_named(layers, said, tmp_path):
         slimllm.prune(make_model(), calibration=make_ids(), plan=str(tmp_path / "plan.json"))
 
 
-@pytest.mark.parametrize("none, part", [(dict(heads=[], kv_heads=[]), "attention"), (dict(channels=[]), "feed-forward")])
-def test_a_part_that_keeps_nothing_is_a_plan_that_cannot_be_built_yet(none, part, tmp_path):
+@pytest.mark.parametrize("none, module", [(dict(heads=[], kv_heads=[]), "self_attn"), (dict(channels=[]), "mlp")])
+def test_a_plan_may_keep_nothing_of_a_part(none, module, tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps({"layers": [EVERYTHING, {**EVERYTHING, **none}]}))
-    shape = shape_of(make_model().config)
-    assert sum(count(plan, "channels") == 0 or count(plan, "heads") == 0 for plan in read_plan(str(tmp_path / "plan.json"), shape)[1]) == 1
-    with pytest.raises(slimllm.UserError, match=f"^layer 1: nothing of its {part} part stays"):
-        slimllm.prune(make_model(), calibration=make_ids(), plan=str(tmp_path / "plan.json"))
+    dense = make_model()
+    getattr(dense.model.layers[1], module).register_forward_hook(
+        lambda _, args, out: (torch.zeros_like(out[0]), *out[1:]) if isinstance(out, tuple) else torch.zeros_like(out)
+    )
+    expected = logits(dense, make_ids())
+    result = slimllm.prune(make_model(), calibration=make_ids(), plan=str(tmp_path / "plan.json"), recovery="none")
+    assert module in result.model.config.missing_modules_per_layer[1] and not result.model.config.missing_modules_per_layer[0]
+    assert torch.allclose(logits(result.model, make_ids()), expected, atol=1e-5)
+    slimllm.save(result, tmp_path / "smaller")
 
 
 def test_a_plan_must_fit_the_runtime(tmp_path):
