@@ -11,8 +11,6 @@ import hf_prune
 import slimllm
 from slimllm.deploy import checkpoint
 from slimllm.errors import UserError
-from slimllm.models.shape import shape_of
-from slimllm.pruning.allocation.plan_file import read_plan
 from slimllm.settings import methods
 from slimllm.settings.pruning import PruneConfig
 from tests.conftest import TEXT, count, indices, logits, make_ids, make_model
