@@ -68,6 +68,8 @@ GRANITE = dict(embedding_multiplier=3.0, attention_multiplier=0.2, residual_mult
 EXPERTS = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16)
 ROUTED = dict(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, n_shared_experts=1, n_group=1, topk_group=1)
 LATENT = dict(head_dim=4, num_key_value_heads=4, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8)
+LINEAR_HEADS = dict(linear_head_dim=4, linear_num_heads=4)
+ROUTED_WIDTH = dict(num_experts_per_tok=2, moe_intermediate_size=16)
 INDEXER = dict(index_topk=24, index_n_heads=2, index_head_dim=8)  # of attention that looks at so many tokens
 GEMMA4 = dict(
     num_key_value_heads=2,
@@ -156,8 +158,22 @@ FAMILY_CASES = {
     "cohere": ("cohere", dict(num_key_value_heads=2, logit_scale=0.25)),
     "cohere_normed": ("cohere", dict(num_key_value_heads=2, logit_scale=0.25, use_qk_norm=True)),
     "cohere2": ("cohere2", dict(num_key_value_heads=2, logit_scale=0.25, sliding_window=6, layer_types=GEMMA["layer_types"])),
+    "cohere_compass": (
+        "cohere_compass_text",
+        dict(
+            num_key_value_heads=2,
+            logit_scale=0.25,
+            sliding_window=6,
+            layer_types=GEMMA["layer_types"],
+            rope_parameters={
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+                "full_attention": None,
+            },
+        ),
+    ),
     "phi": ("phi", dict(num_key_value_heads=2)),
     "lfm2": ("lfm2", dict(num_key_value_heads=2, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)),
+    "lfm3": ("lfm3", dict(num_key_value_heads=2, layer_types=["conv", "sliding_attention"], sliding_window=6)),
     "granitemoehybrid": (
         "granitemoehybrid",
         dict(
@@ -271,6 +287,29 @@ MIXTURE_CASES = {  # the same of mixtures of experts, which lose other units tha
     "deepseek_v3_groups": ("deepseek_v3", dict(first_k_dense_replace=0, **LATENT, **{**ROUTED, "n_group": 2, "topk_group": 1})),
     "deepseek_v32": ("deepseek_v32", dict(mlp_layer_types=["dense", "sparse"], **LATENT, **INDEXER, **ROUTED)),
     "axk1": ("axk1", dict(mlp_layer_types=["dense", "sparse"], **LATENT, **ROUTED)),
+    "kimi_linear": (
+        "kimi_linear",
+        dict(
+            num_experts=8,
+            num_shared_experts=1,
+            mlp_layer_types=["dense", "sparse"],
+            **LINEAR_HEADS,
+            **{**LATENT, **HYBRID, **ROUTED_WIDTH, "q_lora_rank": None},
+        ),
+    ),
+    "bailing_hybrid": (
+        "bailing_hybrid",
+        dict(
+            num_local_experts=8,
+            n_shared_experts=1,
+            mlp_layer_types=["sparse", "sparse"],
+            n_group=2,
+            topk_group=1,
+            **LATENT,
+            **HYBRID,
+            **ROUTED_WIDTH,
+        ),
+    ),
     "nemotron_h_moe": (
         "nemotron_h",
         dict(

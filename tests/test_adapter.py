@@ -145,12 +145,12 @@ def test_a_type_that_is_in_no_table_is_not_known(name, message):
 def test_the_text_model_inside_another_is_the_family_that_it_is_taken_for(kind):
     config_class = CONFIG_MAPPING[kind]
     known = config_class().to_dict()
-    heads = {"num_key_value_heads": 2, "first_k_dense_replace": 1}
+    heads = {"num_key_value_heads": 2, "first_k_dense_replace": 1, "pad_token_id": 0}
     settings = {name: value for name, value in {**SIZES, **ROUTED, **EXPERTS, **heads}.items() if name in known}
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     if "glm" in kind:
         rope |= {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}
-    elif "qwen" in kind:
+    elif "granite" not in kind:
         rope |= {"mrope_section": [2, 1, 1]}
     config = config_class(**settings, rope_parameters=rope)
     module = importlib.import_module(config_class.__module__.replace("configuration_", "modeling_"))

@@ -61,6 +61,9 @@ def test_the_rotary_settings_stand_there_as_transformers_4_had_them(case):
     assert config_files.older_rope(family_config(case)) == ROPES[case]
 
 
+BY_KIND = ("cohere_compass", "lfm3")  # settings for each kind of layer, which transformers 4 had no form for
+
+
 @pytest.mark.parametrize("case", FAMILY_CASES)
 def test_transformers_5_reads_the_same_with_both_forms(case, tmp_path):
     model = make_model(case)
@@ -69,7 +72,8 @@ def test_transformers_5_reads_the_same_with_both_forms(case, tmp_path):
             runtimes.as_slim_model(model)
         model.config.save_pretrained(tmp_path)
         config_files.complete_config(tmp_path, model.config, model.dtype)
-        assert read_json(tmp_path / "config.json")["rope_theta"] == rope_of(model.config)["rope_theta"]
+        theta = None if case in BY_KIND else rope_of(model.config)["rope_theta"]
+        assert read_json(tmp_path / "config.json").get("rope_theta") == theta
         read = AutoConfig.from_pretrained(tmp_path)
         same = AutoModelForCausalLM.from_config(read).eval()
         same.load_state_dict(model.state_dict())

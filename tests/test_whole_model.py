@@ -50,6 +50,23 @@ WRAPPERS = {  # what stands around the text model: (case of the text model, what
     ),
     "glm4v": ("glm4", {"model_type": "glm4v_text", "rope_parameters": _GLM_MROPE}, _GLM_VISION),
     "glm4v_moe": ("glm4_moe", {"model_type": "glm4v_moe_text", "rope_parameters": _GLM_MROPE}, _GLM_VISION),
+    "paddleocr_vl": (
+        "mistral",
+        {"model_type": "paddleocr_vl_text", "rope_parameters": _MROPE},
+        {**_VISION, "spatial_merge_size": 1},
+    ),
+    "hunyuan_vl": (
+        "hunyuan_v1_dense",
+        {"model_type": "hunyuan_vl_text", "rope_parameters": _MROPE},
+        {**_VISION, "out_hidden_size": 32, "text_hidden_size": 32},
+    ),
+    "granite_docling": (
+        "granite",
+        {"model_type": "granite_docling_text"},
+        {**_VISION, "out_hidden_size": 32, "scale_factor": 2, "deepstack_visual_indexes": []},
+    ),
+    "cohere_compass": ("cohere_compass", {}, {**_QWEN_VISION, "deepstack_visual_indexes": []}),
+    "lfm3_vl": ("lfm3", {}, {**_VISION, "num_key_value_heads": 1}),
     "gemma4": ("gemma4_shared", {}, {**_VISION, "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 64}),
 }
 

@@ -62,10 +62,12 @@ class WeightFiles:
 
     @classmethod
     def of(cls, folder: Path, model, dtype: torch.dtype | None = None) -> WeightFiles:
-        """Files for the tensors of ``model``, which may be without weights; of experts that it holds stacked a tensor for each is written,
-        under the names that transformers gives them. ``dtype``: what they are written in, the model's by default.
+        """Files for the tensors of ``model``, which may be without weights; of experts that it holds stacked a tensor for each is written.
+        Those of mixtures and hybrids have the names that transformers gives them in files. ``dtype``: what they are written in, the
+        model's by default.
         """
-        return cls(folder, _layout(model, dtype), stored_pieces(model) if family_of(model.config).is_mixture else {})
+        family = family_of(model.config)
+        return cls(folder, _layout(model, dtype), stored_pieces(model) if family.is_mixture or family.is_hybrid else {})
 
     def _stored(self) -> Iterator[tuple[str, tuple[torch.dtype, torch.Size]]]:
         """What the files hold: (name, (dtype, shape))."""

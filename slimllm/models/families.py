@@ -328,6 +328,7 @@ _UNGATED = {"inputs": ("up_proj",), "gate": False}
 _FUSED_MLP = {"inputs": ("gate_up_proj",)}
 _MOE_SIZES = {"sizes": ("num_experts", "moe_intermediate_size")}
 _WHOLE_EXPERTS = {"sizes": ("num_experts",)}  # their width is another part's too, so that no channels can go
+_LOCAL_EXPERTS = {"sizes": ("num_local_experts",)}
 _BY_ROUTER = {"inputs": ("router",), **_WHOLE_EXPERTS}
 _JAMBA_EXPERTS = replace(EXPERTS, **_BY_ROUTER)
 _ROUTED_SIZES = {"sizes": ("n_routed_experts", "moe_intermediate_size")}
@@ -430,6 +431,19 @@ FAMILIES = {
             final_norm="embedding_norm",
             norm_epsilon="norm_eps",
             settle=_settle_lfm2,
+        ),
+        Family(
+            "lfm3",
+            "LFM3",
+            None,
+            steps=(
+                (mixer("conv", layers=("layer_types", "conv"), norm="operator_norm"),),
+                (mixer("self_attn", norm="operator_norm", kept=_KEYS_AND_VALUES),),
+                (replace(_LFM2_MLP, post_norm="post_ffn_norm"),),
+            ),
+            final_norm="embedding_norm",
+            norm_epsilon="norm_eps",
+            needs=(("use_sandwich_norm", True, "the form without norms after the parts has not been verified"),),
         ),
         Family(
             "granitemoehybrid",
@@ -538,6 +552,14 @@ FAMILIES = {
             "cohere2",
             "Command R7B, Command A",
             "cohere2",
+            steps=side_by_side(),
+            norm_epsilon="layer_norm_eps",
+            logits_multiplier="logit_scale",
+        ),
+        Family(
+            "cohere_compass_text",
+            "North, without its vision part",
+            None,
             steps=side_by_side(),
             norm_epsilon="layer_norm_eps",
             logits_multiplier="logit_scale",
@@ -698,6 +720,8 @@ FAMILIES = {
             steps=with_experts(mixer("self_attn", kept=(_LATENT_STATE, "self_attn.indexer.wk")), _ROUTED),
         ),
         Family("axk1", "A.X K1", None, steps=with_experts(_LATENT, _ROUTED)),
+        Family("kimi_linear", "Kimi Linear", None, steps=with_experts(_LATENT, {**_WHOLE_EXPERTS, "groups": _GROUPS})),
+        Family("bailing_hybrid", "Ling 3", None, steps=with_experts(_LATENT, {**_LOCAL_EXPERTS, "groups": _GROUPS})),
         Family("youtu", "Youtu-LLM", None, steps=((_LATENT,), (MLP,))),
         Family(
             "minicpm3",
@@ -780,11 +804,15 @@ TEXT_MODELS = {  # model_type of the text model inside one of text and images ->
     "glm_ocr_text": "glm4",
     "glm4v_moe_text": "glm4_moe",
     "granite4_vision_text": "granite",
+    "granite_docling_text": "granite",
+    "hunyuan_vl_text": "hunyuan_v1_dense",
+    "paddleocr_vl_text": "mistral",
 }
 UNSAID = {  # what the class of such a text model does, and its config does not say
     "qwen3_vl_moe_text": {"norm_topk_prob": True},
     "glm_ocr_text": {"attention_bias": False},
     "glm4v_moe_text": {"use_qk_norm": False},
+    "paddleocr_vl_text": {"sliding_window": None},
 }
 OF_IMAGES = ("mrope_section", "mrope_interleaved")  # settings of rope that say how places in an image are rotated
 

@@ -208,7 +208,7 @@ def open_source(base_model: str, dtype: torch.dtype | str, option_name: str = "-
         skeleton = skeleton_of(config, dtype)
     if not kwargs and not all(map(weights.is_number, weights.names)):
         weights = _dequantized(weights, _stored_config(source, base_model, option_name), where)
-    if family_of(config).is_mixture:
+    if family_of(config).is_mixture or (not kwargs and not set(weights.names).issuperset(names)):  # or they have other names there
         weights = Stacked(weights, skeleton)
     _check_tensors(skeleton, weights, where)
     if not kwargs and (generation := _generation_config(source, base_model, option_name)) is not None:

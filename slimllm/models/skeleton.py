@@ -112,6 +112,8 @@ def _cache_of(layer: nn.Module, row: PartRow, config, family: Family) -> Cache |
         state += module.intermediate_size * module.ssm_state_size
     elif hasattr(module, "head_k_dim"):
         state += module.num_v_heads * module.head_k_dim * module.head_v_dim
+    elif convolution is not None and hasattr(module, "num_heads"):
+        state += module.num_heads * module.head_dim**2
     return Cache(numbers, state=state)
 
 

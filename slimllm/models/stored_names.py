@@ -1,5 +1,6 @@
-"""What the tensors of a mixture of experts are called in its files: transformers holds the experts of a layer stacked in one tensor, and
-writes a tensor for each, under names of their own in some families.
+"""What the tensors of a model are called in its files, where these are not the model's own names: transformers holds the experts of a
+layer stacked in one tensor, and writes a tensor for each, under names of their own in some families; and it holds some tensors in one
+that are several there, such as the convolutions of queries, keys and values.
 
 The rules are transformers' own, turned round as it does where it saves a model.
 """
@@ -32,6 +33,8 @@ def _pieces(model, name: str, tensor: torch.Tensor) -> dict[str, Place]:
         return dict.fromkeys(found, ())
     experts = len(tensor)
     chunks, rest = divmod(len(found), experts)
+    if not chunks:
+        return _rows(model, name, tensor)
     if rest or tensor.shape[1] % chunks:
         raise NotImplementedError(f"{name}: transformers writes {experts} experts as {len(found)} tensors")
     numbers = torch.arange(len(found)).view(experts, chunks, *[1] * (tensor.ndim - 2))  # a number in the place of each piece
@@ -40,6 +43,13 @@ def _pieces(model, name: str, tensor: torch.Tensor) -> dict[str, Place]:
         expert, chunk = divmod(int(number), chunks)
         places[stored] = (expert, slice(chunk * rows, (chunk + 1) * rows))
     return places
+
+
+def _rows(model, name: str, tensor: torch.Tensor) -> dict[str, Place]:
+    """Of a tensor that is several in the files, the rows of each there."""
+    numbers = torch.arange(len(tensor)).view(-1, *[1] * (tensor.ndim - 1)).expand(tensor.shape)
+    ends = ((stored, rows.flatten()[[0, -1]].tolist()) for stored, rows in revert_weight_conversion(model, {name: numbers}).items())
+    return {stored: (slice(first, last + 1),) for stored, (first, last) in ends}
 
 
 class Stacked(OfAnother):

@@ -23,7 +23,8 @@ INDEX = "model.safetensors.index.json"
 WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER = "adapter_config.json"  # where it lies beside a model, transformers applies the adapter whenever the model is read
 TEXT_MODELS = ("language_model.", "text_model.")  # in the names of the text model's tensors, in a model of text and images
-IMAGES = "visual."  # what names of the other tensors begin with, where those of the text model have no mark (Qwen2-VL)
+# What names of the other tensors begin with, where those of the text model have no mark (Qwen2-VL, PaddleOCR-VL, HunyuanOCR)
+IMAGES = ("visual.", "mlp_AR.", "vit.")
 EMBEDDINGS = {f"{family.decoder}.{family.embedding}.weight" for family in FAMILIES.values()}
 HEADS = tuple({f"{family.head}." for family in FAMILIES.values()})  # which such a model may keep without that mark
 PIECE = 16 << 20  # numbers of a tensor that are read at once
