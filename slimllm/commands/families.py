@@ -66,8 +66,8 @@ def families_page() -> str:
         "layer (`--runtime any`) or as the family's own class (`--runtime transformers`); the last two columns say in what form "
         "`--runtime vllm` and `--runtime gguf` prune. Of a model of text and images the text model is taken, and "
         "`export-transformers --into` puts it back. "
-        "Of a mixture of experts all layers lose the same number of experts, of channels of each expert, or of heads, and the result is the "
-        "family's own class, but for `--runtime any` with prices or importance. "
+        "Of a mixture of experts all layers lose the same number of experts, of channels of each expert, or of heads, and the result is "
+        "the family's own class, but for `--runtime any` with prices or importance. "
         f"Of {count} types of transformers, {len(FAMILIES)} are rows here, {len(whole)} hold a text model that is, and "
         f"{count - len(FAMILIES) - len(whole)} are refused with the reason. "
         "This page is the output of `slimllm families`; [add-a-family.md](add-a-family.md) shows how to add a row.",
