@@ -67,8 +67,16 @@ WRAPPERS = {  # what stands around the text model: (case of the text model, what
     ),
     "cohere_compass": ("cohere_compass", {}, {**_QWEN_VISION, "deepstack_visual_indexes": []}),
     "lfm3_vl": ("lfm3", {}, {**_VISION, "num_key_value_heads": 1}),
+    "qianfan_ocr": ("qwen3", {}, {**_VISION, "image_size": [28, 28], "patch_size": [14, 14]}),
     "gemma4": ("gemma4_shared", {}, {**_VISION, "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 64}),
 }
+
+
+def _inside(name):
+    return f"language_model.{name}" if name.startswith("lm_head") else name.replace("model.language_model.", "language_model.model.")
+
+
+AS_PUBLISHED = {"qianfan_ocr": _inside}  # what published files call a tensor, where save_pretrained calls it something else
 
 
 def saved_whole(wrapper, folder, tokenizer, dtype=torch.float32, **changes):
@@ -78,7 +86,11 @@ def saved_whole(wrapper, folder, tokenizer, dtype=torch.float32, **changes):
     config = AutoConfig.for_model(wrapper, text_config=text_config, vision_config=vision, tie_word_embeddings=False)
     torch.manual_seed(0)
     whole = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
-    whole.save_pretrained(folder)
+    whole.save_pretrained(folder, save_original_format=wrapper not in AS_PUBLISHED)
+    if wrapper in AS_PUBLISHED:
+        path = folder / "model.safetensors"
+        named = {AS_PUBLISHED[wrapper](name): tensor for name, tensor in load_file(path).items()}
+        save_file(named, path, {"format": "pt"})
     tokenizer.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text('{"size": 28}')
     return whole

@@ -47,7 +47,7 @@ _REASONS = {  # why -> model types
         *("nemo_speechlm", "phi4_multimodal"),
     ),
     "its files name the tensors of its text model in a way that is not read yet": (
-        *("cosmos3_omni", "hyperclovax_vision_v2", "kimi_k25", "nemotron_h_omni", "qianfan_ocr", "shieldgemma2"),
+        *("cosmos3_omni", "hyperclovax_vision_v2", "kimi_k25", "nemotron_h_omni", "shieldgemma2"),
     ),
     "its images are read by a model of the library timm, which this program has not been tried with": ("fast_vlm", "perception_lm"),
     "its layers hand on several states, which learned weights mix (hyper-connections), where others have one": (
@@ -125,7 +125,7 @@ _HOLD = {  # model_type of a text model -> the models of text and more that hold
     "qwen2_5_omni_text": ("qwen2_5_omni_thinker",),
     "qwen2_5_vl_text": ("qwen2_5_vl",),
     "qwen2_vl_text": ("qwen2_vl",),
-    "qwen3": ("fun_asr_nano", "lighton_ocr", "moss_transcribe_diarize", "qwen3_asr"),
+    "qwen3": ("fun_asr_nano", "lighton_ocr", "moss_transcribe_diarize", "qianfan_ocr", "qwen3_asr"),
     "qwen3_5_moe_text": ("qwen3_5_moe",),
     "qwen3_5_text": ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "qwen3_5"),
     "qwen3_omni_moe_text": ("qwen3_omni_moe_thinker",),
