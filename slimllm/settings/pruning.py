@@ -620,7 +620,16 @@ class PruneConfig:
                 what = f"--method {self.method}" if self.drop_parts is None else f"--drop_parts {self.drop_parts}"
                 raise UserError(f"{what}: {reason}")
         gone = 0.0 if self.drop_parts else self._share_of_layers(shape) * sum(layer.parameters for layer in shape.given_layers)
-        return shape.without_parts([entry for entry in order if entry[1] in kinds], self.drop_parts, gone, limits.first_attends)
+        left = shape.without_parts([entry for entry in order if entry[1] in kinds], self.drop_parts, gone, limits.first_attends)
+        one_less = ((layer, {*layer.units} - {kind}) for layer in shape.given_layers for kind in kinds)
+        largest = max(layer.parameters - layer.with_parts(others).parameters for layer, others in one_less)
+        if self.drop_parts is None and gone - left.layer_parameters_gone > largest / 2:  # nearer than that the next part would come
+            name, value = self.amount
+            most = left.layer_parameters_gone / sum(layer.parameters for layer in shape.given_layers)
+            raise UserError(
+                f"--{name} {value}: the parts that --method {self.method} can take come to {most:.3f} of the layers' parameters; lower it"
+            )
+        return left
 
     @property
     def drops_parts(self) -> bool:
