@@ -681,6 +681,22 @@ class PruneConfig:
             f"between the two{tokens}"
         )
 
+    def as_asked(self, shape: ModelShape, gone: float) -> str:
+        """So many parameters of the layers, in words, counted as the flag that says how much is to go counts them."""
+        name = self.amount[0]
+        if name in ("smaller", "target_params"):
+            besides = f" besides {' and '.join(shape.gone_in_words)}" if shape.parameters_gone else ""
+            whole = shape.dense_parameters
+            part = f"{gone / whole:.3f} of the model's" if name == "smaller" else f"{gone / 1e6:.4g} of the model's {whole / 1e6:.4g} M"
+            return f"{part} parameters{besides}"
+        of_what = "the parameters of the layers that stay" if shape.staying is not None else "the decoder's parameters"
+        return f"{gone / shape.decoder_parameters:.3f} of {of_what}"
+
+    @property
+    def way_to_less(self) -> str:
+        """What is to be done with an amount that is out of reach."""
+        return "raise it" if self.amount[0] == "target_params" else "lower it"
+
     def remarks(self) -> list[str]:
         """A line for each setting that was given and changes nothing, or that another one decided; of :meth:`resolved` settings."""
         planned, of_experts = self.plan is not None, vars(self).get("_of_experts", False)
