@@ -110,7 +110,9 @@ def number_of(name: str, text: str, units: dict[str, float]) -> float:
     found = re.fullmatch(r"([0-9]*\.?[0-9]+) ?([A-Za-z]*)", text.strip())
     if found is None or found[2] not in units:
         raise UserError(f"--{name} {text}: must be a number followed by one of {', '.join(filter(None, units))}, such as 5.4{[*units][-1]}")
-    return float(found[1]) * units[found[2]]
+    if not math.isfinite(value := float(found[1]) * units[found[2]]):
+        raise UserError(f"--{name} {text[:20]}...: too large a number")
+    return value
 
 
 def given(settings) -> set[str]:

@@ -265,6 +265,7 @@ EVERYTHING = {"heads": [0, 1, 2, 3], "kv_heads": [0, 1], "channels": list(range(
             "layer 0: it lists mlp, and the layer's parts are attention, mlp",
         ),
         ([{"kept": {"mlp": [0], "attention": 3}}, EVERYTHING], "layer 0: attention: not a JSON object"),
+        ([{"kept": {}}, EVERYTHING], "layer 0: it lists nothing, and the layer's parts are attention, mlp"),
         ([{"kept": 3}, EVERYTHING], "layer 0: it lists 3"),
         ([EVERYTHING, {**EVERYTHING, "heads": [0, 0]}], "layer 1: heads must be different"),
         ([EVERYTHING, {**EVERYTHING, "heads": [0, 1, 2]}], "each of the kept KV heads must keep the same number of its 2 query heads"),

@@ -1,6 +1,7 @@
 """``slimllm explore``: what pruning by any share would cost, and the price list that hf_prune.py takes."""
 
 import json
+import shlex
 
 import pytest
 
@@ -46,6 +47,17 @@ def test_what_is_explored_can_be_pruned_with_nothing_measured_again(small, tiny_
     kept = (tmp_path / "prune_log/b/price_list.json").read_text()
     assert json.loads(kept)["prices"] == json.loads((tmp_path / "out/price_list.json").read_text())["prices"]
     assert not (tmp_path / "prune_log/a/price_list.json").exists()
+
+
+def test_the_command_that_it_ends_with_takes_the_list(small, tiny_folder, tmp_path, capsys):
+    """With the settings that the list was made with, and a share that the layers can give up."""
+    flags = [*small, "--output", "out", "--head_unit", "group", "--prune", "heads", "--target_sparsity", "0.05", "0.1"]
+    assert main(["explore", str(tiny_folder), *flags]) == 0
+    [command] = [line for line in capsys.readouterr().out.splitlines() if " prune " in line]
+    words = shlex.split(command)
+    words = words[words.index("prune") :]
+    assert words[words.index("--target_sparsity") + 1] == "0.1" and "--prices" not in words
+    assert main([*words, "--eval_data", "none", "--output_dir", "pruned"]) == 0
 
 
 def test_the_price_list_of_an_earlier_run_is_replaced_on_request_alone(small, tiny_folder, tmp_path, capsys):

@@ -379,6 +379,8 @@ REFUSED = {
     ("--drop_parts", 2, "--plan", "p.json"): "--plan and --drop_parts both say what to remove",
     ("--method", "llm_drop", "--drop_parts", 2): "--method llm_drop and --drop_parts 2 both say what goes whole",
     ("--method", "llm_drop", "--drop_layers", 2): "--method llm_drop and --drop_layers 2 both say what goes whole",
+    ("--method", "llm_drop", "--target_sparsity", 0.9): "--target_sparsity 0.9: the parts that --method llm_drop can take come to 0.833",
+    ("--method", "llm_drop", "--prune", "heads", "--smaller", 0.4): "--smaller 0.4: the parts that --method llm_drop can take come to 0.",
     ("--method", "llm_drop", "--fit", "1MB"): "it takes whole parts by their number",
     ("--drop_parts", 2, "--runtime", "transformers"): "--drop_parts 2: no class of transformers holds this model with a layer that lacks",
     ("--method", "llm_drop", "--runtime", "transformers"): "--method llm_drop: no class of transformers holds this model",
@@ -391,6 +393,25 @@ def test_what_makes_no_sense_is_refused_in_one_line(more, folder, text_file, cap
     assert hf_prune.main(flags(text_file, *more)) == 2
     error = capsys.readouterr().err
     assert REFUSED[more] in error and error.count("\n") == 1 and not (folder / "out").exists()
+
+
+def test_the_message_counts_what_can_go_in_words():
+    shape = make_shape("llama_gqa", num_hidden_layers=2)
+    with pytest.raises(UserError, match="--drop_parts 2: 1 part of this model can go, since .*; lower it"):
+        shape.without_parts([(0, "attention"), (1, "attention")], 2)
+    with pytest.raises(UserError, match="--drop_parts 1: no part of this model can go, since .*; leave it out"):
+        shape.with_layers([0]).without_parts([(0, "attention")], 1)
+
+
+def test_a_dry_run_shows_what_the_dense_model_has_and_what_the_layers_then_lack(folder, text_file, capsys):
+    """Also where the first layer lacks its attention, and nothing but whole parts goes."""
+    assert hf_prune.main(flags(text_file, "--drop_parts", 2, "--prune", "heads", "--dry_run")) == 0
+    [row] = [line for line in capsys.readouterr().out.splitlines() if "channels" in line and line.startswith("|")]
+    assert [cell.strip() for cell in row.split("|")[1:4]] == ["heads / KV heads / channels", "4 / 2 / 48", "0 / 0 / 48"]
+    checkpoint.save(without(several("llama_gqa", 6), {0: ["attention"]}), None, folder / "first", make_ids(), "dense")
+    assert hf_prune.main(["first", *flags(text_file, "--pruning_ratio", 0.25, "--dry_run")[1:]]) == 0
+    [row] = [line for line in capsys.readouterr().out.splitlines() if "channels" in line and line.startswith("|")]
+    assert [cell.strip() for cell in row.split("|")[1:3]] == ["heads / KV heads / channels", "4 / 2 / 48, 0 / 0 / 48"]
 
 
 @pytest.mark.parametrize("case", ["qwen3_moe", "gemma4"])

@@ -281,6 +281,24 @@ def test_a_price_list_answers_any_budget_with_nothing_measured_again(tmp_path, m
     assert fewer.parameters.decoder_removed == pytest.approx(0.1, abs=0.003)
 
 
+def with_first(text, more=False, **values):
+    """The list with the first of its prices changed, or with that besides."""
+    content = json.loads(text)
+    first = content["prices"][0] | values
+    return json.dumps({**content, "prices": [*content["prices"], first] if more else [first, *content["prices"][1:]]})
+
+
+def test_a_list_of_another_model_of_the_same_widths_is_named(tmp_path, caplog):
+    shape, config = make_shape(num_hidden_layers=2), make_config(layers=2, layer_ratio="auto").having(base_model="here/mine")
+    found = PriceList.alike(shape, config)
+    found.write(tmp_path)
+    with caplog.at_level("INFO", "slimllm"):
+        PriceList.read(tmp_path / NAME, shape, config)
+        assert not caplog.text
+        PriceList.read(tmp_path / NAME, shape, config.having(base_model="there/other"))
+    assert "it was made of mine" in caplog.text
+
+
 @pytest.mark.parametrize(
     "change, said",
     [
@@ -288,6 +306,11 @@ def test_a_price_list_answers_any_budget_with_nothing_measured_again(tmp_path, m
         (lambda text: "[]", "not a price list"),
         (lambda text: json.dumps({**json.loads(text), "prices": []}), "layer 0: its attention has no usable price"),
         (lambda text: text.replace('"nats": 0.', '"nats": -0.'), "layer 0: its attention has no usable price"),
+        (lambda text: with_first(text, share=0.9), "layer 0: its attention has no usable price"),
+        *(
+            (lambda text, change=change: with_first(text, **change, more=True), "is of nothing that this model has")
+            for change in (dict(layer=9), dict(layer=-1), dict(part="experts"), dict(units=[1]), dict(units={"heads": 4, "kv_heads": 2}))
+        ),
         (lambda text: json.dumps({**json.loads(text), "units": []}), "a model of other widths"),
         (lambda text: text.replace('"recovery": "least_squares"', '"recovery": "linear"'), "was made with --recovery linear"),
     ],

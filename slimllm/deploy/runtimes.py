@@ -88,7 +88,8 @@ def as_stock_model(model):
     config, family, adapter = model.config, family_of(model.config), LayerAdapter(model.config)
     way = "prune with --runtime transformers"
     if lacking := [str(index) for index, layer in enumerate(adapter.layers(model)) if missing_modules(layer)]:
-        raise UserError(f"{type(model).__name__}: layer {', '.join(lacking)} lacks a part that all layers of a stock model have; {way}")
+        layers = f"layers {', '.join(lacking)} lack" if len(lacking) > 1 else f"layer {lacking[0]} lacks"
+        raise UserError(f"{type(model).__name__}: {layers} a part that all layers of a stock model have; {way}, where no part goes whole")
     if odd := irregular(alike(shape_of(config), adapter.units(model))):
         raise UserError(f"{type(model).__name__}: {odd}; a stock model needs one width: {way}")
     first = list({part.kind: part for part in reversed(adapter.all_parts(model))}.values())

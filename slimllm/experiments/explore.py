@@ -78,10 +78,16 @@ def _explore(config: ExploreConfig, folder: Path) -> None:
     lines = [*table(points), "", *said(points)]
     write_text(folder / "table.md", "\n".join(lines) + "\n")
     loss_against_size(points, Path(config.base_model).name, GENTLE, folder)
-    words = [config.base_model, "--recipe", config.recipe, "--price_list", str(folder / price_list.NAME), "--target_sparsity", "0.2"]
-    words += ["--calibration", config.calibration] if config.calibration else []
+    words = _words(config, folder / price_list.NAME, min((point["share"] for point in points), key=lambda share: abs(share - 0.2)))
     log.info("\n%s\n\neverything lies in %s/; this prunes from it, with no price measured again:", "\n".join(lines), folder)
     log.info("  %s prune %s", cli.program(), shlex.join(words))
+
+
+def _words(config: ExploreConfig, file: Path, share: float) -> list[str]:
+    """The flags of a pruning by the list in ``file`` with the settings that it was made with, which are those that take it."""
+    others = cli.given(config) & {*config.settings} - {"recipe", "prices", "price_list"}
+    words = [config.base_model, "--recipe", config.recipe, "--price_list", str(file), "--target_sparsity", str(share)]
+    return words + [word for name in config.settings if name in others for word in (f"--{name}", str(getattr(config, name)))]
 
 
 def _check_shares(run: Run, config: ExploreConfig) -> None:

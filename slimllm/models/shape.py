@@ -214,7 +214,8 @@ class ModelShape:
             found, taken = after, taken + 1
         if count is not None and taken < count:
             why = "one of each kind has to stay, and one in each layer that holds something which is never cut"
-            raise UserError(f"--drop_parts {count}: {taken or 'no'} parts of this model can go, since {why}; lower it")
+            parts, way = ("no part", "leave it out") if not taken else ("1 part" if taken == 1 else f"{taken} parts", "lower it")
+            raise UserError(f"--drop_parts {count}: {parts} of this model can go, since {why}; {way}")
         return found
 
     def _may_go(self, staying: list[Collection[str] | None], index: int, kind: str, first: bool) -> bool:

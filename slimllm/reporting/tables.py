@@ -149,9 +149,9 @@ def dry_run(run: Run, likely: Allocation, how: str, takes: Footprint, before: in
         [f"weights in {name_of(run.dtype)}", f"{dense * size / 1e9:.3f} GB", f"{(dense - removed) * size / 1e9:.3f} GB"],
         *([[f"KV cache per token in {name_of(run.dtype)}", f"{kv[0]} bytes", f"{kv[1]} bytes{unchanged}"]] if kv[0] else []),
         [
-            " / ".join(sort.replace("kv_", "KV ") for units in pruned[0].values() for sort in units),
-            _widths(shape.units),
-            _widths([plan.units for plan in plans if plan.ratio]),
+            " / ".join(sort.replace("kv_", "KV ") for units in max(given.units, key=len).values() for sort in units),
+            _widths(_with_missing(given, given.units)),
+            _widths([own for own, layer, plan in zip(_with_missing(shape, pruned), shape.layers, plans) if plan.ratio or layer.missing]),
         ],
         *([["predicted loss, nats per token", "", f"{likely.predicted_loss:.3f}"]] if likely.predicted_loss is not None else []),
         ["time here, at the speed that it has now, about", "", _time(seconds)],
@@ -172,6 +172,16 @@ def _time(seconds: dict[str, float]) -> str:
     longest = sorted(seconds.items(), key=lambda item: -item[1])[:3]
     shown = ", ".join(f"{name} {value / divisor:.{1 if divisor > 1 else 0}f}" for name, value in longest)
     return f"{total / divisor:.{1 if divisor == 3600 else 0}f} {unit} ({shown})"
+
+
+def _with_missing(shape: ModelShape, units: list[dict[str, Units]]) -> list[dict[str, Units]]:
+    """``units`` of the layers, with none of each sort of a part that a layer lacks, in the order in which the widest layer has them."""
+    most = max((layer.units for layer in shape.given_layers), key=len)
+    found = []
+    for layer, own in zip(shape.layers, units):
+        none = {kind: dict.fromkeys(most[kind], 0) for kind in layer.missing if kind in most}
+        found.append({kind: (none | own)[kind] for kind in most} if none else own)
+    return found
 
 
 def _widths(layers: list[dict[str, Units]]) -> str:

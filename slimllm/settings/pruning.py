@@ -620,7 +620,16 @@ class PruneConfig:
                 what = f"--method {self.method}" if self.drop_parts is None else f"--drop_parts {self.drop_parts}"
                 raise UserError(f"{what}: {reason}")
         gone = 0.0 if self.drop_parts else self._share_of_layers(shape) * sum(layer.parameters for layer in shape.given_layers)
-        return shape.without_parts([entry for entry in order if entry[1] in kinds], self.drop_parts, gone, limits.first_attends)
+        left = shape.without_parts([entry for entry in order if entry[1] in kinds], self.drop_parts, gone, limits.first_attends)
+        one_less = ((layer, {*layer.units} - {kind}) for layer in shape.given_layers for kind in kinds)
+        largest = max(layer.parameters - layer.with_parts(others).parameters for layer, others in one_less)
+        if self.drop_parts is None and gone - left.layer_parameters_gone > largest / 2:  # nearer than that the next part would come
+            name, value = self.amount
+            most = left.layer_parameters_gone / sum(layer.parameters for layer in shape.given_layers)
+            raise UserError(
+                f"--{name} {value}: the parts that --method {self.method} can take come to {most:.3f} of the layers' parameters; lower it"
+            )
+        return left
 
     @property
     def drops_parts(self) -> bool:
@@ -671,6 +680,22 @@ class PruneConfig:
             f"--{name} {value}: the model has {whole:.1f} M parameters, {left:.1f} M in its embeddings, which stay; ask for something "
             f"between the two{tokens}"
         )
+
+    def as_asked(self, shape: ModelShape, gone: float) -> str:
+        """So many parameters of the layers, in words, counted as the flag that says how much is to go counts them."""
+        name = self.amount[0]
+        if name in ("smaller", "target_params"):
+            besides = f" besides {' and '.join(shape.gone_in_words)}" if shape.parameters_gone else ""
+            whole = shape.dense_parameters
+            part = f"{gone / whole:.3f} of the model's" if name == "smaller" else f"{gone / 1e6:.4g} of the model's {whole / 1e6:.4g} M"
+            return f"{part} parameters{besides}"
+        of_what = "the parameters of the layers that stay" if shape.staying is not None else "the decoder's parameters"
+        return f"{gone / shape.decoder_parameters:.3f} of {of_what}"
+
+    @property
+    def way_to_less(self) -> str:
+        """What is to be done with an amount that is out of reach."""
+        return "raise it" if self.amount[0] == "target_params" else "lower it"
 
     def remarks(self) -> list[str]:
         """A line for each setting that was given and changes nothing, or that another one decided; of :meth:`resolved` settings."""

@@ -63,7 +63,8 @@ class Budget:
         gone, layers = self.removed(most), len(self.shape.layers)
         if self.least is not None:
             return UserError(f"{self.asked}: with a part of each layer left it takes {self.least(gone)} at least; raise it")
-        return UserError(f"{self.asked}: all {layers} layers can give up at most {self.in_words(gone)}; lower it: a part of each must stay")
+        way = f"{self.config.way_to_less}: a part of each must stay"
+        return UserError(f"{self.asked}: all {layers} layers can give up at most {self.in_words(gone)}; {way}")
 
 
 def budgets_of(inputs: AllocationInputs) -> list[Budget]:
@@ -103,8 +104,7 @@ def of_parameters(shape: ModelShape, config: PruneConfig) -> Budget:
     name, value = config.amount
 
     def in_words(amount: float) -> str:
-        of_what = "the parameters of the layers that stay" if shape.staying is not None else "the decoder's parameters"
-        return f"{amount / shape.decoder_parameters:.3f} of {of_what}"
+        return config.as_asked(shape, amount)
 
     return Budget(shape, config, share * shape.decoder_parameters, parameters, f"--{name} {value}", in_words, exact=True)
 

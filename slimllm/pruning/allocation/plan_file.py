@@ -87,7 +87,7 @@ def _kept(entry, layer: LayerShape, where: str) -> dict[str, Kept]:
     listed = by_part(older | entry)["kept"]
     kinds = [part.kind for part in layer.parts]
     if not isinstance(listed, dict) or sorted(listed) != sorted(kinds):
-        shown = ", ".join(map(str, listed)) if isinstance(listed, dict) else listed
+        shown = ", ".join(map(str, listed)) or "nothing" if isinstance(listed, dict) else listed
         raise UserError(f"{where}: it lists {shown}, and the layer's parts are {', '.join(kinds)}")
     kept_by_part = {}
     for part in layer.parts:

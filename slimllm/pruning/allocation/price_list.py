@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,8 @@ from ...models.parts import EXPERT_CHANNELS, ChannelSteps, PartShape, Units, all
 from ...models.shape import ModelShape
 from ...settings.pruning import PruneConfig
 from ...utils.files import check_plain, write_text
+
+log = logging.getLogger("slimllm")
 
 NAME = "price_list.json"
 FORMAT = 1
@@ -134,15 +137,28 @@ class PriceList:
             if name != "prices" and made != now:
                 raise UserError(f"{flag}: it was made with --{name} {made}, and this run has {now}; give the same, or make a new list")
         found._check(flag, shape, config)
+        if found.model != Path(config.base_model).name:
+            log.info("%s: it was made of %s; the prices of another model, though of the same widths, are not this one's", flag, found.model)
         return found
 
     def _check(self, flag: str, shape: ModelShape, config: PruneConfig) -> None:
-        """Raises UserError where something that goes has no price, or one that is no number."""
+        """Raises UserError for a price of what the model has not, and where something that goes has none, or one that is no number."""
         for index, layer in enumerate(shape.layers):
             for part, level in levels_in(layer.parts, config, shape.is_mixture):
                 prices = [price for price in self.of_part(index, part.kind) if price.units == level.units]
-                if len(prices) != 1 or not all(0 < price.share <= 1 and 0 <= price.nats < math.inf for price in prices):
+                if len(prices) != 1 or not (self._is_usable(prices[0]) and math.isclose(prices[0].share, level.share, abs_tol=1e-6)):
                     raise UserError(f"{flag}: layer {index}: its {part.title} has no usable price; make a new list (slimllm explore)")
+        for number, price in enumerate(self.prices):
+            if not self._is_usable(price):
+                raise UserError(f"{flag}: price {number} is of nothing that this model has, or no number; make a new list")
+
+    def _is_usable(self, price: Price) -> bool:
+        """Whether it is a number, of a part of the model that keeps fewer of its units."""
+        there = type(price.layer) is int and 0 <= price.layer < len(self.units) and isinstance(price.part, str)
+        whole = self.units[price.layer].get(price.part) if there else None
+        fewer = whole is not None and isinstance(price.units, dict) and price.units.keys() == whole.keys() and price.units != whole
+        fewer = fewer and all(type(count) is int and 0 <= count <= whole[sort] for sort, count in price.units.items())
+        return fewer and 0 < price.share <= 1 and 0 <= price.nats < math.inf
 
 
 def is_list(path: Path) -> bool:

@@ -110,12 +110,9 @@ class Sizing:
 
     def out_of_reach(self, most: list[LayerPlan]) -> UserError:
         """The error for a target that is more than what the plans ``most`` remove."""
-        share = self.removed(most) / self.shape.decoder_parameters
         name, value = self.config.amount
-        return UserError(
-            f"--{name} {value}: {self._layers_in_words()} can give up at most {share:.3f} of the decoder's "
-            f"parameters; {self._way_to_more()}"
-        )
+        gone = self.config.as_asked(self.shape, self.removed(most))
+        return UserError(f"--{name} {value}: {self._layers_in_words()} can give up at most {gone}; {self._way_to_more()}")
 
     def rounded(self, ratios: list[float], attention: float = 1.0, common: int | None = None) -> list[LayerPlan]:
         """One plan per layer, each ratio rounded to whole steps.
@@ -236,9 +233,10 @@ class Sizing:
         return f"{self.config.pruned_layers} pruned layers" if self._may_take_more_layers else f"all {len(self.shape.layers)} layers"
 
     def _way_to_more(self) -> str:
+        less = self.config.way_to_less
         if self.config.prune == "experts":
-            return "lower it: each keeps as many experts as a token is routed to, and all that is no expert"
-        return "raise --pruned_layers" if self._may_take_more_layers else "lower it: a part of each layer must stay"
+            return f"{less}: each keeps as many experts as a token is routed to, and all that is no expert"
+        return "raise --pruned_layers" if self._may_take_more_layers else f"{less}: a part of each layer must stay"
 
     def fill(self, plans: list[LayerPlan]) -> None:
         """Changes what the fine parts of the pruned layers keep, in steps, until the removed parameters are nearest to the target.
