@@ -243,6 +243,7 @@ def _against_speed(axis, rows: list[dict], dense: dict, text: str) -> None:
         for row, point in zip(family, points):
             kind = split_name(row["name"])[1] or "16-bit"
             axis.annotate(kind, point, textcoords="offset points", xytext=(5, 4), fontsize=7)
+    axis.margins(x=0.1, y=0.1)  # so that what stands beside a point stays inside
     axis.set(xlabel="tokens per second that llama.cpp generates", ylabel=f"nats per token lost, {TEXT_HEADINGS.get(text, text)}")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
