@@ -6,13 +6,14 @@ import re
 
 import pytest
 
+import slimllm
 from slimllm.__main__ import main as slim
 from slimllm.deploy import vllm
 from slimllm.errors import UserError
 from slimllm.models.loading import load_config
 from slimllm.models.shape import units_of
 from slimllm.settings.common import VLLM_PYTHON
-from tests.conftest import FAMILY_CASES, ROOT, count, prune_to
+from tests.conftest import FAMILY_CASES, ROOT, count, make_ids, make_model, prune_to
 from tests.test_export_gguf import VOCAB, bpe_tokenizer, save
 
 PYTHON = os.environ.get("VLLM_PYTHON") or str(ROOT / VLLM_PYTHON)
@@ -92,6 +93,18 @@ def test_vllm_computes_the_same_model(case, runtime, tmp_path, capsys):
     widths = units_of(load_config(str(folder), "DIR"))
     assert runtime != "any" or len({count(w, "channels") for w in widths}) > 1
     assert runtime != "any" or len({count(w, "kv_heads") for w in widths}) > 1 or case.startswith("olmo")
+    assert slim(["verify", str(folder), "--seq_len", "24", "--blocks", "1", "--vllm", PYTHON]) == 0
+    table = capsys.readouterr().out
+    assert len(re.findall(r"vLLM: .* ok ", table)) == 3 and "FAILED" not in table
+
+
+@wherever_it_is
+@pytest.mark.parametrize("prune, lacking", [("heads", "self_attn"), ("channels", "mlp")])
+def test_vllm_computes_layers_that_lack_a_part(prune, lacking, tmp_path, capsys):
+    settings = dict(drop_parts=1, prune=prune, recovery="least_squares", runtime="vllm", calibration=make_ids(vocab=300))
+    folder = tmp_path / "m"
+    slimllm.save(slimllm.prune(make_model("llama_gqa", **SIZES), bpe_tokenizer(), **settings), folder)
+    assert sum(lacking in names for names in load_config(str(folder), "DIR").missing_modules_per_layer) == 1
     assert slim(["verify", str(folder), "--seq_len", "24", "--blocks", "1", "--vllm", PYTHON]) == 0
     table = capsys.readouterr().out
     assert len(re.findall(r"vLLM: .* ok ", table)) == 3 and "FAILED" not in table
