@@ -317,8 +317,24 @@ class AttentionShape:
         return f"each of the kept KV heads must keep the same number of its {size} query heads, and no other head may stay"
 
 
+class OfEachToken:
+    """What holds for parts that work on each token alone."""
+
+    def cache_numbers(self, units: Units | None = None) -> int:
+        """Zero: the KV cache holds nothing of it."""
+        return 0
+
+    def cache_bytes(self, context: int, units: Units | None = None) -> int:
+        """Zero, too."""
+        return 0
+
+    def pair_multiplications(self, units: Units | None = None) -> int:
+        """Zero: it works on each token alone."""
+        return 0
+
+
 @dataclass(frozen=True)
-class MlpShape:
+class MlpShape(OfEachToken):
     """The feed-forward part of one layer: down(act(gate(x)) * up(x)), or without a gate down(act(up(x)))."""
 
     kind: ClassVar[str] = "mlp"
@@ -375,18 +391,6 @@ class MlpShape:
         channels = units["channels"]
         return [(channels, self.hidden)] * self.inputs + [(self.hidden, channels)]
 
-    def cache_numbers(self, units: Units | None = None) -> int:
-        """Zero: the KV cache holds nothing of it."""
-        return 0
-
-    def cache_bytes(self, context: int, units: Units | None = None) -> int:
-        """Zero, too."""
-        return 0
-
-    def pair_multiplications(self, units: Units | None = None) -> int:
-        """Zero: it works on each token alone."""
-        return 0
-
     def output_inputs(self, units: Units | None = None) -> int:
         """Inputs of the output projection."""
         return (units or self.units)["channels"]
@@ -405,7 +409,7 @@ class MlpShape:
 
 
 @dataclass(frozen=True)
-class ExpertsShape:
+class ExpertsShape(OfEachToken):
     """The experts of one layer and their router, which sends each token to ``top_k`` of them, or of those in ``top_groups`` of their equal
     ``groups``: the two best experts decide how good a group is, so that each keeps two.
 
@@ -490,18 +494,6 @@ class ExpertsShape:
         """
         rows, outputs = units["experts"] * units["channels"], units["experts"] * self.width
         return [(rows, self.width)] * self.inputs + [(outputs, units["channels"]), *self.fixed_matrices]
-
-    def cache_numbers(self, units: Units | None = None) -> int:
-        """Zero: the KV cache holds nothing of it."""
-        return 0
-
-    def cache_bytes(self, context: int, units: Units | None = None) -> int:
-        """Zero, too."""
-        return 0
-
-    def pair_multiplications(self, units: Units | None = None) -> int:
-        """Zero: it works on each token alone."""
-        return 0
 
     def output_inputs(self, units: Units | None = None) -> int:
         """Numbers that the experts of one token hold between their input and their output."""

@@ -18,8 +18,7 @@ from ..run import Run
 from ..settings.methods import METHODS, RECOVERIES
 from ..streaming.activations import ActivationStore
 from ..streaming.runner import LayerRunner, cosine_sum, mean_cosines
-from .experts_run import ExpertsRun
-from .part_run import MixerRun, PartRun, part_runs
+from .part_run import PartRun, join, part_runs, taken
 
 log = logging.getLogger("slimllm")
 
@@ -51,12 +50,12 @@ def _cosines(runner: LayerRunner) -> tuple[list[float], dict[tuple[int, str], fl
     for index, layer in runner.visit("importance of layers and parts"):
         before = hidden.copy()
         for step in runner.adapter.steps(layer):
-            runs = _taken(runner, hidden, step, index)
+            runs = taken(runner, hidden, step, index)
             for part_run in runs:
                 if isinstance(part := part_run.part, ProjectedPart):
                     both = zip(hidden, part_run.outputs)
                     of_parts[index, part.kind] = sum(cosine_sum(states, part.join(states, output)) for states, output in both)
-            _join(runs)
+            join(runs)
         of_layers.append(sum(map(cosine_sum, before, hidden)))
         before.close()
     hidden.close()
@@ -153,11 +152,11 @@ def bridged(run: Run, staying: Staying) -> dict[str, torch.Tensor]:
             if left and waiting is not None:
                 found |= _fitted(run, runner, *waiting, hidden, dense)
                 waiting = None
-            _join(_taken(runner, dense, step, index))
+            join(taken(runner, dense, step, index))
             if (index, number) in before_gap:
                 waiting = layer, index, left
             elif left:
-                _join(_taken(runner, hidden, left, index))
+                join(taken(runner, hidden, left, index))
     if waiting is not None:
         found |= _fitted(run, runner, *waiting, hidden, dense)
     for states in (hidden, dense):
@@ -183,20 +182,6 @@ def _before_gaps(source: ModelSource, staying: Staying) -> tuple[set[tuple[int, 
                 last = index
                 found |= {stands} - {None}
     return found, last
-
-
-def _taken(runner: LayerRunner, hidden: ActivationStore, step: list[Part | Mixer], index: int) -> list[PartRun | MixerRun | ExpertsRun]:
-    """The runs of parts that read the same states, each with what it gives."""
-    runs = part_runs(runner, hidden, step, index)
-    for part_run in runs:
-        part_run.take()
-    return runs
-
-
-def _join(runs: list[PartRun | MixerRun | ExpertsRun]) -> None:
-    """Adds what they give to the states that they read."""
-    for part_run in runs:
-        part_run.join()
 
 
 def _fitted(
@@ -225,5 +210,5 @@ def _fitted(
     else:
         fitted.take()
         log.info("layer %d: what follows it and goes is not made up for, since its output passes a norm or a router", index)
-    _join([*beside, fitted])
+    join([*beside, fitted])
     return found

@@ -50,6 +50,20 @@ def part_runs(runner: LayerRunner, hidden: ActivationStore, step: list[Part | Mi
     return [kind_of(part)(runner, hidden, part, index) for part in step]
 
 
+def taken(runner: LayerRunner, hidden: ActivationStore, step: list[Part | Mixer], index: int) -> list[PartRun | MixerRun | ExpertsRun]:
+    """The runs of parts that read the same states, each with what it gives."""
+    runs = part_runs(runner, hidden, step, index)
+    for part_run in runs:
+        part_run.take()
+    return runs
+
+
+def join(runs: list[PartRun | MixerRun | ExpertsRun]) -> None:
+    """Adds what they give to the states that they read."""
+    for part_run in runs:
+        part_run.join()
+
+
 class MixerRun:
     """A part that is run on the residual stream ``hidden`` as it is; there are no statistics to take of it."""
 

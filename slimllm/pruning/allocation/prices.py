@@ -31,7 +31,7 @@ from ...utils.device import evaluation_dtype
 from ..choice import choice_of, choose, needs_of
 from ..experts_run import ExpertsRun
 from ..layer import cut_experts
-from ..part_run import PartRun, part_runs
+from ..part_run import PartRun, join, part_runs, taken
 from ..recovery import Recovered
 from .inputs import AllocationInputs
 from .price_list import Level, Price, PriceList, levels_in
@@ -98,8 +98,7 @@ class Fits:
                     found += self._of_part(part_run, shapes[part_run.part.kind], levels[part_run.part.kind], index)
                 else:
                     part_run.take()
-            for part_run in runs:
-                part_run.join()
+            join(runs)
         return found
 
     def _of_part(self, part_run: PartRun, shape, levels: list[Level], index: int) -> list[Option]:
@@ -141,13 +140,9 @@ class Fits:
 def experts_of(runner: LayerRunner, layer: nn.Module, index: int, hidden: ActivationStore) -> ExpertsRun:
     """The run of a layer's experts. ``hidden``, the states before the layer, become those before the experts."""
     for step in runner.adapter.steps(layer):
-        runs = part_runs(runner, hidden, step, index)
-        if found := [part_run for part_run in runs if isinstance(part_run, ExpertsRun)]:
-            return found[0]
-        for part_run in runs:
-            part_run.take()
-        for part_run in runs:
-            part_run.join()
+        if any(isinstance(part, Experts) for part in step):
+            return next(part_run for part_run in part_runs(runner, hidden, step, index) if isinstance(part_run, ExpertsRun))
+        join(taken(runner, hidden, step, index))
     raise RuntimeError(f"layer {index} has no experts")
 
 
@@ -173,12 +168,14 @@ def gradient(inputs: AllocationInputs, fits: Fits, probe_ids: torch.Tensor) -> l
         known, levels = run.known(f"prices-{index:05d}"), fits.levels(index)
         given = [runner.store(), runner.store()] if "experts" in levels and not known else None
         for _, layer in runner.visit(start=index, stop=index + 1):
-            options = [] if known or not levels.keys() - {"experts"} else fits.options(layer, index, fit_inputs[index].copy())
+            states = fit_inputs[index].copy() if given is not None else fit_inputs[index]  # which its experts are priced on afterwards
+            options = [] if known or not levels.keys() - {"experts"} else fits.options(layer, index, states)
             costs = _backward(runner, layer, index, probe_inputs[index], upstream, options, given)
         del layer
         if not known:
             found = [Price(index, option.part, option.units, option.share, cost) for option, cost in zip(options, costs)]
             if given is not None:
+                states.close()
                 found += _experts_by_gradient(fits, runner, index, fit_inputs[index], probe_inputs[index], *given)
             known = [asdict(price) for price in found]
             run.keep(f"prices-{index:05d}", known)
