@@ -11,12 +11,15 @@ from huggingface_hub import ModelCard
 from slimllm.__main__ import main as slim
 from slimllm.commands import COMMANDS, evaluate
 from slimllm.pruning import pipeline
-from slimllm.reporting.published import PUBLISHED
+from slimllm.reporting import evidence as page
+from slimllm.reporting.published import ARENA_COLUMNS, ARENA_ROWS, PUBLISHED
 from slimllm.reporting.record import PruningRecord
+from slimllm.settings.tasks import MATH, MMLU_MATH, TASKS
 from tests.conftest import TEXT, make_model
 from tests.test_conversations import TEMPLATE
 from tests.test_export_gguf import bpe_tokenizer
 from tests.test_resume import stopping_at
+from tests.test_zero_shot import ROWS
 
 ECHO = """
 task: echo
@@ -60,12 +63,12 @@ def test_one_page_with_each_protocol_in_its_own_table(flags, tmp_path, capsys):
     dense, pruned = ([f"{row}, {name}" for name in names] for row in ("dense", "paper_30"))
     assert list(steps()) == ["paper_30, pruning", *dense, *pruned, "paper_30, latency"]
     text, page_of_html = open("out/evidence.md").read(), open("out/evidence.html").read()
-    for page in (text, html.unescape(page_of_html)):
-        for heading in ("128 tokens per block (LLM-Pruner, SlimLLM)", "2048 tokens per block (SliceGPT, Wanda)", "Zero-shot tasks"):
-            assert heading in page
-        assert "4096 tokens per block (Týr): beyond the model's context of 2048 tokens" in page
-        assert "whole model removed" in page and "echo: exact_match" in page and "paper, 30 %: fox (4 samples)" in page
-        assert all(f"{one.wikitext2:.2f}" in page and one.source in page for one in PUBLISHED)
+    for shown in (text, html.unescape(page_of_html)):
+        for heading in ("128 tokens per block (LLM-Pruner, SlimLLM)", "2048 tokens per block (SliceGPT, Wanda)", "Multiple choice"):
+            assert heading in shown
+        assert "4096 tokens per block (Týr): beyond the model's context of 2048 tokens" in shown
+        assert "whole model removed" in shown and "echo: exact_match" in shown and "paper, 30 %: fox (4 samples)" in shown
+        assert all(f"{one.wikitext2:.2f}" in shown and one.source in shown for one in PUBLISHED)
     assert "<svg" in page_of_html and not re.search(r"(src|href)=\"(?!#)", page_of_html)  # it asks nothing of the network
     at_128 = text.split("## Perplexity at 128")[1].split("##")[0]
     assert at_128.count("\n|") == 4 and "dense" in at_128 and "paper, 30 %" in at_128 and "SlimLLM |" not in at_128
@@ -85,10 +88,25 @@ def test_speeds_in_llama_cpp_a_chat_and_rows_for_a_leaderboard(flags, tmp_path):
     tokenizer.save_pretrained("tiny")
     make_model(vocab_size=320, max_position_embeddings=2048).save_pretrained("tiny")
     (tmp_path / "long.txt").write_text(20 * TEXT)
+    for number, name in enumerate((*TASKS, *MATH)):
+        row, several = ROWS["mmlu_abstract_algebra" if name in MMLU_MATH else name], 6 + number % 3
+        (tmp_path / f"tasks/{name}.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in range(several)))
+        (tmp_path / f"tasks/{name}.dev.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in range(5)))
     for flag in ("--eval_limit", "--limit"):
         at = flags.index(flag)
         del flags[at : at + 2]
-    flags += ["--eval_data", "wikitext2=long.txt", "--protocols", "2048", "--no_latency", "--runtimes", "llama_cpp"]
+    flags += [
+        "--eval_data",
+        "wikitext2=long.txt",
+        "c4=long.txt",
+        "--tasks",
+        "lowrankarena",
+        "--protocols",
+        "2048",
+        "--no_latency",
+        "--runtimes",
+        "llama_cpp",
+    ]
     assert slim(["evidence", *flags]) == 0
     assert list(steps())[-3:] == ["dense, export", "paper_30, export", "paper_30, speed in llama.cpp"]
     text = open("out/evidence.md").read()
@@ -96,11 +114,31 @@ def test_speeds_in_llama_cpp_a_chat_and_rows_for_a_leaderboard(flags, tmp_path):
     assert " x)" in sections["Speed in llama.cpp"] and sections["Speed in llama.cpp"].count("\n|") == 3
     assert "Chat" not in sections  # the paper's recipe asks nothing
     measured = json.loads(Path("out/measured/paper_30.json").read_text())
-    (figure,), task = measured["perplexity"], measured["tasks"]["arc_easy"]
+    tasks, perplexities = measured["tasks"], [f"{figure['perplexity']:.2f}" for figure in measured["perplexity"]]
     keep = 1 - PruningRecord.read("out/models/paper_30").parameters.decoder_removed
-    row = ["", f"{keep:.0%}", "SlimLLM, paper", f"{figure['perplexity']:.2f}", "-", "-", f"{task['metrics'][task['reported']]:.3f}"]
-    arena = [[cell.strip() for cell in line.split("|")] for line in sections["Rows for LowRankArena"].splitlines() if "|" in line]
-    assert arena[2][1:3] == ["100%", "Dense FP"] and arena[3][:7] == row and set(arena[3][7:-1]) == {"-"}
+    header, dense, pruned = (
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in sections["Rows for LowRankArena"].splitlines()
+        if line.count("|") > 9 and "---" not in line
+    )
+    assert header == list(ARENA_COLUMNS) and dense[:2] == ["100%", "Dense FP"] and dense[-1] == "1.000"
+    assert pruned[:4] == [f"{keep:.0%}", "SlimLLM, paper", *perplexities]
+    accuracies = {name: task["metrics"].get("acc_norm", task["metrics"]["acc"]) for name, task in tasks.items()}
+    right = sum(round(accuracies[name] * tasks[name]["questions"]) for name in MMLU_MATH)
+    of_math = [accuracies["mathqa"], right / sum(tasks[name]["questions"] for name in MMLU_MATH)]
+    assert pruned[12:14] == [f"{value:.3f}" for value in of_math]
+    assert float(pruned[11]) == pytest.approx(sum(accuracies[name] for name in TASKS) / 7, abs=0.0006)
+    assert "MathQA" in sections["Multiple choice"] and "mmlu_abstract_algebra" in sections["Multiple choice"]
+
+
+def test_what_is_kept_follows_the_leaderboard_s_own_rows():
+    columns, dense = ["model", *ARENA_COLUMNS], {}
+    for row in (dict(zip(columns, row)) for row in ARENA_ROWS):
+        figures = {name: float(row[name]) for name in ARENA_COLUMNS[2:-1] if row[name] != "-"}
+        dense.setdefault(row["model"], figures)
+        kept = page._retention(dense[row["model"]], figures)
+        assert (kept is None) == (row["Q. Ret."] == "-")
+        assert kept is None or kept == pytest.approx(float(row["Q. Ret."]), abs=0.0015)
 
 
 def test_how_a_model_chats_stands_on_the_page(flags):
@@ -225,3 +263,12 @@ def test_a_dry_run_lists_commands_that_their_programs_take(flags, tmp_path, caps
 def test_mistakes(flags, wrong, said, capsys):
     assert slim(["evidence", *flags, *wrong]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_speeds_in_llama_cpp_of_a_model_that_takes_one_width_there_want_models_pruned_for_it(flags, capsys):
+    make_model("gemma3", max_position_embeddings=2048).save_pretrained("tiny")
+    flags += ["--runtimes", "llama_cpp", "--dry_run"]
+    assert slim(["evidence", *flags]) == 2
+    assert "--runtimes llama_cpp: llama.cpp takes a gemma3_text with one width" in capsys.readouterr().err
+    assert slim(["evidence", *flags, "--runtime", "gguf"]) == 0
+    assert "slimllm prune tiny --recipe paper --target_sparsity 0.3 --runtime gguf" in capsys.readouterr().out

@@ -15,6 +15,7 @@ from slimllm.errors import UserError
 from slimllm.evaluation import zero_shot
 from slimllm.models.families import FAMILIES
 from slimllm.models.shape import window_of
+from slimllm.settings.tasks import MATH, TASKS, tasks_named
 from slimllm.utils import processes
 from tests.conftest import FAMILY_CASES, family_config, make_ids, make_model
 
@@ -40,19 +41,26 @@ ROWS = {
     "arc_easy": lambda i: {"id": str(i), "question": f"What is {i}?", "choices": CHOICES, "answerKey": "ABCD"[i % 4]},
     "arc_challenge": lambda i: {"id": str(i), "question": f"Why is {i}?", "choices": CHOICES, "answerKey": "ABCD"[i % 3]},
     "openbookqa": lambda i: {"id": str(i), "question_stem": f"the number {i} is", "choices": CHOICES, "answerKey": "ABCD"[i % 4]},
+    "mathqa": lambda i: {
+        "Problem": f"{i} plus 1 is ?",
+        "options": f"a ) {i} , b ) {i + 1} , c ) 2 , d ) 30 , e ) none",
+        "correct": "abcde"[i % 5],
+    },
+    "mmlu_abstract_algebra": lambda i: {"question": f"What is {i}?", "choices": ["red", "blue", "no", f"{i}"], "answer": i % 4},
 }
 NUMBER = 12
 
 
 @pytest.fixture
 def model():
-    return make_model("llama_gqa", max_position_embeddings=256)
+    return make_model("llama_gqa", max_position_embeddings=1024)
 
 
 @pytest.fixture
 def data_dir(tmp_path):
     for name, row in ROWS.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in range(NUMBER)))
+        for file in (name, f"{name}.dev"):
+            (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in range(NUMBER)))
     return tmp_path
 
 
@@ -69,18 +77,19 @@ def stock(model, tokenizer, name, monkeypatch):
     def hub(path, name=None, **_):
         asked.append(path)
         rows = [ROWS[task](i) for i in range(NUMBER)]
-        return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split in ("train", "validation", "test")})
+        return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split in ("train", "validation", "test", "dev")})
 
     task = name
     monkeypatch.setattr(datasets, "load_dataset", hub)
     lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=3)
-    found = lm_eval.simple_evaluate(lm, tasks=[name], bootstrap_iters=0, task_manager=stock_tasks())
+    shots = (TASKS | MATH)[name].shots or None
+    found = lm_eval.simple_evaluate(lm, tasks=[name], num_fewshot=shots, bootstrap_iters=0, task_manager=stock_tasks())
     monkeypatch.undo()
     assert asked
     return found
 
 
-@pytest.mark.parametrize("name", zero_shot.TASKS)
+@pytest.mark.parametrize("name", ROWS)
 def test_scores_are_stock_scores(name, model, tiny_tokenizer, data_dir, monkeypatch):
     theirs = stock(model, tiny_tokenizer, name, monkeypatch)
     seen = {}
@@ -98,7 +107,7 @@ def test_scores_are_stock_scores(name, model, tiny_tokenizer, data_dir, monkeypa
     assert ("acc_norm" in ours["metrics"]) == ("acc_norm,none" in theirs["results"][name])
     if "acc_norm" in ours["metrics"]:
         assert ours["metrics"]["acc_norm"] == theirs["results"][name]["acc_norm,none"]
-    assert zero_shot.TASKS[name].reported in ours["metrics"]
+    assert ours["reported"] in ours["metrics"]
     wanted = sorted(float(answer[0]) for sample in theirs["samples"][name] for (answer,) in sample["resps"])
     assert len(wanted) >= 2 * NUMBER
     assert sorted({a for a, _ in seen.values()}) == pytest.approx(sorted(set(wanted)), rel=1e-4)
@@ -166,6 +175,19 @@ def test_bad_data_is_named(model, tiny_tokenizer, tmp_path, content, said):
         (tmp_path / "piqa.jsonl").write_text(content)
     with pytest.raises(UserError, match=said):
         zero_shot.score(model, tiny_tokenizer, "piqa", str(tmp_path))
+
+
+def test_solved_examples_need_a_file_of_their_own(model, tiny_tokenizer, data_dir):
+    (data_dir / "mmlu_abstract_algebra.dev.jsonl").unlink()
+    with pytest.raises(UserError, match="no mmlu_abstract_algebra.dev.jsonl"):
+        zero_shot.score(model, tiny_tokenizer, "mmlu_abstract_algebra", str(data_dir))
+
+
+def test_a_leaderboard_names_all_its_tasks():
+    assert tasks_named(["lowrankarena,piqa"]) == (*TASKS, *MATH)
+    assert tasks_named(["piqa,none", "", "mathqa"]) == ("piqa", "mathqa")
+    with pytest.raises(UserError, match="--tasks lowrankarema: .*did you mean 'lowrankarena'"):
+        tasks_named(["lowrankarema"])
 
 
 def test_an_unreachable_hub_is_said(model, tiny_tokenizer):

@@ -22,6 +22,8 @@ from ..data.texts import load_texts
 from ..errors import Terminated, UserError, first_line
 from ..experiments.trials import state_of_model
 from ..models import loading
+from ..models.families import family_of
+from ..models.shape import free_architecture_of
 from ..reporting import evidence as page
 from ..reporting import record
 from ..reporting.evidence import Row, latency_file, measured_file
@@ -39,7 +41,7 @@ log = logging.getLogger("slimllm")
 FILE = "evidence.json"
 MAKERS = ("prune", "train", "export-gguf")  # programs that make a model, which is there or is not; what others leave can be completed
 TEXTS = ("wikitext2", "ptb", "c4")
-IDENTITY = ("dtype", "calibration", "num_examples", "distill_examples", "seed", "eval_data", "eval_limit", "limit", "tune")
+IDENTITY = ("dtype", "calibration", "num_examples", "distill_examples", "seed", "eval_data", "eval_limit", "limit", "tune", "runtime")
 NOT_FORESEEN = (
     "not foreseen: the time of measurements and training, which grows with texts, questions and the model; perplexity holds one layer at a "
     "time in memory, tasks, generation and training the whole model, latency that and the dense one"
@@ -89,7 +91,9 @@ def run(config: EvidenceConfig) -> int:
     """Every step that is not done yet, then the page. Returns exit status 1 where one failed."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("evidence: it is one process; start it without torchrun")
-    most = loading.load_config(config.base_model).max_position_embeddings
+    model_config = loading.load_config(config.base_model)
+    _check_widths(config, model_config)
+    most = model_config.max_position_embeddings
     left_out = [f"{page.protocol_of(n)}: beyond the model's context of {most} tokens" for n in config.protocols if n > most]
     rows = rows_of(config)
     if config.dry_run:
@@ -119,6 +123,16 @@ def run(config: EvidenceConfig) -> int:
     for name in failed:
         log.info("failed: %s: %s", name, results["steps"][name]["failed"])
     return 1 if failed or missing else 0
+
+
+def _check_widths(config: EvidenceConfig, model_config) -> None:
+    """Raises UserError where nothing that is pruned could be measured in llama.cpp."""
+    regular = config.runtime in ("gguf", "transformers") or free_architecture_of(model_config)
+    if "llama_cpp" in config.runtimes and config.recipes and not regular and family_of(model_config).gguf:
+        raise UserError(
+            f"--runtimes llama_cpp: llama.cpp takes a {model_config.model_type} with one width for all layers only, so its pruned "
+            "models would not run there; add --runtime gguf, which prunes for it"
+        )
 
 
 def _forget(folder: Path) -> None:
@@ -175,7 +189,7 @@ def _maker(config: EvidenceConfig, row: Row, texts: tuple[str, ...] | None) -> S
         words += ["--output_dir", str(folder)]
         return Step(row, "training", "train", tuple(words), folder / TrainingRecord.FILE)
     words = [config.base_model, "--recipe", row.recipe, "--target_sparsity", f"{row.share:g}"]
-    words += _flags(config, "calibration", "num_examples", "seed", "dtype", "device", "tmp_dir", "eval_limit")
+    words += _flags(config, "runtime", "calibration", "num_examples", "seed", "dtype", "device", "tmp_dir", "eval_limit")
     words += ["--distill_examples", str(config.distill_examples)] if row.recipe == "distilled" else []
     words += ["--eval_device", config.device] if config.device != "auto" else []
     words += ["--eval_data", *texts] if texts else []

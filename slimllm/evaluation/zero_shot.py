@@ -1,4 +1,4 @@
-"""Zero-shot multiple-choice tasks with lm-eval's own definitions, from the hub or from local files, scored faster.
+"""Multiple-choice tasks with lm-eval's own definitions, from the hub or from local files, scored faster.
 
 The task definitions (prompts, targets, metrics) are lm-eval's. What differs is where the rows can come from, and that
 the choices of one question share one pass of the question's tokens.
@@ -24,11 +24,12 @@ from ..models import hub
 from ..models.adapter import LayerAdapter
 from ..models.families import family_of
 from ..models.shape import window_of
-from ..settings.tasks import TASKS
+from ..settings.tasks import MATH, TASKS, Task
 from ..streaming.runner import LOGIT_ROWS
 from ..utils import processes
 
 TOKENS_AT_ONCE = 4096
+DEV = "dev"  # the split of solved examples
 
 
 def local_file(name: str, data_dir: str) -> Path:
@@ -61,27 +62,30 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
-def _load_task(name: str, data_dir: str | None, scratch: Path):
+def _load_task(name: str, task: Task, data_dir: str | None, scratch: Path):
     """lm-eval's task manager and task; with ``data_dir`` the definition is included and only the source of its rows replaced."""
     import lm_eval.tasks
 
-    task = TASKS[name]
     definition = Path(lm_eval.tasks.__file__).parent / task.definition
     if data_dir is not None:
-        path = local_file(name, data_dir)
-        read_rows(path)
+        files = {task.split: local_file(name, data_dir)} | ({DEV: local_file(f"{name}.{DEV}", data_dir)} if task.shots else {})
+        for path in files.values():
+            read_rows(path)
         override = {
             "include": str(definition),
             "task": name,
             "dataset_path": "json",
             "dataset_name": None,
-            "dataset_kwargs": {"data_files": {task.split: str(path.resolve())}, "cache_dir": str(scratch)},
+            "dataset_kwargs": {"data_files": {split: str(path.resolve()) for split, path in files.items()}, "cache_dir": str(scratch)},
             **{f"{kind}_split": task.split if task.split == kind else None for kind in ("training", "validation", "test")},
         }
         definition = scratch / f"{name}.yaml"
         definition.write_text(json.dumps(override))
     manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(definition.parent))
-    return manager, manager.load([str(definition)])["tasks"][name]
+    found = manager.load([str(definition)])["tasks"][name]
+    if task.shots:
+        found.set_config("num_fewshot", task.shots)
+    return manager, found
 
 
 @contextlib.contextmanager
@@ -100,16 +104,17 @@ def score(model, tokenizer, name: str, data_dir: str | None = None, limit: int |
 
     Returns:
         {"metrics": {"acc": .., "acc_stderr": .., ...}, "questions": how many, "version": of lm-eval's definition, "reported": the
-        metric that the paper reports, "limited": whether ``limit`` was given}.
+        metric that tables show, "limited": whether ``limit`` was given}.
     Raises:
         UserError: the task's data cannot be had or does not have the hub's schema.
     """
     from lm_eval import simple_evaluate
 
+    definition = (TASKS | MATH)[name]
     where = f"--data_dir {data_dir}: {name}.jsonl" if data_dir else f"task {name}"
     with tempfile.TemporaryDirectory(prefix="slimllm-") as scratch, quietly():
         try:
-            manager, task = _load_task(name, data_dir, Path(scratch))
+            manager, task = _load_task(name, definition, data_dir, Path(scratch))
         except UserError:
             raise
         except Exception as error:  # the hub's libraries raise their own kinds, the templates too
@@ -124,7 +129,7 @@ def score(model, tokenizer, name: str, data_dir: str | None = None, limit: int |
         "metrics": {key: value for key, value in values.items() if isinstance(value, int | float)},
         "questions": results["n-samples"][name]["effective"],
         "version": results["versions"][name],
-        "reported": TASKS[name].reported,
+        "reported": definition.reported,
         "limited": limit is not None,
     }
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from ..evaluation.latency import milliseconds
 from ..settings.evidence import LORA, LORA_TITLE, PROTOCOLS
-from ..settings.tasks import TASKS
+from ..settings.tasks import MATH, MMLU_MATH, TASKS
 from ..utils.files import write_text
 from . import record
 from .card import portable, shared_texts
 from .figures import nats_lost
 from .page import template
 from .paper_table import task_cells
-from .published import PUBLISHED
+from .published import ARENA_COLUMNS, ARENA_NOTE, ARENA_ROWS, PUBLISHED
 from .record import PruningRecord
 from .tables import TEXT_HEADINGS, aligned, limits_line
 from .trial_tables import CHAT, chat_cells
@@ -128,7 +128,7 @@ def write(folder: Path, name: str, rows: list[Row], protocols: tuple[int, ...], 
     measured = [_models(found), *(_perplexity(found, n) for n in protocols), _tasks(found), _generation(found), _chat(found)]
     measured += [_latency(found), *(_speeds(found, name) for name in RUNTIME_TITLES), _arena(found)]
     sections = [section for section in measured if len(section.rows) > 1]
-    rest = [_faults(results), _commands(results), _published()]
+    rest = [_faults(results), _commands(results), _published(), _published_arena()]
     sections += [section for section in rest if section.notes or section.rows or section.commands]
     page = template("evidence.html.jinja")
     write_text(folder / PAGE, page.render(name=name, about=about, picture=picture, sections=sections))
@@ -198,13 +198,21 @@ def _perplexity(found: list[Found], tokens: int) -> Section:
 
 
 def _tasks(found: list[Found]) -> Section:
-    header = [*HEADINGS, *(task.heading for task in TASKS.values()), "Average"]
     scored = [one for one in found if one.measured.get("tasks")]
+    besides = [name for name in MATH if any(name in one.measured["tasks"] for one in scored)]
+    header = [*HEADINGS, *(task.heading for task in TASKS.values()), "Average", *(MATH[name].heading for name in besides)]
     some = [task for one in scored for task in one.measured["tasks"].values() if task["limited"]]
     most = max((task["questions"] for task in some), default=0)
     notes = [f"* limited: the first {most} questions of each task only"] if some else []
-    notes.append("lm-eval's definitions; accuracy in per cent, acc_norm for HellaSwag, ARC-c and OBQA, acc for the others")
-    return Section("Zero-shot tasks", notes, [header, *([*one.first_cells, *task_cells(one.measured["tasks"])] for one in scored)])
+    notes.append("lm-eval's definitions; accuracy in per cent, acc_norm for HellaSwag, ARC-c, OBQA and MathQA, acc for the others")
+    notes += ["MMLU with five solved examples, the rest without any."] if set(besides) & set(MMLU_MATH) else []
+    rows = [header]
+    for one in scored:
+        tasks = one.measured["tasks"]
+        values = [(tasks[name], MATH[name].reported) if name in tasks else None for name in besides]
+        cells = [f"{100 * each[0]['metrics'][each[1]]:.2f}{'*' * each[0]['limited']}" if each else "-" for each in values]
+        rows.append([*one.first_cells, *task_cells(tasks), *cells])
+    return Section("Multiple choice", notes, rows)
 
 
 def _generation(found: list[Found]) -> Section:
@@ -269,20 +277,47 @@ def _speeds(found: list[Found], runtime: str) -> Section:
 
 def _arena(found: list[Found]) -> Section:
     """Whole texts and all questions only: what a leaderboard takes."""
-    rows = [["Keep", "Method", "WT2 PPL", "C4 PPL", *ARENA_TASKS.values(), "MCQ Avg.", "MathQA", "MMLU-M", "Q. Ret."]]
+    scores = {one.row: _arena_scores(one) for one in found}
+    rows = [list(ARENA_COLUMNS)]
     for one in found:
-        texts = {name: f["perplexity"] for name, f in one.figures(2048).items() if not f["limited"]}
-        scored = {name: t["metrics"][t["reported"]] for name, t in one.measured.get("tasks", {}).items() if not t["limited"]}
-        if not texts and not scored:
-            continue
-        removed = one.run.parameters.decoder_removed if one.run else 0.0
-        cells = [f"{texts[name]:.2f}" if name in texts else "-" for name in ("wikitext2", "c4")]
-        cells += [f"{scored[name]:.3f}" if name in scored else "-" for name in ARENA_TASKS]
-        cells.append(f"{sum(scored[name] for name in ARENA_TASKS) / len(ARENA_TASKS):.3f}" if scored.keys() >= ARENA_TASKS.keys() else "-")
-        method = "Dense FP" if one.row.recipe is None else f"SlimLLM, {one.row.title.rpartition(',')[0]}"
-        rows.append([f"{1 - removed:.0%}", method, *cells, "-", "-", "-"])
-    note = "In the columns of the LowRankArena leaderboard (github.com/Zishan-Shao/lowrankarena); what it measures besides is left open."
-    return Section("Rows for LowRankArena", [note], rows)
+        of = scores[one.row]
+        if of:
+            shown = [(of.get(name), 2 if name.endswith("PPL") else 3) for name in ARENA_COLUMNS[2:-1]]
+            shown.append((_retention(scores[found[0].row], of), 3))
+            method = "Dense FP" if one.row.recipe is None else f"SlimLLM, {one.row.title.rpartition(',')[0]}"
+            kept = 1 - (one.run.parameters.decoder_removed if one.run else 0.0)
+            rows.append([f"{kept:.0%}", method, *("-" if value is None else f"{value:.{digits}f}" for value, digits in shown)])
+    notes = [
+        "In the columns of the LowRankArena leaderboard (github.com/Zishan-Shao/lowrankarena) and by its rules: perplexity in blocks of "
+        "2,048 tokens, acc_norm where a task has it, Q. Ret. the mean of what is kept of WT2, C4, MCQ Avg., MathQA and MMLU-M.",
+        "All of it is measured with --tasks lowrankarena. C4 is GPTQ's part of it here, and the first 262,144 tokens of that split there.",
+    ]
+    return Section("Rows for LowRankArena", notes, rows)
+
+
+def _arena_scores(one: Found) -> dict[str, float]:
+    """What was measured whole of a model, by the leaderboard's columns."""
+    texts = {name: f["perplexity"] for name, f in one.figures(2048).items() if not f["limited"]}
+    found = {f"{heading} PPL": texts[name] for name, heading in (("wikitext2", "WT2"), ("c4", "C4")) if name in texts}
+    tasks = {name: task for name, task in one.measured.get("tasks", {}).items() if not task["limited"]}
+    accuracy = {name: task["metrics"].get("acc_norm", task["metrics"]["acc"]) for name, task in tasks.items()}
+    found |= {heading: accuracy[name] for name, heading in ARENA_TASKS.items() if name in accuracy}
+    if accuracy.keys() >= ARENA_TASKS.keys():
+        found["MCQ Avg."] = statistics.mean(accuracy[name] for name in ARENA_TASKS)
+    if "mathqa" in accuracy:
+        found["MathQA"] = accuracy["mathqa"]
+    if accuracy.keys() >= set(MMLU_MATH):
+        questions = [tasks[name]["questions"] for name in MMLU_MATH]
+        found["MMLU-M"] = statistics.fmean((accuracy[name] for name in MMLU_MATH), questions)
+    return found
+
+
+def _retention(dense: dict[str, float], pruned: dict[str, float]) -> float | None:
+    """The leaderboard's mean of how much of the dense model's figures is kept; None where one is missing, or 0 in the dense model."""
+    perplexities, accuracies = ("WT2 PPL", "C4 PPL"), ("MCQ Avg.", "MathQA", "MMLU-M")
+    if not {*perplexities, *accuracies} <= dense.keys() & pruned.keys() or not all(dense[name] for name in accuracies):
+        return None
+    return statistics.mean([dense[name] / pruned[name] for name in perplexities] + [pruned[name] / dense[name] for name in accuracies])
 
 
 def _faults(results: dict) -> Section:
@@ -302,3 +337,8 @@ def _published() -> Section:
         ptb = "-" if one.ptb is None else f"{one.ptb:.2f}"
         rows.append([one.model, one.share, one.method, str(one.tokens), f"{one.wikitext2:.2f}", ptb, one.needs, one.source])
     return Section("What papers report", [NOT_LIKE_FOR_LIKE], rows)
+
+
+def _published_arena() -> Section:
+    rows = [["model", *ARENA_COLUMNS], *map(list, ARENA_ROWS)]
+    return Section("What LowRankArena shows", [ARENA_NOTE], rows)

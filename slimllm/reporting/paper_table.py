@@ -64,7 +64,7 @@ def task_cells(tasks: dict) -> list[str]:
     scores = {name: 100 * task["metrics"][task["reported"]] for name, task in tasks.items()}
     limited = any(task["limited"] for task in tasks.values())
     cells = [f"{scores[name]:.2f}{'*' if limited else ''}" if name in scores else "-" for name in TASKS]
-    return [*cells, _average(list(scores.values()), limited)]
+    return [*cells, _average([score for name, score in scores.items() if name in TASKS], limited)]
 
 
 def _average(scores: list[float], limited: bool) -> str:

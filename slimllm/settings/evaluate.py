@@ -6,10 +6,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..cli import check_choice, check_choices, check_range, flag
+from ..cli import check_choices, check_range, flag
 from ..errors import UserError
 from .common import DTYPES
-from .tasks import TASKS
+from .tasks import TASKS, tasks_named
 
 UNSAFE = ("humaneval", "mbpp")  # what the names of lm-eval's tasks that run generated code begin with
 
@@ -43,7 +43,12 @@ class EvalConfig:
 
     tmp_dir: str | None = flag("model", "folder for activations that do not fit in memory [TMPDIR, or the system's]")
 
-    tasks: tuple[str, ...] = flag("tasks", "zero-shot tasks, or none", tuple(TASKS), nargs="*")
+    tasks: tuple[str, ...] = flag(
+        "tasks",
+        "multiple-choice tasks, or none; lowrankarena: these seven, MathQA and the mathematics of MMLU, as that leaderboard has them",
+        tuple(TASKS),
+        nargs="*",
+    )
     data_dir: str | None = flag(
         "tasks", "folder of TASK.jsonl files in the hub's schema, in place of the hub; a task without a file is left out"
     )
@@ -68,9 +73,7 @@ class EvalConfig:
     def __post_init__(self):
         if not self.model:
             raise UserError("name a model: slimllm evaluate prune_log/NAME")
-        self.tasks = tuple(name for item in self.tasks for name in item.split(",") if name not in ("", "none"))
-        for name in self.tasks:
-            check_choice("tasks", name, TASKS)
+        self.tasks = tasks_named(self.tasks)
         check_choices(self)
         check_generation(self)
         for name in ("limit", "eval_limit"):

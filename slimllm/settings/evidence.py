@@ -8,13 +8,14 @@ from pathlib import Path
 
 from ..cli import check_choice, check_choices, check_range, flag
 from ..errors import UserError
+from ..models.shape import RUNTIMES
 from .common import DTYPES, VLLM_PYTHON
 from .evaluate import check_generation
 from .methods import RECIPES
-from .tasks import TASKS
+from .tasks import TASKS, tasks_named
 
 PROTOCOLS = {128: "LLM-Pruner, SlimLLM", 2048: "SliceGPT, Wanda", 4096: "Týr"}  # tokens per block -> who measures so
-RUNTIMES = ("llama_cpp", "vllm")
+MEASURED_IN = ("llama_cpp", "vllm")
 LORA, LORA_TITLE = "lora", "distilled, then LoRA"  # the recipe of two programs
 
 
@@ -30,6 +31,11 @@ class EvidenceConfig:
     shares: tuple[float, ...] = flag("sparsity", "shares of the decoder's parameters to remove, 0 to 1", (0.2, 0.3, 0.5))
     recipes: tuple[str, ...] | None = flag(
         "sparsity", "recipes of slimllm prune, and lora: distilled, then trained on --tune [paper best distilled; with --tune lora too]"
+    )
+    runtime: str | None = flag(
+        "sparsity",
+        "as for slimllm prune: what has to run the pruned models, which sets the widths that are allowed [any]",
+        choices=RUNTIMES,
     )
     tune: str | None = flag("sparsity", "instructions for lora: the --data_path of slimllm train")
 
@@ -52,7 +58,12 @@ class EvidenceConfig:
     )
     eval_limit: int | None = flag("perplexity", "only the first N blocks; the figures are marked as limited [all]")
 
-    tasks: tuple[str, ...] = flag("tasks", "zero-shot tasks of the paper, or none", tuple(TASKS), nargs="*")
+    tasks: tuple[str, ...] = flag(
+        "tasks",
+        "multiple-choice tasks, or none; lowrankarena: these seven, MathQA and the mathematics of MMLU, as that leaderboard has them",
+        tuple(TASKS),
+        nargs="*",
+    )
     data_dir: str | None = flag("tasks", "folder of TASK.jsonl files in the hub's schema, in place of the hub")
     limit: int | None = flag("tasks", "only the first N questions of each task; the results are marked as limited [all]")
     generation: tuple[str, ...] = flag("tasks", "tasks of lm-eval in which the models write, such as gsm8k ifeval humaneval [none]", ())
@@ -96,14 +107,12 @@ class EvidenceConfig:
         for length in self.protocols:
             if length not in PROTOCOLS:
                 raise UserError(f"--protocols {length}: not one of {', '.join(map(str, PROTOCOLS))}")
-        self.tasks = tuple(name for item in self.tasks for name in item.split(",") if name not in ("", "none"))
-        for name in self.tasks:
-            check_choice("tasks", name, TASKS)
+        self.tasks = tasks_named(self.tasks)
         if self.data_dir is not None and not os.path.isdir(self.data_dir):
             raise UserError(f"--data_dir {self.data_dir}: no such folder")
         self.runtimes = tuple(name for name in self.runtimes if name != "none")
         for name in self.runtimes:
-            check_choice("runtimes", name, RUNTIMES)
+            check_choice("runtimes", name, MEASURED_IN)
         check_generation(self)
         for name in ("eval_limit", "limit", "num_examples", "repeats"):
             check_range(self, name, 1)

@@ -1,21 +1,25 @@
-"""The zero-shot tasks of the paper."""
+"""The zero-shot tasks of the paper, and those that the LowRankArena leaderboard has besides."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from ..cli import check_choice
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task of the paper: its heading in the paper's tables, the metric reported there, the hub's evaluation split.
+    """A multiple-choice task: its heading in tables, the metric reported there, the hub's evaluation split.
 
-    ``definition`` is lm-eval's file below its folder of tasks.
+    ``definition`` is lm-eval's file below its folder of tasks. ``shots``: solved examples, of the split "dev", before each question.
     """
 
     heading: str
     reported: str
     split: str
     definition: str
+    shots: int = 0
 
 
 # The paper does not say which metric it reports; these are what LLaMA-7B's published figures agree with.
@@ -28,3 +32,28 @@ TASKS = {
     "arc_challenge": Task("ARC-c", "acc_norm", "test", "arc/arc_challenge.yaml"),
     "openbookqa": Task("OBQA", "acc_norm", "test", "openbookqa/openbookqa.yaml"),
 }
+
+# What LowRankArena calls MMLU-Math is these five parts of MMLU, each question counting the same.
+MMLU_MATH = tuple(
+    f"mmlu_{subject}"
+    for subject in (
+        "abstract_algebra",
+        "college_mathematics",
+        "elementary_mathematics",
+        "high_school_mathematics",
+        "high_school_statistics",
+    )
+)
+MATH = {
+    "mathqa": Task("MathQA", "acc_norm", "test", "mathqa/mathqa.yaml"),
+    **{name: Task(name, "acc", "test", f"mmlu/default/{name}.yaml", shots=5) for name in MMLU_MATH},
+}
+ARENA = "lowrankarena"  # stands for all tasks of that leaderboard
+
+
+def tasks_named(words: Iterable[str]) -> tuple[str, ...]:
+    """The tasks that --tasks names: by name, with commas or blanks between them, ARENA or none. Raises UserError for another word."""
+    names = [name for word in words for name in word.split(",") if name not in ("", "none")]
+    for name in names:
+        check_choice("tasks", name, (*TASKS, *MATH, ARENA))
+    return tuple(dict.fromkeys(task for name in names for task in ((*TASKS, *MATH) if name == ARENA else (name,))))
