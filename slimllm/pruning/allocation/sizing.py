@@ -37,7 +37,7 @@ def plans_from_ratios(shape: ModelShape, ratios: Ratios, config: PruneConfig) ->
         def ratios(amount):
             return [amount * config.pruned_layers / len(shape.layers)] * len(shape.layers)
 
-    if config.pruning_ratio is not None:
+    if config.sparsity_of(shape) is None:
         return sizing.rounded(ratios(config.pruning_ratio))
     share = EXPERTS_SHARE if shape.is_mixture else COMMON_ATTENTION_SHARE
     together = config.prune == "both" and (limits.same_heads or shape.is_mixture)
