@@ -48,6 +48,13 @@ def test_target_sparsity_is_met_to_within_one_channel(case, head_unit, recovery,
         assert count(p, "heads") >= 1 and count(p, "channels") >= 1 and count(p, "heads") % count(p, "kv_heads") == 0
 
 
+@pytest.mark.parametrize("layer_ratio, runtime", [("importance", "vllm"), ("uniform", "vllm"), ("uniform", "transformers")])
+def test_where_nothing_is_asked_for_nothing_goes_to_pay_for_biases(layer_ratio, runtime):
+    counted, _ = shape()
+    plans = plan(counted, COSINE, make_config(6, counted, target_sparsity=0.0, layer_ratio=layer_ratio, runtime=runtime, recovery="linear"))
+    assert [p.units for p in plans] == counted.units
+
+
 @pytest.mark.parametrize("layer_ratio", ["importance", "uniform", "ranking", "auto"])
 @pytest.mark.parametrize("parts", ["heads", "channels"])
 @pytest.mark.parametrize("runtime", ["any", "vllm"])

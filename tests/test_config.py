@@ -1,8 +1,10 @@
 import pytest
 
 import slimllm
+from slimllm import cli
 from slimllm.commands import COMMANDS
 from slimllm.errors import UserError
+from slimllm.settings.pruning import BYTES, COUNTS
 from tests.conftest import make_shape
 
 
@@ -146,6 +148,12 @@ def test_what_changes_something_is_not_remarked_on(caplog):
 def test_layers_that_must_be_alike_are_not_spread_over(layer_ratio):
     with pytest.raises(UserError, match=f"--layer_ratio {layer_ratio} and --runtime transformers: all layers of this model lose the same"):
         config("--layer_ratio", layer_ratio, "--runtime", "transformers").resolved(make_shape())
+
+
+@pytest.mark.parametrize("flag, value, number", [("fit", "1.5TB", 1.5e12), ("fit", "2TiB", 2**41), ("target_params", "1T", 1e12)])
+def test_large_models_have_units(flag, value, number):
+    assert cli.number_of(flag, value, BYTES if flag == "fit" else COUNTS) == number
+    assert getattr(config("--recipe", "best", f"--{flag}", value), flag) == value
 
 
 @pytest.mark.parametrize("amount", [["--fit", "1MB"], ["--target_speedup", "1.5"]])

@@ -161,9 +161,11 @@ def test_replaceme_takes_the_row_of_layers_that_turns_its_input_least(count):
     assert depth.least_turning(run)["staying"] == run.shape.with_layers(kept).staying
 
 
-@pytest.mark.parametrize("share, layers", [(0.2, 5), (0.5, 3)])
-def test_shortgpt_takes_as_many_layers_as_come_nearest(share, layers, folder, text_file):
-    assert hf_prune.main(flags(text_file, "--method", "shortgpt", "--target_sparsity", share)) == 0
+@pytest.mark.parametrize(
+    "amount, layers", [(("--target_sparsity", 0.2), 5), (("--target_sparsity", 0.5), 3), (("--pruning_ratio", 0.3), 4)]
+)
+def test_shortgpt_takes_as_many_layers_as_come_nearest_and_nothing_else(amount, layers, folder, text_file):
+    assert hf_prune.main(flags(text_file, "--method", "shortgpt", *amount)) == 0
     assert AutoModelForCausalLM.from_pretrained("out").config.num_hidden_layers == layers
     assert {len(layer["kept"]["mlp"]["channels"]) for layer in record()["layers"]} == {0, 48}
 

@@ -332,7 +332,7 @@ def test_amounts_of_the_whole_model_are_met():
     for settings in (dict(smaller=0.9), dict(target_params="1M"), dict(target_params="1K")):
         with pytest.raises(UserError, match=r"the model has 0.0 M parameters, 0.0 M in its embeddings, which stay"):
             best(model, ids, target_sparsity=None, **settings)
-    with pytest.raises(UserError, match="--target_params five: must be a number followed by one of K, M, B, such as 5.4B"):
+    with pytest.raises(UserError, match="--target_params five: must be a number followed by one of K, M, B, T, such as 5.4B"):
         best(model, ids, target_sparsity=None, target_params="five")
     with pytest.raises(UserError, match="--target_sparsity and --smaller both say how much to remove"):
         best(model, ids, smaller=0.2)

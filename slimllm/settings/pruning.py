@@ -27,8 +27,9 @@ log = logging.getLogger("slimllm")
 PUBLISHED_EXAMPLES = 32  # calibration samples of the paper
 BEST_EXAMPLES = 192  # those of the best recipe; more bought nothing on a model of 4,864 channels
 RIDGE_TOKENS = 4096  # calibration tokens up to which the ridge is the median input variance; with more of them it falls
-BYTES = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}  # units of --fit
-COUNTS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}  # units of --target_params
+# units of --fit; messages show the fourth
+BYTES = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+COUNTS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}  # units of --target_params
 BY_PRICES = ("fit", "target_speedup")  # of AMOUNTS, those that only layer_ratio auto can meet, or for fit a mixture of experts
 HEAD_UNITS = ("group", "query")
 REGULAR = ("uniform", "auto")  # ways to spread the sparsity that can give all layers the same widths
@@ -83,7 +84,7 @@ class PruneConfig:
     fit: str | None = flag(
         "sparsity",
         "layer_ratio auto, or a mixture of experts: bytes that a GGUF file of the model and its KV cache are to take, such as 6GB "
-        "(decimal; GiB too); instead of --pruning_ratio, or besides another amount: all are met",
+        "(decimal; GiB and TiB too); instead of --pruning_ratio, or besides another amount: all are met",
     )
     context: int = flag("sparsity", "with --fit: tokens in the KV cache", 4096)
     gguf_type: str = flag("sparsity", "with --fit: type of the weights in the file, as for export-gguf", "q8_0", choices=OUTTYPES)

@@ -52,7 +52,7 @@ def plans_of(scores: list[torch.Tensor], slots: list[Slot], sizing: Sizing) -> l
             plan.clipped = False
         return plans
 
-    if config.pruning_ratio is not None:
+    if config.sparsity_of(sizing.shape) is None:
         if not config.pruning_ratio or not len(owners):
             return planned(0)
         steps = torch.tensor([_step_weights(slot) for slot in slots])

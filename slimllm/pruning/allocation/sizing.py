@@ -37,7 +37,7 @@ def plans_from_ratios(shape: ModelShape, ratios: Ratios, config: PruneConfig) ->
         def ratios(amount):
             return [amount * config.pruned_layers / len(shape.layers)] * len(shape.layers)
 
-    if config.pruning_ratio is not None:
+    if config.sparsity_of(shape) is None:
         return sizing.rounded(ratios(config.pruning_ratio))
     share = EXPERTS_SHARE if shape.is_mixture else COMMON_ATTENTION_SHARE
     together = config.prune == "both" and (limits.same_heads or shape.is_mixture)
@@ -173,7 +173,9 @@ class Sizing:
             plans[slot.layer].clipped |= slot.steps.count - round(ratio * slot.steps.count) < slot.steps.least
 
     def for_target(self, ratios: Ratios, attention: float) -> list[LayerPlan]:
-        """Plans that remove ``target_sparsity``."""
+        """Plans that remove ``target_sparsity``; where that is nothing all stays, since what loses a channel may get biases for it."""
+        if self.target <= 0:
+            return self.rounded([0.0] * len(self.shape.layers))
         if not self.fine:
             return self._coarse_alone(ratios)
         if not self.limits.same_heads or not self.coarse:
