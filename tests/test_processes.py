@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import hf_prune
 from slimllm.streaming.journal import Journal
 from slimllm.streaming.statistics import Covariance, PairMoments, SquareSum
-from slimllm.training import distillation
+from slimllm.training import distillation, sharding
 from slimllm.training.teacher import Teacher
 from slimllm.utils import processes
 from tests.conftest import ROOT, make_config, make_ids, make_model, prune, run_of
@@ -70,7 +70,8 @@ def check_alike(stdout, *names):
         assert two["evaluation"][0][key] == pytest.approx(one["evaluation"][0][key], rel=1e-2 if one.get("distillation") else 1e-3)
     weights = [load_file(Path("prune_log", name, "model.safetensors")) for name in names]
     for name in weights[0]:
-        torch.testing.assert_close(weights[1][name], weights[0][name], rtol=1e-2, atol=1e-3)
+        # a gradient near zero may have another sign in bfloat16, and Adam takes a whole step by it: 3e-4 at most, four times
+        torch.testing.assert_close(weights[1][name], weights[0][name], rtol=1e-2, atol=2e-3 if one.get("distillation") else 1e-3)
     return one, two
 
 
@@ -249,6 +250,28 @@ def test_of_two_processes_each_holds_half_of_the_weights_that_are_all_trained(mo
     for weights, _ in found:
         for name, values in weights.items():
             torch.testing.assert_close(values, alone[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("case, dtype", [("llama_gqa", torch.float32), ("llama_gqa", torch.bfloat16), ("starcoder2", torch.bfloat16)])
+def test_gradients_of_shares_are_sums_over_the_processes(case, dtype, tmp_path, monkeypatch):
+    """Adam would not show it: its steps are the same where all gradients are a half. The norms of one model have biases."""
+    monkeypatch.setattr("slimllm.training.teacher.distillation_dtype", lambda own, device: dtype)
+
+    def run():
+        student, teacher = make_model(case), Teacher(make_model(case, seed=1), make_ids(5))
+        names = distillation.trained_names(student, "all")
+        if processes.count() == 1:
+            with distillation._trainable(student, "all", dtype) as parameters:
+                distillation._Loss(student, teacher).backward(torch.arange(5))
+                return torch.cat([parameter.grad.flatten() for parameter in parameters])
+        model = sharding.sharded(student, names, teacher.device, dtype, False)
+        distillation._Loss(model, teacher, True).backward(torch.arange(5))
+        return torch.cat([model.get_parameter(name).grad.full_tensor().flatten() for name in names])
+
+    alone, *found = run(), *in_processes(2, run, tmp_path)
+    assert len(found) == 2
+    for gradients in found:
+        assert float((gradients - alone).norm() / alone.norm()) < (1e-4 if dtype == torch.float32 else 0.1)
 
 
 @pytest.mark.parametrize("before, after", [(2, 2), (2, 1), (1, 2), (3, 2)])
