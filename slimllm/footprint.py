@@ -38,13 +38,14 @@ def footprint(run: Run, plans: list[LayerPlan], stored: torch.dtype | None, save
     shape, config, sizes = run.shape, run.config, sizes_of(run, stored, saved)
     rows = shape.vocab + shape.tokens_gone
     embedding = rows * (shape.hidden + shape.token_inputs) * sizes.compute + PIECE * max(sizes.stored, sizes.compute)
+    distilling, distilling_host = distillation.peak_bytes(run, plans, sizes)
     peak = max(
         layer.peak_bytes(run, plans, sizes),
         prices.peak_bytes(run, sizes),
         embedding + 3 * LOGIT_ROWS * shape.vocab * 4,
         perplexity.peak_bytes(shape, sizes),
         WholeModel.peak_bytes(shape.parameters, sizes),
-        distillation.peak_bytes(run, plans, sizes),
+        distilling,
     )
     named = [config.calibration, *(config.vocab_text or ())]
     tokenizing = TOKENIZING * max(map(calibration.characters_of, named), default=0)
@@ -62,9 +63,8 @@ def footprint(run: Run, plans: list[LayerPlan], stored: torch.dtype | None, save
     temporary, beside = (temporary, journal) if config.tmp_dir is None else (temporary + journal, 0)
     beside = max(beside, distillation.kept_bytes(run, plans))
     if sizes.on_gpu:
-        copied = distillation.kept_bytes(run, plans) // 2  # a step on its way from the GPU to the disk
         return Footprint(
-            program + GPU_CONTEXT + max(embedding, 3 * largest * sizes.stored, copied, tokenizing),
+            program + GPU_CONTEXT + max(embedding, 3 * largest * sizes.stored, distilling_host, tokenizing),
             peak,
             temporary,
             kept * sizes.saved,

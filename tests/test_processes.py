@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 import hf_prune
+from slimllm.streaming.journal import Journal
 from slimllm.streaming.statistics import Covariance, PairMoments, SquareSum
-from slimllm.training import distillation
+from slimllm.training import distillation, sharding
 from slimllm.training.teacher import Teacher
 from slimllm.utils import processes
 from tests.conftest import ROOT, make_config, make_ids, make_model, prune, run_of
@@ -69,7 +70,8 @@ def check_alike(stdout, *names):
         assert two["evaluation"][0][key] == pytest.approx(one["evaluation"][0][key], rel=1e-2 if one.get("distillation") else 1e-3)
     weights = [load_file(Path("prune_log", name, "model.safetensors")) for name in names]
     for name in weights[0]:
-        torch.testing.assert_close(weights[1][name], weights[0][name], rtol=1e-2, atol=1e-3)
+        # a gradient near zero may have another sign in bfloat16, and Adam takes a whole step by it: 3e-4 at most, four times
+        torch.testing.assert_close(weights[1][name], weights[0][name], rtol=1e-2, atol=2e-3 if one.get("distillation") else 1e-3)
     return one, two
 
 
@@ -206,6 +208,123 @@ def test_each_number_of_processes_distils_as_one(count, samples, tmp_path, monke
     found = in_processes(count, run, tmp_path)
     assert len(found) == count and all(values == found[0] for values in found)
     assert found[0] == pytest.approx(alone, rel=1e-3) and alone[0] != alone[1]
+
+
+@pytest.fixture
+def in_float32(monkeypatch):
+    monkeypatch.setattr("slimllm.training.teacher.distillation_dtype", lambda dtype, device: torch.float32)
+
+
+def distilled(journal=None, mode="all", epochs=1):
+    """A pruned model trained on 40 samples by all processes that there are."""
+    dense, student = make_model(), make_model()
+    prune(student, make_ids(), make_config())
+    run = run_of(student, make_ids(), make_config(distill=mode, distill_learning_rate=1e-3, distill_epochs=epochs), journal=journal)
+    assert distillation.distil(run, student, Teacher(dense, make_ids(40))).kept
+    return {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
+
+
+@pytest.mark.parametrize("mode, most", [("all", 0.51), ("scales", 1.0)])
+def test_of_two_processes_each_holds_half_of_the_weights_that_are_all_trained(mode, most, in_float32, tmp_path, monkeypatch):
+    """And of their gradients and moments; what came of it is that of one process, and whole in each."""
+    step, held = torch.optim.AdamW.step, []
+
+    def watched(optimizer, *arguments):
+        [group] = optimizer.param_groups
+        of_gradients = [parameter.grad for parameter in group["params"]]
+        found = step(optimizer, *arguments)
+        of_moments = [optimizer.state[parameter][name] for name in distillation._Training.MOMENTS for parameter in group["params"]]
+        for tensors in (group["params"], of_gradients, of_moments):
+            local = sum(getattr(one, "to_local", lambda one=one: one)().numel() for one in tensors)
+            held.append(local / sum(one.numel() for one in tensors))
+        return found
+
+    def run():
+        weights = distilled(mode=mode)
+        return weights, max(held)
+
+    alone = distilled(mode=mode)
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    found = in_processes(2, run, tmp_path)
+    assert len(found) == 2 and all(share <= most for _, share in found)
+    for weights, _ in found:
+        for name, values in weights.items():
+            torch.testing.assert_close(values, alone[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("case, dtype", [("llama_gqa", torch.float32), ("llama_gqa", torch.bfloat16), ("starcoder2", torch.bfloat16)])
+def test_gradients_of_shares_are_sums_over_the_processes(case, dtype, tmp_path, monkeypatch):
+    """Adam would not show it: its steps are the same where all gradients are a half. The norms of one model have biases."""
+    monkeypatch.setattr("slimllm.training.teacher.distillation_dtype", lambda own, device: dtype)
+
+    def run():
+        student, teacher = make_model(case), Teacher(make_model(case, seed=1), make_ids(5))
+        names = distillation.trained_names(student, "all")
+        if processes.count() == 1:
+            with distillation._trainable(student, "all", dtype) as parameters:
+                distillation._Loss(student, teacher).backward(torch.arange(5))
+                return torch.cat([parameter.grad.flatten() for parameter in parameters])
+        model = sharding.sharded(student, names, teacher.device, dtype, False)
+        distillation._Loss(model, teacher, True).backward(torch.arange(5))
+        return torch.cat([model.get_parameter(name).grad.full_tensor().flatten() for name in names])
+
+    alone, *found = run(), *in_processes(2, run, tmp_path)
+    assert len(found) == 2
+    for gradients in found:
+        assert float((gradients - alone).norm() / alone.norm()) < (1e-4 if dtype == torch.float32 else 0.1)
+
+
+@pytest.mark.parametrize("before, after", [(2, 2), (2, 1), (1, 2), (3, 2)])
+def test_a_stopped_distillation_is_gone_on_with_by_any_number_of_processes(before, after, in_float32, tmp_path, monkeypatch):
+    """By as many processes the weights are those of a run that nothing stopped, to the last bit."""
+    backward, steps = distillation._Loss.backward, []
+
+    def stops(self, samples):
+        steps.append(len(samples))
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        return backward(self, samples)
+
+    def stopped():
+        with pytest.raises(KeyboardInterrupt):
+            distilled(Journal(tmp_path / "journal"), epochs=2)
+
+    def resumed():
+        monkeypatch.setattr(distillation._Loss, "backward", lambda self, samples: steps.append(0) or backward(self, samples))
+        weights = distilled(Journal(tmp_path / "journal"), epochs=2)
+        assert 0 < len(steps) < 8  # of 2 times 4 batches of the 30 samples that are trained on
+        return weights
+
+    whole = in_processes(after, lambda: distilled(epochs=2), tmp_path)
+    monkeypatch.setattr(distillation._Loss, "backward", stops)
+    in_processes(before, stopped, tmp_path)
+    assert (tmp_path / "journal" / distillation._Training.FILE).is_file()
+    found = in_processes(after, resumed, tmp_path)
+    assert len(found) == len(whole) == after
+    for ours, uninterrupted in zip(found, whole):
+        for name, values in ours.items():
+            bits = dict(rtol=0, atol=0) if before == after else dict(rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(values, uninterrupted[name], **bits)
+
+
+def test_a_process_that_dies_while_it_distils_ends_the_others_with_a_line(in_float32, tmp_path, monkeypatch):
+    backward = distillation._Loss.backward
+
+    def dies(self, samples):
+        if processes.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return backward(self, samples)
+
+    monkeypatch.setattr(distillation._Loss, "backward", dies)
+    [said] = in_processes(2, distilled, tmp_path)
+    assert said.startswith("another process of this run ended (")
+
+
+@pytest.mark.parametrize("free, offloads", [(10**6, True), (10**12, False)])
+def test_shares_lie_on_the_host_where_a_gpu_has_no_room_for_them(free, offloads, monkeypatch):
+    monkeypatch.setattr(distillation, "free_memory", lambda device: free)
+    assert distillation._offloads(make_model(), torch.device("cuda"), torch.bfloat16) == offloads
+    assert not distillation._offloads(make_model(), torch.device("cpu"), torch.bfloat16)
 
 
 def test_a_process_that_hangs_ends_the_others_with_a_line(tmp_path, monkeypatch):

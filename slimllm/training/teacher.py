@@ -47,10 +47,10 @@ class Teacher:
         """Whether each process has some of the rows, rather than all of them, as where there are fewer than processes."""
         return len(self.ids) < self.total
 
-    def local_rows(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Where the rows with the given ``numbers`` are among those of this process; rows of other processes are left out."""
+    def local_rows(self, numbers: torch.Tensor, rank: int | None = None) -> torch.Tensor:
+        """Where the rows with the given ``numbers`` are among those of the process ``rank``, by default this one; others are left out."""
         count = processes.count() if self.shared else 1
-        return numbers[numbers % count == (processes.rank() if count > 1 else 0)] // count
+        return numbers[numbers % count == (processes.rank() if rank is None else rank) % count] // count
 
     @torch.no_grad()
     def log_probabilities(self, row: int) -> torch.Tensor:
