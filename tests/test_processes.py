@@ -70,8 +70,10 @@ def check_alike(stdout, *names):
         assert two["evaluation"][0][key] == pytest.approx(one["evaluation"][0][key], rel=1e-2 if one.get("distillation") else 1e-3)
     weights = [load_file(Path("prune_log", name, "model.safetensors")) for name in names]
     for name in weights[0]:
-        # a gradient near zero may have another sign in bfloat16, and Adam takes a whole step by it: 3e-4 at most, four times
-        torch.testing.assert_close(weights[1][name], weights[0][name], rtol=1e-2, atol=2e-3 if one.get("distillation") else 1e-3)
+        # a gradient near zero may have another sign in bfloat16, and Adam takes a whole step by it: 3e-4 at most, four times, either way
+        distant = (weights[1][name] - weights[0][name]).abs() > 1e-3 + 1e-2 * weights[0][name].abs()
+        assert distant.float().mean() <= (0.002 if one.get("distillation") else 0)
+        torch.testing.assert_close(weights[1][name], weights[0][name], rtol=1e-2, atol=2.4e-3)
     return one, two
 
 
