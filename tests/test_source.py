@@ -17,7 +17,7 @@ from slimllm.deploy.sink import CheckpointSink
 from slimllm.errors import UserError
 from slimllm.evaluation.perplexity import perplexities, perplexity
 from slimllm.models import loading, tensor_file, weights
-from slimllm.models.source import ModelSource
+from slimllm.models.source import ModelSource, stored_tensors
 from tests.conftest import DISTINCT_CASES, FAMILY_CASES, logits, make_config, make_ids, make_model, make_shape, prune
 
 
@@ -109,6 +109,17 @@ def test_a_layer_leaves_memory_when_the_next_one_comes(tmp_path):
         gc.collect()
         assert [ref() is None for ref in seen[:-1]] == [True] * (len(seen) - 1)
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize("case", ["llama_gqa", "glm4_moe", "nemotron_h_moe"])
+def test_a_layer_in_memory_is_visited_in_another_dtype_as_from_a_file(case, tmp_path):
+    model = make_model(case)
+    model.save_pretrained(tmp_path)
+    read = loading.open_source(str(tmp_path), torch.float32).visit(dtype=torch.bfloat16)
+    for (_, layer), (_, other) in zip(ModelSource(model).visit(dtype=torch.bfloat16), read, strict=True):
+        ours, theirs = stored_tensors(layer), stored_tensors(other)
+        assert {name: tensor.dtype for name, tensor in ours.items()} == {name: tensor.dtype for name, tensor in theirs.items()}
+        assert all(tensor.equal(theirs[name]) for name, tensor in ours.items())
 
 
 def test_a_visit_that_is_broken_off_ends_its_reader(tmp_path):

@@ -153,9 +153,10 @@ class ModelSource:
     def _cast(self, module: nn.Module, prefix: str, device, dtype: torch.dtype) -> nn.Module:
         """A copy of a part on ``device`` in ``dtype``, but for what stays in float32."""
         copied = self._copy(module).to(device=device, dtype=dtype)
+        cast = stored_tensors(copied)
         for name, tensor in stored_tensors(module).items():
             if tensor.is_floating_point() and self._dtype_of(prefix + name, dtype) != dtype:
-                copied.get_parameter_or_buffer(name).data = tensor.data.to(device=device, dtype=torch.float32)
+                cast[name].data = tensor.data.to(device=device, dtype=torch.float32)
         return copied
 
     def _read(self, module: nn.Module, prefix: str, dtype: torch.dtype) -> nn.Module:

@@ -94,9 +94,8 @@ def in_step():
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(
-            error
-        ):  # gloo's errors have no class of their own, but name its files
+        of_gloo = "gloo" in str(error)  # whose errors have no class of their own, but name its files
+        if not isinstance(error, dist.DistError) and not of_gloo:
             raise
         what = "has not answered" if "imed out" in str(error) else "ended"
         raise ProcessEnded(f"another process of this run {what} ({first_line(error)})") from None
