@@ -109,7 +109,8 @@ def number_of(name: str, text: str, units: dict[str, float]) -> float:
     """The number that ``--name TEXT`` means, such as 5.4B; ``units``: what the letters behind it stand for. Raises UserError."""
     found = re.fullmatch(r"([0-9]*\.?[0-9]+) ?([A-Za-z]*)", text.strip())
     if found is None or found[2] not in units:
-        raise UserError(f"--{name} {text}: must be a number followed by one of {', '.join(filter(None, units))}, such as 5.4{[*units][3]}")
+        billion = next(unit for unit, size in units.items() if size == 1e9)
+        raise UserError(f"--{name} {text}: must be a number followed by one of {', '.join(filter(None, units))}, such as 5.4{billion}")
     if not math.isfinite(value := float(found[1]) * units[found[2]]):
         raise UserError(f"--{name} {text[:20]}...: too large a number")
     return value

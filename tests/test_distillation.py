@@ -185,22 +185,28 @@ def test_a_float16_model_is_distilled_in_another_dtype_and_keeps_what_is_not_tra
     assert all(torch.equal(p, before[name]) for name, p in student.named_parameters() if name not in names)
 
 
+def stopping_at_step(number, steps):
+    """A _Loss.backward that is interrupted before it takes this step; ``steps`` gets the sizes of the batches."""
+    backward = distillation._Loss.backward
+
+    def stops(self, samples):
+        steps.append(len(samples))
+        if len(steps) == number:
+            raise KeyboardInterrupt
+        return backward(self, samples)
+
+    return stops
+
+
 @pytest.mark.parametrize("mode", ["all", "scales"])
 def test_a_run_stopped_while_it_distils_goes_on_from_its_last_saved_step(mode, tiny_folder, text_file, tmp_path, monkeypatch, capsys):
     """The model is the same, byte for byte, as where nothing was stopped."""
     monkeypatch.chdir(tmp_path)
     flags = ["--base_model", str(tiny_folder), "--calibration", str(text_file), "--eval_data", "none", "--distill", mode]
     flags += ["--distill_examples", "72", "--num_examples", "8", "--seq_len", "16", "--target_sparsity", "0.3", "--distill_epochs", "3"]
-    backward, steps = distillation._Loss.backward, []
-
-    def stops(self, samples):
-        steps.append(len(samples))
-        if len(steps) == 8:
-            raise KeyboardInterrupt
-        return backward(self, samples)
-
+    steps = []
     with monkeypatch.context() as patch:
-        patch.setattr(distillation._Loss, "backward", stops)
+        patch.setattr(distillation._Loss, "backward", stopping_at_step(8, steps))
         assert hf_prune.main(flags) == 130
         [step] = (tmp_path / "prune_log").rglob("distilling.safetensors")
         content = step.read_bytes()

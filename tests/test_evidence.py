@@ -95,18 +95,8 @@ def test_speeds_in_llama_cpp_a_chat_and_rows_for_a_leaderboard(flags, tmp_path):
     for flag in ("--eval_limit", "--limit"):
         at = flags.index(flag)
         del flags[at : at + 2]
-    flags += [
-        "--eval_data",
-        "wikitext2=long.txt",
-        "c4=long.txt",
-        "--tasks",
-        "lowrankarena",
-        "--protocols",
-        "2048",
-        "--no_latency",
-        "--runtimes",
-        "llama_cpp",
-    ]
+    flags += ["--eval_data", "wikitext2=long.txt", "c4=long.txt", "--tasks", "lowrankarena"]
+    flags += ["--protocols", "2048", "--no_latency", "--runtimes", "llama_cpp"]
     assert slim(["evidence", *flags]) == 0
     assert list(steps())[-3:] == ["dense, export", "paper_30, export", "paper_30, speed in llama.cpp"]
     text = open("out/evidence.md").read()
@@ -272,3 +262,9 @@ def test_speeds_in_llama_cpp_of_a_model_that_takes_one_width_there_want_models_p
     assert "--runtimes llama_cpp: llama.cpp takes a gemma3_text with one width" in capsys.readouterr().err
     assert slim(["evidence", *flags, "--runtime", "gguf"]) == 0
     assert "slimllm prune tiny --recipe paper --target_sparsity 0.3 --runtime gguf" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", ["gemma4", "qwen3_moe", "llama_gqa"])
+def test_models_that_llama_cpp_takes_as_they_are_pruned_want_no_other_runtime(case, flags):
+    make_model(case, max_position_embeddings=2048).save_pretrained("tiny")
+    assert slim(["evidence", *flags, "--runtimes", "llama_cpp", "--dry_run"]) == 0

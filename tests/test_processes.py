@@ -22,6 +22,7 @@ from slimllm.training import distillation, sharding
 from slimllm.training.teacher import Teacher
 from slimllm.utils import processes
 from tests.conftest import ROOT, make_config, make_ids, make_model, prune, run_of
+from tests.test_distillation import stopping_at_step
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]  # on a port that is free
 
@@ -281,12 +282,6 @@ def test_a_stopped_distillation_is_gone_on_with_by_any_number_of_processes(befor
     """By as many processes the weights are those of a run that nothing stopped, to the last bit."""
     backward, steps = distillation._Loss.backward, []
 
-    def stops(self, samples):
-        steps.append(len(samples))
-        if len(steps) == 6:
-            raise KeyboardInterrupt
-        return backward(self, samples)
-
     def stopped():
         with pytest.raises(KeyboardInterrupt):
             distilled(Journal(tmp_path / "journal"), epochs=2)
@@ -298,7 +293,7 @@ def test_a_stopped_distillation_is_gone_on_with_by_any_number_of_processes(befor
         return weights
 
     whole = in_processes(after, lambda: distilled(epochs=2), tmp_path)
-    monkeypatch.setattr(distillation._Loss, "backward", stops)
+    monkeypatch.setattr(distillation._Loss, "backward", stopping_at_step(6, steps))
     in_processes(before, stopped, tmp_path)
     assert (tmp_path / "journal" / distillation._Training.FILE).is_file()
     found = in_processes(after, resumed, tmp_path)

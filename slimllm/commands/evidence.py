@@ -22,8 +22,7 @@ from ..data.texts import load_texts
 from ..errors import Terminated, UserError, first_line
 from ..experiments.trials import state_of_model
 from ..models import loading
-from ..models.families import family_of
-from ..models.shape import free_architecture_of
+from ..models.shape import limits_of, shape_of
 from ..reporting import evidence as page
 from ..reporting import record
 from ..reporting.evidence import Row, latency_file, measured_file
@@ -126,9 +125,13 @@ def run(config: EvidenceConfig) -> int:
 
 
 def _check_widths(config: EvidenceConfig, model_config) -> None:
-    """Raises UserError where nothing that is pruned could be measured in llama.cpp."""
-    regular = config.runtime in ("gguf", "transformers") or free_architecture_of(model_config)
-    if "llama_cpp" in config.runtimes and config.recipes and not regular and family_of(model_config).gguf:
+    """Raises UserError where nothing that is pruned could be measured in llama.cpp, since its layers would differ there."""
+    if "llama_cpp" not in config.runtimes or not config.recipes:
+        return
+    shape = shape_of(model_config)
+    limits = limits_of(config.runtime or "any", shape)
+    differ = not (limits.same_heads and limits.same_channels) and not shape.is_mixture  # whose layers may be alike all the same
+    if differ and shape.gguf and not shape.gguf_free:
         raise UserError(
             f"--runtimes llama_cpp: llama.cpp takes a {model_config.model_type} with one width for all layers only, so its pruned "
             "models would not run there; add --runtime gguf, which prunes for it"

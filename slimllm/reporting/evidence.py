@@ -16,7 +16,7 @@ from . import record
 from .card import portable, shared_texts
 from .figures import nats_lost
 from .page import template
-from .paper_table import task_cells
+from .paper_table import accuracy_cells, task_cells
 from .published import ARENA_COLUMNS, ARENA_NOTE, ARENA_ROWS, PUBLISHED
 from .record import PruningRecord
 from .tables import TEXT_HEADINGS, aligned, limits_line
@@ -206,13 +206,8 @@ def _tasks(found: list[Found]) -> Section:
     notes = [f"* limited: the first {most} questions of each task only"] if some else []
     notes.append("lm-eval's definitions; accuracy in per cent, acc_norm for HellaSwag, ARC-c, OBQA and MathQA, acc for the others")
     notes += ["MMLU with five solved examples, the rest without any."] if set(besides) & set(MMLU_MATH) else []
-    rows = [header]
-    for one in scored:
-        tasks = one.measured["tasks"]
-        values = [(tasks[name], MATH[name].reported) if name in tasks else None for name in besides]
-        cells = [f"{100 * each[0]['metrics'][each[1]]:.2f}{'*' * each[0]['limited']}" if each else "-" for each in values]
-        rows.append([*one.first_cells, *task_cells(tasks), *cells])
-    return Section("Multiple choice", notes, rows)
+    cells = ([*task_cells(one.measured["tasks"]), *accuracy_cells(one.measured["tasks"], besides)] for one in scored)
+    return Section("Multiple choice", notes, [header, *([*one.first_cells, *row] for one, row in zip(scored, cells))])
 
 
 def _generation(found: list[Found]) -> Section:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..settings.methods import METHODS, title_of
@@ -61,10 +62,18 @@ def paper_cells(results: list[dict]) -> list[list[str]]:
 
 def task_cells(tasks: dict) -> list[str]:
     """The accuracies of one model in the order of TASKS, in per cent, and their average."""
-    scores = {name: 100 * task["metrics"][task["reported"]] for name, task in tasks.items()}
-    limited = any(task["limited"] for task in tasks.values())
-    cells = [f"{scores[name]:.2f}{'*' if limited else ''}" if name in scores else "-" for name in TASKS]
-    return [*cells, _average([score for name, score in scores.items() if name in TASKS], limited)]
+    scores = [accuracy(task) for name, task in tasks.items() if name in TASKS]
+    return [*accuracy_cells(tasks, TASKS), _average(scores, any(task["limited"] for task in tasks.values()))]
+
+
+def accuracy(task: dict) -> float:
+    """What tables show of a task, in per cent."""
+    return 100 * task["metrics"][task["reported"]]
+
+
+def accuracy_cells(tasks: dict, names: Iterable[str]) -> list[str]:
+    """The accuracies of one model in the order of ``names``, in per cent."""
+    return [f"{accuracy(tasks[name]):.2f}{'*' * tasks[name]['limited']}" if name in tasks else "-" for name in names]
 
 
 def _average(scores: list[float], limited: bool) -> str:

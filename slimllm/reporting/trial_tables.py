@@ -8,7 +8,7 @@ from pathlib import Path
 from ..evaluation.answers import ChatQuality
 from ..settings.compare import QUANTIZATIONS
 from ..settings.methods import METHODS, title_of
-from .paper_table import _average
+from .paper_table import _average, accuracy
 from .tables import TEXT_HEADINGS, aligned, limits_line
 
 
@@ -31,7 +31,7 @@ def comparison_table(rows: list[dict]) -> list[str]:
     for r in sorted(rows, key=lambda row: round(row["removed"], 2)):
         by_text = {f["data"]: f"{f[figure]:.{digits}f}{'*' if f['limited'] else ''}" for f in r["perplexity"]}
         tasks += r["tasks"].values()
-        scores = [100 * task["metrics"][task["reported"]] for task in r["tasks"].values()]
+        scores = [accuracy(task) for task in r["tasks"].values()]
         ratios = [f[figure] / dense[f["data"]] for f in r["perplexity"]]
         lost = [ratio - 1 if per_byte else math.log(ratio) for ratio in ratios]
         average = _average(scores, any(task["limited"] for task in r["tasks"].values()))

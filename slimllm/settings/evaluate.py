@@ -9,7 +9,7 @@ from pathlib import Path
 from ..cli import check_choices, check_range, flag
 from ..errors import UserError
 from .common import DTYPES
-from .tasks import TASKS, tasks_named
+from .tasks import TASKS, TASKS_HELP, tasks_named
 
 UNSAFE = ("humaneval", "mbpp")  # what the names of lm-eval's tasks that run generated code begin with
 
@@ -43,12 +43,7 @@ class EvalConfig:
 
     tmp_dir: str | None = flag("model", "folder for activations that do not fit in memory [TMPDIR, or the system's]")
 
-    tasks: tuple[str, ...] = flag(
-        "tasks",
-        "multiple-choice tasks, or none; lowrankarena: these seven, MathQA and the mathematics of MMLU, as that leaderboard has them",
-        tuple(TASKS),
-        nargs="*",
-    )
+    tasks: tuple[str, ...] = flag("tasks", TASKS_HELP, tuple(TASKS), nargs="*")
     data_dir: str | None = flag(
         "tasks", "folder of TASK.jsonl files in the hub's schema, in place of the hub; a task without a file is left out"
     )

@@ -12,7 +12,7 @@ from ..models.shape import RUNTIMES
 from .common import DTYPES, VLLM_PYTHON
 from .evaluate import check_generation
 from .methods import RECIPES
-from .tasks import TASKS, tasks_named
+from .tasks import TASKS, TASKS_HELP, tasks_named
 
 PROTOCOLS = {128: "LLM-Pruner, SlimLLM", 2048: "SliceGPT, Wanda", 4096: "Týr"}  # tokens per block -> who measures so
 MEASURED_IN = ("llama_cpp", "vllm")
@@ -58,12 +58,7 @@ class EvidenceConfig:
     )
     eval_limit: int | None = flag("perplexity", "only the first N blocks; the figures are marked as limited [all]")
 
-    tasks: tuple[str, ...] = flag(
-        "tasks",
-        "multiple-choice tasks, or none; lowrankarena: these seven, MathQA and the mathematics of MMLU, as that leaderboard has them",
-        tuple(TASKS),
-        nargs="*",
-    )
+    tasks: tuple[str, ...] = flag("tasks", TASKS_HELP, tuple(TASKS), nargs="*")
     data_dir: str | None = flag("tasks", "folder of TASK.jsonl files in the hub's schema, in place of the hub")
     limit: int | None = flag("tasks", "only the first N questions of each task; the results are marked as limited [all]")
     generation: tuple[str, ...] = flag("tasks", "tasks of lm-eval in which the models write, such as gsm8k ifeval humaneval [none]", ())

@@ -27,7 +27,7 @@ log = logging.getLogger("slimllm")
 PUBLISHED_EXAMPLES = 32  # calibration samples of the paper
 BEST_EXAMPLES = 192  # those of the best recipe; more bought nothing on a model of 4,864 channels
 RIDGE_TOKENS = 4096  # calibration tokens up to which the ridge is the median input variance; with more of them it falls
-# units of --fit; messages show the fourth
+# units of --fit
 BYTES = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 COUNTS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}  # units of --target_params
 BY_PRICES = ("fit", "target_speedup")  # of AMOUNTS, those that only layer_ratio auto can meet, or for fit a mixture of experts

@@ -49,6 +49,7 @@ MATH = {
     **{name: Task(name, "acc", "test", f"mmlu/default/{name}.yaml", shots=5) for name in MMLU_MATH},
 }
 ARENA = "lowrankarena"  # stands for all tasks of that leaderboard
+TASKS_HELP = "multiple-choice tasks, or none; lowrankarena: these seven, MathQA and the mathematics of MMLU, as that leaderboard has them"
 
 
 def tasks_named(words: Iterable[str]) -> tuple[str, ...]:
