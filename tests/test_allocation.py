@@ -48,6 +48,16 @@ def test_target_sparsity_is_met_to_within_one_channel(case, head_unit, recovery,
         assert count(p, "heads") >= 1 and count(p, "channels") >= 1 and count(p, "heads") % count(p, "kv_heads") == 0
 
 
+@pytest.mark.parametrize("layers", [2, 3])
+def test_heads_that_go_at_one_scale_in_several_layers_are_made_up_for(layers):
+    counted = shape_of(make_model("llama_gqa", num_hidden_layers=layers, head_dim=64, intermediate_size=96).config)
+    step = channel_parameters(counted)
+    for share in range(2, 40):
+        config = make_config(layers, target_sparsity=share / 100, pruned_layers=layers, head_unit="group")
+        plans = plan(counted, [0.9, 0.901, 0.902][:layers], config)
+        assert abs(removed_parameters(counted, plans, config) - share / 100 * counted.decoder_parameters) <= step
+
+
 @pytest.mark.parametrize("layer_ratio, runtime", [("importance", "vllm"), ("uniform", "vllm"), ("uniform", "transformers")])
 def test_where_nothing_is_asked_for_nothing_goes_to_pay_for_biases(layer_ratio, runtime):
     counted, _ = shape()

@@ -198,19 +198,35 @@ class Sizing:
         return min(options, key=lambda entry: entry[1:3])[3]
 
     def _filled(self, ratios: Ratios, attention: float, common: int | None = None) -> list[LayerPlan]:
-        """Plans that meet the target; with ``common``, of so many steps of heads in every layer."""
-        _, plans = self._around_target(lambda scale: self.rounded(ratios(scale), attention, common))
-        self.fill(plans)
-        return plans
+        """Plans that meet the target; with ``common``, of so many steps of heads in every layer.
+
+        Heads go as at the scale that just meets it. Where that is so much that channels cannot make up for it, as of few layers that lose
+        a step each at that very scale, fewer of the layers lose the last one.
+        """
+        failed = None
+        for plans in reversed(self._between(*self._around_target(lambda scale: self.rounded(ratios(scale), attention, common)))):
+            try:
+                self.fill(plans)
+            except UserError as error:
+                failed = failed or error
+                continue
+            return plans
+        raise failed
 
     def _coarse_alone(self, ratios: Ratios) -> list[LayerPlan]:
-        """Plans that keep all channels, nearest to the target: the layers of the largest ratio lose one more step of the others first."""
-        fewer, more = self._around_target(lambda scale: self.rounded(ratios(scale)))
+        """Plans that keep all channels, nearest to the target."""
+        options = self._between(*self._around_target(lambda scale: self.rounded(ratios(scale))))
+        return min(options, key=lambda plans: abs(self.removed(plans) - self.target))
+
+    def _between(self, fewer: list[LayerPlan], more: list[LayerPlan]) -> list[list[LayerPlan]]:
+        """From the plans that remove ``fewer`` to those that remove ``more``: one layer more changes each time, of the largest ratio first;
+        or all at once, where the runtime wants them alike.
+        """
         layers = range(len(self.shape.layers))
         order = sorted((i for i in layers if fewer[i].units != more[i].units), key=lambda i: -more[i].ratio)
         counts = (0, len(order)) if self.limits.same_heads else range(len(order) + 1)
-        options = [[more[i] if i in order[:count] else fewer[i] for i in layers] for count in counts]
-        return min(options, key=lambda plans: abs(self.removed(plans) - self.target))
+        chosen = [[more[i] if i in order[:count] else fewer[i] for i in layers] for count in counts]
+        return [[replace(plan, units=dict(plan.units)) for plan in plans] for plans in chosen]  # which are changed in place
 
     def _around_target(self, planned: Callable[[float], list[LayerPlan]]) -> tuple[list[LayerPlan], list[LayerPlan]]:
         """(plans that just miss the target, plans that just meet it), on both sides of the scale of the ratios at which it is met.
