@@ -1,6 +1,7 @@
 """The command line on the real model."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -115,12 +116,15 @@ def test_memory_does_not_grow_with_the_number_of_samples(smollm2, tmp_path):
     model.model.layers = model.model.layers[:1]
     model.config.num_hidden_layers = 1
     model.save_pretrained(tmp_path / "one")
-    peaks = []
+    # every large tensor has a mapping of its own: how full the heaps of several threads get depends on how busy the machine is
+    peaks, no_heaps = [], {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     for samples in (128, 320):
-        done = subprocess.run([sys.executable, "-c", PEAK, tmp_path / "one", str(samples)], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, tmp_path / "one", str(samples)], cwd=ROOT, capture_output=True, text=True, env=no_heaps
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         peaks.append(int(done.stdout.split()[-1]))
-    assert peaks[1] <= 1.1 * peaks[0], peaks
+    assert peaks[1] <= 1.05 * peaks[0], peaks  # the states of the other samples alone would be 1.08
 
 
 def test_self_samples_read_like_text(smollm2):
