@@ -22,6 +22,9 @@ from .streaming.runner import LayerRunner
 from .utils.clock import Stopwatch
 from .utils.device import device_of
 
+# The perplexity of a model on token ids [blocks, seq_len]
+Measure = Callable[[ModelSource, torch.Tensor], float]
+
 
 class Sink(Protocol):
     """Where the layers go as they are done."""

@@ -354,7 +354,7 @@ def _chat_quality(work: Work, stage: str) -> dict | None:
 
 
 def perplexity_held_out(run: Run, source: ModelSource, blocks: torch.Tensor) -> float:
-    """The perplexity of a model on token ids [blocks, seq_len] of a text, by which fewer tokens are priced."""
+    """The perplexity of a model on token ids [blocks, seq_len] that it was not fitted on: what fewer tokens or layers cost."""
     dtype = evaluation_dtype(source.dtype, run.eval_device)
     [found] = perplexities(source, [blocks], ["the text held out"], run.eval_device, dtype, run.progress, run.config.tmp_dir)
     return found
@@ -399,7 +399,7 @@ def drop(work: Work) -> None:
     with run.clock("pruning"):
         work.staying = run.shape.staying
         if work.plans is None:
-            found = run.once("staying", lambda: depth.least_turning(run))
+            found = run.once("staying", lambda: depth.least_turning(run, functools.partial(perplexity_held_out, run)))
             work.staying, work.cosine = found["staying"], found["cosine"]
         depth.apply(run, work.staying)
     check_missing(run.shape, run.config.runtime)

@@ -158,7 +158,41 @@ def test_replaceme_takes_the_row_of_layers_that_turns_its_input_least(count):
     begin = max(range(1, 7 - count), key=lambda index: nearest[index])
     run = run_of(model, ids, make_config(6 - count, shape_of(model.config), method="replaceme", target_sparsity=count / 6))
     kept = [index for index in range(6) if not begin <= index < begin + count]
-    assert depth.least_turning(run)["staying"] == run.shape.with_layers(kept).staying
+    assert depth.least_turning(run, nothing_to_measure)["staying"] == run.shape.with_layers(kept).staying
+
+
+def nothing_to_measure(source, blocks):
+    pytest.fail("one way only, and yet it is measured")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("better", ["one by one", "in a row", "one by one: the other cannot be"])
+def test_layers_go_in_a_row_where_a_refit_loses_less_by_that(better, monkeypatch):
+    model, ids = make_model(num_hidden_layers=6), make_ids(8, 12)
+    for index in (1, 4):  # the two that hardly turn their input do not stand in a row
+        for linear in (model.model.layers[index].self_attn.o_proj, model.model.layers[index].mlp.down_proj):
+            linear.weight.data *= 0.01
+    settings = dict(drop_layers=2, target_sparsity=0.5, pruned_layers=4)
+    run = run_of(model, ids, make_config(4, shape_of(model.config), recovery="least_squares", **settings))
+    alone = run_of(model, ids, make_config(4, shape_of(model.config), recovery="none", **settings))
+    one_by_one = depth.least_turning(alone, nothing_to_measure)["staying"]
+    row = run.shape.with_layers(depth._in_a_row(run, 2)[0]).staying
+    assert one_by_one == run.shape.with_layers([0, 2, 3, 5]).staying != row
+    fitted, real = [], depth.bridged
+
+    def bridged(run, staying, ids):
+        fitted.append((staying, len(ids)))
+        if better.endswith("cannot be") and staying == row:
+            raise UserError("its class cannot")
+        return real(run, staying, ids)
+
+    def measure(source, blocks):
+        assert len(source) == 4 and torch.equal(blocks, ids[-2:])
+        return 2.0 if (fitted[-1][0] == row) == (better == "in a row") else 3.0
+
+    monkeypatch.setattr(depth, "bridged", bridged)
+    assert depth.least_turning(run, measure)["staying"] == (row if better == "in a row" else one_by_one)
+    assert fitted == [(row, 6), (one_by_one, 6)]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +249,7 @@ def test_what_stands_before_a_gap_makes_up_for_it(case, tmp_path):
     shape = shape_of(source.config)
     config = make_config(6, shape, drop_layers=3, recovery="least_squares", target_sparsity=0.5, pruned_layers=3)
     run = run_of(source, ids, config)
-    fitted = depth.bridged(run, shape.with_layers(kept).staying)
+    fitted = depth.bridged(run, shape.with_layers(kept).staying, ids)
     assert sum(name.endswith("weight") for name in fitted) == (0 if case == "gemma2" else 2)
     dense = torch.cat(list(LayerRunner(source, ids).last_states()))
     errors = []

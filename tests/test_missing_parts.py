@@ -149,7 +149,7 @@ def test_each_part_is_ranked_by_how_little_it_turns_the_states():
         middle = before + caught[index, "attention"][1][0]
         for kind, a, b in (("attention", before, middle), ("mlp", middle, after)):
             assert found[index, kind] == pytest.approx(float(torch.cosine_similarity(a, b, dim=-1).mean()), abs=1e-5)
-    staying = depth.least_turning(run)["staying"]
+    staying = depth.least_turning(run, None)["staying"]
     gone = [(index, kind) for index, kinds in enumerate(staying) for kind in ("attention", "mlp") if kinds is None or kind not in kinds]
     assert sorted(gone) == sorted(sorted(found, key=found.get)[-3:])
 
@@ -248,7 +248,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(folder, text_file, m
 
     monkeypatch.setattr(pipeline.LayerPruner, "prune", stops)
     assert hf_prune.main(flags(text_file, *amount)) == 130
-    measured = monkeypatch.setattr(depth, "least_turning", lambda run: pytest.fail("measured again"))
+    measured = monkeypatch.setattr(depth, "least_turning", lambda *given: pytest.fail("measured again"))
     assert measured is None and hf_prune.main(flags(text_file, *amount, "--resume")) == 0
     assert (folder / "out" / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
     assert (folder / "out" / "config.json").read_bytes() == (expected / "config.json").read_bytes()
@@ -299,7 +299,7 @@ def test_what_stands_before_a_part_that_went_makes_up_for_it(case, tmp_path):
     run = run_of(model, ids, config)
     gone = {1: ["mlp"], 3: ["attention"]}
     staying = [[kind for kind in layer.units if kind not in gone.get(index, ())] for index, layer in enumerate(shape.layers)]
-    fitted = depth.bridged(run, staying)
+    fitted = depth.bridged(run, staying, ids)
     layers = sorted(int(name.split(".")[2]) for name in fitted if name.endswith("weight"))
     side_by_side = case in ("phi", "cohere")
     assert layers == ([] if case == "gemma2" else [1, 3] if side_by_side else [1, 2])

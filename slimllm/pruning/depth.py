@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..errors import UserError
 from ..models.adapter import Mixer, Part, ProjectedPart
 from ..models.depth import shallow_source
 from ..models.shape import ModelShape, Staying
 from ..models.source import ModelSource
-from ..run import Run
+from ..run import Measure, Run
 from ..settings.methods import METHODS, RECOVERIES
 from ..streaming.activations import ActivationStore
 from ..streaming.runner import LayerRunner, cosine_sum, mean_cosines
@@ -24,22 +25,53 @@ log = logging.getLogger("slimllm")
 
 
 @torch.no_grad()
-def least_turning(run: Run) -> dict:
+def least_turning(run: Run, measure: Measure) -> dict:
     """``staying``: what stays of each layer, where those layers and parts go that turn the states least: of the highest cosine between
     the states before and behind them (Eq. 11), measured on the calibration samples. So ShortGPT ranks layers (Men et al. 2024), and
     LLM-Drop parts (He et al. 2024). ``cosine`` [L]: that of each layer.
+
+    Where what stands before a gap is fitted anew, ReplaceMe's layers in a row go instead if the model loses less by that (:func:`_better`).
     """
     config, whole = run.config, run.shape.with_layers(range(len(run.shape.given_layers)))
-    if METHODS[config.method].in_a_row:
-        layers, cosine = _in_a_row(run, config.drop_layers)
-        return {"staying": whole.with_layers(layers).all_staying, "cosine": cosine}
+    method, count = METHODS[config.method], config.drop_layers or 0
+    ways, cosine, of_parts = {}, None, {}
+    if method.in_a_row or (_refits(run) and count > 1 and not method.takes_whole):
+        ways["in a row"], cosine = _in_a_row(run, count)
     if config.drops_parts:
         cosine, of_parts = _cosines(run.runner(run.samples.ids))
-    else:
-        cosine, of_parts = run.runner(run.samples.ids).layer_cosines(), {}
-    ranked = sorted(range(len(cosine)), key=lambda index: cosine[index])
-    left = whole.with_layers(ranked[: len(cosine) - (config.drop_layers or 0)])
-    return {"staying": config.without_parts(left, sorted(of_parts, key=of_parts.get, reverse=True)).all_staying, "cosine": cosine}
+    elif cosine is None:
+        cosine = run.runner(run.samples.ids).layer_cosines()
+    if not method.in_a_row:
+        ways["one by one"] = sorted(range(len(cosine)), key=lambda index: cosine[index])[: len(cosine) - count]
+    order = sorted(of_parts, key=of_parts.get, reverse=True)
+    found = {way: config.without_parts(whole.with_layers(layers), order).all_staying for way, layers in ways.items()}
+    return {"staying": _better(run, found, measure), "cosine": cosine}
+
+
+def _refits(run: Run) -> bool:
+    """Whether outputs are fitted anew, so that what stands before a gap can make up for it."""
+    return "look_back" in RECOVERIES[run.config.recovery].needs
+
+
+def _better(run: Run, ways: dict[str, Staying], measure: Measure) -> Staying:
+    """Of the ways in which layers can go, the one by which the model loses least on a quarter of the samples; it is refitted on the others.
+
+    One gap of a few layers is made up for better than as many gaps of one layer each, but a gap of half of the layers hardly at all.
+    """
+    first, held_out = next(iter(ways.values())), len(run.samples.ids) // 4
+    if all(staying == first for staying in ways.values()) or not held_out:
+        return first
+    fitted_on, measured_on = run.samples.ids[:-held_out], run.samples.ids[-held_out:]
+    found, failed = {}, None
+    for way, staying in ways.items():
+        try:
+            found[way] = measure(_without(run, staying, bridged(run, staying, fitted_on)), measured_on)
+        except UserError as error:  # some families' class cannot do without just these layers
+            failed = error
+    if not found:
+        raise failed
+    log.info("perplexity of calibration samples without the layers: %s", ", ".join(f"{way} {value:.2f}" for way, value in found.items()))
+    return ways[min(found, key=found.get)]
 
 
 def _cosines(runner: LayerRunner) -> tuple[list[float], dict[tuple[int, str], float]]:
@@ -88,14 +120,19 @@ def apply(run: Run, staying: Staying) -> None:
     """From now on the run is one on the model of which this stays; its layers are numbered anew. With a recovery that fits outputs anew,
     what stands before a gap makes up for it as far as it can (:func:`bridged`).
     """
-    fitted = bridged(run, staying) if "look_back" in RECOVERIES[run.config.recovery].needs else {}
-    run.shape = run.shape.with_staying(staying)
-    gone = {index: layer.missing for index, layer in zip(_numbers(staying), run.shape.layers)}
-    run.source = shallow_source(run.source, _numbers(staying), fitted, gone)
+    fitted = bridged(run, staying, run.samples.ids) if _refits(run) else {}
+    run.shape, run.source = run.shape.with_staying(staying), _without(run, staying, fitted)
     run.model_config = run.source.config
     if run.config.pruned_layers is not None and run.config.pruned_layers > len(run.source):  # layers whose parts all went
         run.config = run.config.having(pruned_layers=len(run.source))
     _log_what_went(run.shape)
+
+
+def _without(run: Run, staying: Staying, fitted: dict[str, torch.Tensor]) -> ModelSource:
+    """The model of which this stays, with the tensors ``fitted`` in it."""
+    layers = run.shape.with_staying(staying).layers
+    gone = {index: layer.missing for index, layer in zip(_numbers(staying), layers)}
+    return shallow_source(run.source, _numbers(staying), fitted, gone)
 
 
 def _numbers(staying: Staying) -> list[int]:
@@ -135,14 +172,14 @@ class _AcrossGap:
 
 
 @torch.no_grad()
-def bridged(run: Run, staying: Staying) -> dict[str, torch.Tensor]:
+def bridged(run: Run, staying: Staying, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """The output projections before each gap, by their names, refitted to give what the layers and parts that are gone gave besides.
 
     The projection is that of the last part that stays: W' = argmin ||X W'^T - (Y + S - Z)||^2 + ridge, with Z the residual stream behind
     that part in the model as it is by then and S the dense model's behind the gap (docs/method.md, section 10). Before the first
     part that stays, behind a norm and behind experts nothing is fitted.
     """
-    runner, found, waiting = run.runner(run.samples.ids), {}, None
+    runner, found, waiting = run.runner(ids), {}, None
     before_gap, last = _before_gaps(run.source, staying)
     dense = runner.embed()
     hidden = dense.copy()

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,9 +18,8 @@ from ..data.calibration import Calibration
 from ..data.texts import first_token, in_blocks, token_ids
 from ..errors import UserError
 from ..models import vocabulary
-from ..models.source import ModelSource
 from ..models.vocabulary import Vocabulary
-from ..run import Run
+from ..run import Measure, Run
 from ..settings.pruning import PruneConfig
 from ..streaming.runner import LOGIT_ROWS
 from ..utils import processes
@@ -89,10 +88,6 @@ def check(run: Run) -> int:
     if run.config.vocab_scripts:
         token_counts.check_scripts(found, lambda index: decode([index]), run.config.vocab_scripts)
     return len(found.always)
-
-
-# The perplexity of a model on token ids [blocks, seq_len]
-Measure = Callable[[ModelSource, torch.Tensor], float]
 
 
 def chosen(run: Run, measure: Measure) -> Kept:

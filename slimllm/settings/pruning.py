@@ -95,8 +95,8 @@ class PruneConfig:
     )
     drop_layers: int | None = flag(
         "sparsity",
-        "how many whole layers go first, those that turn their input least (Eq. 11); the amount asked for counts them, and what is "
-        "left of it goes from the layers that stay [none]",
+        "how many whole layers go first, those that turn their input least (Eq. 11), one by one or, with --recovery least_squares where "
+        "less is lost so, in a row; the amount asked for counts them, and what is left of it goes from the layers that stay [none]",
     )
     drop_parts: int | None = flag(
         "sparsity",
