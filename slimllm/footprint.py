@@ -14,7 +14,7 @@ from .evaluation import perplexity
 from .models.loading import WholeModel
 from .models.weights import PIECE
 from .plan import LayerPlan, removed_parameters
-from .pruning import layer
+from .pruning import depth, layer
 from .pruning.allocation import prices
 from .run import Run
 from .streaming.activations import temporary_folder
@@ -40,6 +40,7 @@ def footprint(run: Run, plans: list[LayerPlan], stored: torch.dtype | None, save
     embedding = rows * (shape.hidden + shape.token_inputs) * sizes.compute + PIECE * max(sizes.stored, sizes.compute)
     distilling, distilling_host = distillation.peak_bytes(run, plans, sizes)
     peak = max(
+        depth.peak_bytes(run, sizes),
         layer.peak_bytes(run, plans, sizes),
         prices.peak_bytes(run, sizes),
         embedding + 3 * LOGIT_ROWS * shape.vocab * 4,
@@ -53,6 +54,7 @@ def footprint(run: Run, plans: list[LayerPlan], stored: torch.dtype | None, save
     kept = shape.parameters - removed_parameters(shape, plans, config)
     largest = max(one.parameters for one in shape.layers)
     temporary = max(
+        _beyond_memory(largest * sizes.compute, depth.activation_bytes(run, sizes), sizes),
         _beyond_memory(largest * sizes.compute, layer.activation_bytes(run, sizes), sizes),
         _beyond_memory(largest * sizes.evaluation, prices.activation_bytes(run, sizes), sizes),
         _evaluated(run, largest, sizes),

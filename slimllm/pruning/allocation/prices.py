@@ -13,13 +13,14 @@ import functools
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 
 import torch
 from torch import nn
 
 from ...data.calibration import draw
 from ...models.adapter import Experts, LayerAdapter
-from ...models.parts import Kept, Units
+from ...models.parts import ExpertsShape, Kept, Units
 from ...models.slicing import slice_part
 from ...run import Run
 from ...settings.methods import PRICES
@@ -306,16 +307,27 @@ def _pruned(adapter: LayerAdapter, layer: nn.Module, option: Option) -> nn.Modul
 
 
 def activation_bytes(run: Run, sizes: Sizes) -> int:
-    """Bytes of the states that are kept while prices are measured: those before every layer, or those of every option."""
+    """Bytes of the states that are kept while prices are measured: those before every layer, or those of every option and those of
+    the dense model before and behind a layer; and what the experts of one layer take, while these are priced.
+    """
     if not run.config.measures_prices:
         return 0
-    probes = min(PROBE_TOKENS[run.config.prices], sizes.tokens)
-    kept = len(run.shape.layers) * (probes + min(FIT_TOKENS, sizes.tokens))
-    if run.config.prices == "streams":
-        mixture = run.shape.is_mixture
-        kept = sum(len(levels_in(layer.parts, run.config, mixture)) for layer in run.shape.layers) * probes
-    inputs = (probes + min(FIT_TOKENS, sizes.tokens)) * run.shape.token_inputs
-    return (kept * run.shape.streamed + inputs) * sizes.evaluation
+    shape, by_gradient = run.shape, run.config.prices == "gradient"
+    probes, fitted = min(PROBE_TOKENS[run.config.prices], sizes.tokens), min(FIT_TOKENS, sizes.tokens)
+    priced = [levels_in(layer.parts, run.config, shape.is_mixture) for layer in shape.layers]
+    kept = len(shape.layers) * (probes + fitted) if by_gradient else sum(map(len, priced)) * probes + 2 * (probes + fitted)
+    inputs = (probes + fitted) * shape.token_inputs
+    of_experts = max((fitted * _experts_bytes(part, run, sizes) for part, _ in chain(*priced) if part.kind == "experts"), default=0)
+    if of_experts and by_gradient:
+        of_experts += 2 * probes * shape.hidden * sizes.evaluation  # what they give, and the gradients of that
+    return (kept * shape.streamed + inputs) * sizes.evaluation + of_experts
+
+
+def _experts_bytes(part: ExpertsShape, run: Run, sizes: Sizes) -> int:
+    """Bytes per token of what is kept while the experts of a layer are pruned and refitted at one level (:class:`ExpertsRun`): the states,
+    what the experts read and give, and in float32 what is missing of that, and the inputs of one of them where all are given as much.
+    """
+    return (run.shape.streamed + part.width + part.hidden) * sizes.evaluation + 4 * (part.hidden + part.output_inputs() // part.experts)
 
 
 def peak_bytes(run: Run, sizes: Sizes) -> int:
