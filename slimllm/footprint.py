@@ -17,6 +17,7 @@ from .plan import LayerPlan, removed_parameters
 from .pruning import depth, layer
 from .pruning.allocation import prices
 from .run import Run
+from .settings.samples import is_sample_file
 from .streaming.activations import temporary_folder
 from .streaming.runner import LOGIT_ROWS
 from .streaming.sizes import Footprint, Sizes
@@ -92,7 +93,7 @@ def sizes_of(run: Run, stored: torch.dtype | None, saved: torch.dtype) -> Sizes:
     evaluated = TYPICAL_TEXTS if config.measures_texts else 0
     if evaluated and config.eval_limit:
         evaluated = config.eval_limit * config.max_seq_len * (len(config.eval_data) if config.eval_data else 2)
-    from_file = (config.calibration or "").endswith(".safetensors")
+    from_file = is_sample_file(config.calibration)
     return Sizes(
         stored=4 if stored is None else stored.itemsize,
         compute=run.dtype.itemsize,

@@ -47,6 +47,7 @@ from .pruning.allocation.price_list import PriceList
 from .reporting import card, figures, page, record
 from .reporting.record import ModelInfo, Parameters, PruningRecord
 from .run import Run
+from .settings.samples import is_sample_file
 from .streaming.journal import resuming
 from .streaming.sizes import Footprint
 from .training import distillation
@@ -276,7 +277,7 @@ def _dense_identity(work: Work) -> dict:
 def _measured_beside(source: str | None, identity: dict) -> dict | None:
     """What the run that made the calibration file ``source`` measured of the dense model, where that follows from the same."""
     path = Path(source or "").parent / DENSE
-    if not (source or "").endswith(".safetensors") or not path.is_file():
+    if not is_sample_file(source) or not path.is_file():
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -20,7 +20,7 @@ from ..models.parts import EXPERT_CHANNELS, PRUNED_KINDS
 from ..models.shape import RUNTIMES, ModelShape, limits_of, why_not_missing
 from .common import DTYPES, OUTTYPES, QUANTIZED
 from .methods import CHANNEL_SCORES, EXPERT_SCORES, HEAD_CHOICES, LAYER_RATIOS, METHODS, PRICES, RECIPES, RECOVERIES
-from .samples import SampleSpec
+from .samples import SampleSpec, is_sample_file
 
 log = logging.getLogger("slimllm")
 
@@ -702,7 +702,7 @@ class PruneConfig:
         """A line for each setting that was given and changes nothing, or that another one decided; of :meth:`resolved` settings."""
         planned, of_experts = self.plan is not None, vars(self).get("_of_experts", False)
         spread = frozenset() if planned else LAYER_RATIOS[self.layer_ratio].needs
-        file = str(self.calibration or "").endswith(".safetensors")
+        file = is_sample_file(self.calibration)
         because = [
             ("ridge" not in RECOVERIES[self.recovery].needs, ("ridge",), f"recovery {self.recovery} has no ridge"),
             ("alpha" not in spread, ("alpha",), f"layer_ratio {self.layer_ratio} has no alpha"),
