@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ...data.calibration import draw
+from ...errors import UserError
 from ...models.adapter import Experts, LayerAdapter
 from ...models.parts import ExpertsShape, Kept, Units
 from ...models.slicing import slice_part
@@ -35,7 +36,7 @@ from ..layer import cut_experts
 from ..part_run import PartRun, join, part_runs, taken
 from ..recovery import Recovered
 from .inputs import AllocationInputs
-from .price_list import Level, Price, PriceList, levels_in
+from .price_list import Level, Price, PriceList, is_price, levels_in
 
 FIT_TOKENS = 4096  # calibration tokens that parts are pruned from, at most; fewer make channels look dearer than heads
 PROBE_TOKENS = {"gradient": 4096, "streams": 512}  # others of them, that prices are measured on, at most
@@ -59,12 +60,18 @@ class Option:
 
 
 def measured(inputs: AllocationInputs) -> PriceList:
-    """The price list of the run's model on its calibration samples. What a stopped run measured of a layer is not fitted again."""
+    """The price list of the run's model on its calibration samples. What a stopped run measured of a layer is not fitted again.
+
+    Raises UserError for a price that is no number.
+    """
     begun, ids = time.perf_counter(), inputs.run.samples.ids
     samples = max(1, PROBE_TOKENS[inputs.config.prices] // ids.shape[1])
     probe_ids = ids[-samples:]
     with torch.no_grad():
         prices = PRICES[inputs.config.prices](inputs, Fits(inputs), probe_ids)
+    for price in prices:
+        if not is_price(price.nats):
+            raise UserError(f"layer {price.layer}: its {price.part} costs {price.nats} nats per token; try --dtype float32 or bfloat16")
     seconds = time.perf_counter() - begun
     return PriceList.of(inputs.shape, inputs.config, inputs.run.samples.sha256, probe_ids.numel(), prices, seconds)
 
