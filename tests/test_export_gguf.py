@@ -877,7 +877,11 @@ def test_the_matrices_that_stay_f16_are_named(tmp_path, capsys):
     assert slim(["export-gguf", str(folder), "--outtype", "q8_0"]) == 0
     said = capsys.readouterr().out
     named = re.search(r"stayed f16, since their rows are no multiple of 32: (.*); with --runtime gguf they would be q8_0 too, about", said)
-    assert "down_proj.weight" in named[1]
+    assert all(re.search(r"(down_proj|o_proj)\.weight$", name) for name in re.sub(" and .*", "", named[1]).split(", "))
     folder = save("llama_gqa", tmp_path / "n", bpe_tokenizer(), target_sparsity=0.3, pruned_layers=3, runtime="gguf")
     assert slim(["export-gguf", str(folder), "--outtype", "q8_0"]) == 0
     assert "stayed f16" not in capsys.readouterr().out
+    folder = save("llama_gqa", tmp_path / "o", bpe_tokenizer(), False, {**SIZES, "hidden_size": 48})  # which no pruning changes
+    assert slim(["export-gguf", str(folder), "--outtype", "q8_0"]) == 0
+    said = capsys.readouterr().out
+    assert "stayed f16" in said and "--runtime gguf" not in said

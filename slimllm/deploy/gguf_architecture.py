@@ -60,7 +60,7 @@ def architecture_of(config, biased: bool, requested: str = "auto") -> str:
     family, shape = family_of(config), shape_of(config)
     if reason := difference(config):
         raise UserError(reason)
-    check_missing(shape, "gguf")
+    check_missing(shape, "gguf", "prune with --runtime gguf")
     units, stock, free = alike(shape, shape.units), family.gguf, free_architecture_of(config)
     odd = irregular(units) or ", ".join(f"layer {index} lacks a part" for index, layer in enumerate(shape.layers) if layer.missing)
     heads = next((layer["attention"]["heads"] for layer in units if "attention" in layer), 0)

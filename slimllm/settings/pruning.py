@@ -617,9 +617,9 @@ class PruneConfig:
         if "prune" not in self._given:  # those that the runtime can do without
             kinds = limits.lacking or kinds
         for kind in kinds:
-            if reason := why_not_missing(shape, self.runtime, kind):
+            if found := why_not_missing(shape, self.runtime, kind):
                 what = f"--method {self.method}" if self.drop_parts is None else f"--drop_parts {self.drop_parts}"
-                raise UserError(f"{what}: {reason}")
+                raise UserError(f"{what}: {found[0]}; {found[1]}")
         gone = 0.0 if self.drop_parts else self._share_of_layers(shape) * sum(layer.parameters for layer in shape.given_layers)
         left = shape.without_parts([entry for entry in order if entry[1] in kinds], self.drop_parts, gone, limits.first_attends)
         one_less = ((layer, {*layer.units} - {kind}) for layer in shape.given_layers for kind in kinds)
