@@ -135,7 +135,7 @@ def plans_of(run: Run) -> list[LayerPlan] | None:
     """
     kept, tokens = run.config.tokens_of(run.shape.vocab), run.shape.vocab
     check_missing(run.shape, run.config.runtime)
-    if run.config.runtime == "gguf" and (reason := gguf_architecture.difference(run.model_config)):
+    if run.config.runtime == "gguf" and (reason := gguf_architecture.obstacle(run.model_config)):
         raise UserError(f"--runtime gguf: {reason}; name another runtime")
     if run.config.vocab != "keep":
         run.tokenizer = run.tokenizer or loading.load_tokenizer(run.config.base_model)
