@@ -27,7 +27,7 @@ from .deploy import checkpoint, export_gguf, gguf_architecture, whole_model
 from .deploy.runtimes import convert_for_runtime
 from .deploy.sink import CheckpointSink, pruned_skeleton
 from .deploy.weight_files import weight_bytes
-from .errors import UserError
+from .errors import Recurring, UserError
 from .evaluation import answers
 from .evaluation.perplexity import continuations, nats_per_byte, perplexities
 from .modeling import missing_modules, take_out
@@ -403,9 +403,12 @@ def drop(work: Work) -> None:
             found = run.once("staying", lambda: depth.least_turning(run))
             work.staying, work.cosine = found["staying"], found["cosine"]
         depth.apply(run, work.staying)
-    check_missing(run.shape, run.config.runtime)
-    if run.config.runtime == "gguf" and (reason := gguf_architecture.difference(run.model_config)):
-        raise UserError(f"--runtime gguf: without these layers: {reason}; let others or none go, or name another runtime")
+    try:
+        check_missing(run.shape, run.config.runtime)
+    except UserError as error:
+        raise Recurring(str(error)) from None
+    if run.config.runtime == "gguf" and (reason := gguf_architecture.obstacle(run.model_config)):
+        raise Recurring(f"--runtime gguf: without these layers: {reason}; let others or none go, or name another runtime")
 
 
 def allocate(work: Work) -> None:

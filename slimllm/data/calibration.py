@@ -261,8 +261,8 @@ def _sample(text: str, name: str, tokenizer, spec: SampleSpec, config) -> torch.
     count = min(spec.num_examples, max(len(blocks), 1)) if spec.or_fewer else spec.num_examples
     if len(blocks) < count:
         raise UserError(
-            f"--calibration {name}: {len(ids)} tokens are too few for {spec.num_examples} samples of {spec.seq_len}; "
-            "give more text, or fewer or shorter samples (--num_examples, --seq_len)"
+            f"--calibration {name}: {len(ids)} tokens are too few for {spec.num_examples} samples of {spec.seq_len}; give more text, or "
+            "ask for fewer or shorter samples"
         )
     drawn = blocks[random.Random(spec.seed).sample(range(len(blocks)), count)]
     check_vocabulary(drawn, config.vocab_size, f"--calibration {name}")
