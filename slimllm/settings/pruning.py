@@ -627,8 +627,9 @@ class PruneConfig:
         if self.drop_parts is None and gone - left.layer_parameters_gone > largest / 2:  # nearer than that the next part would come
             name, value = self.amount
             most = left.layer_parameters_gone / sum(layer.parameters for layer in shape.given_layers)
+            way = self.way_to_less if most else "name another method"
             raise UserError(
-                f"--{name} {value}: the parts that --method {self.method} can take come to {most:.3f} of the layers' parameters; lower it"
+                f"--{name} {value}: the parts that --method {self.method} can take come to {most:.3f} of the layers' parameters; {way}"
             )
         return left
 
