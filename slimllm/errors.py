@@ -12,6 +12,10 @@ class UserError(ValueError):
     """A user's mistake: one line that names the thing and the way out, and exit status 2."""
 
 
+class Recurring(UserError):
+    """One in which a run with the same settings ends again, wherever it goes on."""
+
+
 class _SentAgain:
     """What the handler of signal ``number`` raises. Python drops what is raised in a destructor, in the callback of a weak reference
     or below C code that clears errors; the signal is sent again then, unless somebody said that it arrived (``arrived = True``).

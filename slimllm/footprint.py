@@ -14,9 +14,10 @@ from .evaluation import perplexity
 from .models.loading import WholeModel
 from .models.weights import PIECE
 from .plan import LayerPlan, removed_parameters
-from .pruning import layer
+from .pruning import depth, layer
 from .pruning.allocation import prices
 from .run import Run
+from .settings.samples import is_sample_file
 from .streaming.activations import temporary_folder
 from .streaming.runner import LOGIT_ROWS
 from .streaming.sizes import Footprint, Sizes
@@ -40,6 +41,7 @@ def footprint(run: Run, plans: list[LayerPlan], stored: torch.dtype | None, save
     embedding = rows * (shape.hidden + shape.token_inputs) * sizes.compute + PIECE * max(sizes.stored, sizes.compute)
     distilling, distilling_host = distillation.peak_bytes(run, plans, sizes)
     peak = max(
+        depth.peak_bytes(run, sizes),
         layer.peak_bytes(run, plans, sizes),
         prices.peak_bytes(run, sizes),
         embedding + 3 * LOGIT_ROWS * shape.vocab * 4,
@@ -53,6 +55,7 @@ def footprint(run: Run, plans: list[LayerPlan], stored: torch.dtype | None, save
     kept = shape.parameters - removed_parameters(shape, plans, config)
     largest = max(one.parameters for one in shape.layers)
     temporary = max(
+        _beyond_memory(largest * sizes.compute, depth.activation_bytes(run, sizes), sizes),
         _beyond_memory(largest * sizes.compute, layer.activation_bytes(run, sizes), sizes),
         _beyond_memory(largest * sizes.evaluation, prices.activation_bytes(run, sizes), sizes),
         _evaluated(run, largest, sizes),
@@ -90,7 +93,7 @@ def sizes_of(run: Run, stored: torch.dtype | None, saved: torch.dtype) -> Sizes:
     evaluated = TYPICAL_TEXTS if config.measures_texts else 0
     if evaluated and config.eval_limit:
         evaluated = config.eval_limit * config.max_seq_len * (len(config.eval_data) if config.eval_data else 2)
-    from_file = (config.calibration or "").endswith(".safetensors")
+    from_file = is_sample_file(config.calibration)
     return Sizes(
         stored=4 if stored is None else stored.itemsize,
         compute=run.dtype.itemsize,

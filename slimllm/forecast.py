@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .models.parts import PartShape
+from .models.shape import LayerShape
 from .plan import LayerPlan
 from .pruning.allocation.price_list import levels_in
 from .pruning.allocation.prices import FIT_TOKENS, PROBE_TOKENS
@@ -22,6 +23,7 @@ from .utils.device import evaluation_dtype, synchronise
 TOKENS = 512  # that go through a product at a time
 EIGEN_SIZE = 512  # of the matrix whose eigenvectors are timed
 WRITING = 6  # times what its products take: the attention to what is written, and all that happens once per token
+GRADIENT_PASSES = 4  # forwards, that gradients take as long as: one forwards, one for what that did not keep, and one backwards
 EXPERT_PASSES = 6  # at each level that is priced: what they give, each alone, routed anew, and three sweeps of their fit
 SECONDS_BESIDE = 8  # starting, reading and writing, of any run
 
@@ -85,28 +87,43 @@ def seconds(run: Run, plans: list[LayerPlan], sizes: Sizes) -> dict[str, float]:
     own = config.num_examples * config.seq_len * (config.self_share if sizes.may_generate else 0)
     own = config.num_examples * config.seq_len if config.calibration == "self" else own
     speed = speeds(run, min(config.num_examples, 64))
-    once = _forward(run)
     head = shape.vocab * shape.hidden
+    dense, left = _forward(shape.given_layers) + head, _forward(shape.layers) + head
     found = {
-        "own text": WRITING * own * (once + head) / speed.writing,
+        "own text": WRITING * own * dense / speed.writing,
+        "layers and parts to go": _dropping(run, sizes.tokens, speed) if shape.staying is not None else 0.0,
         "prices": _prices(run, speed) if config.measures_prices else 0.0,
         "pruning": _pruning(run, plans, sizes.tokens, speed),
-        "distillation": _distillation(run, once + head, speed) if config.distill != "none" else 0.0,
-        "evaluation": 2 * sizes.evaluated_tokens * (once + head) / speed.evaluation,
+        "distillation": _distillation(run, dense, left, speed) if config.distill != "none" else 0.0,
+        "evaluation": sizes.evaluated_tokens * (dense + left) / speed.evaluation,
         "the rest": SECONDS_BESIDE,
     }
     return {name: value for name, value in found.items() if value}
 
 
-def _forward(run: Run) -> int:
-    """Multiplications of one token in all layers."""
-    return sum(layer.active_parameters for layer in run.shape.layers)
+def _forward(layers: Sequence[LayerShape]) -> int:
+    """Multiplications of one token in these layers."""
+    return sum(layer.active_parameters for layer in layers)
+
+
+def _dropping(run: Run, tokens: int, speed: Speeds) -> float:
+    """Of what goes whole: a pass of the model that was given to measure it, where no plan says it, and one of it and one of what is left
+    to make up for it.
+    """
+    dense, left = _forward(run.shape.given_layers), _forward(run.shape.layers)
+    bridged = dense + left if "look_back" in RECOVERIES[run.config.recovery].needs else 0
+    return tokens * (dense * (run.config.plan is None) + bridged) / speed.pruning
 
 
 def _pruning(run: Run, plans: list[LayerPlan], tokens: int, speed: Speeds) -> float:
     config = run.config
-    passes = 1 + (config.layer_ratio == "importance") + bool(config.look_back)
-    total = passes * tokens * _forward(run) / speed.pruning
+    pruned = [index for index, plan in enumerate(plans) if plan.units != run.shape.layers[index].units]
+    scored = config.plan is None and config.layer_ratio in ("importance", "uniform")  # by their cosines
+    passes = scored + GRADIENT_PASSES * config.needs_gradients
+    total = passes * tokens * _forward(run.shape.layers) / speed.pruning
+    if pruned:  # what follows the last of them need not run, nor what the dense model gives before the first
+        streams = [run.shape.layers[: pruned[-1] + 1], run.shape.layers[pruned[0] : pruned[-1] + 1] if config.look_back else ()]
+        total += tokens * sum(map(_forward, streams)) / speed.pruning
     for layer, plan in zip(run.shape.layers, plans):
         for part in layer.parts:
             if plan.units[part.kind] == part.units:
@@ -146,11 +163,13 @@ def _prices(run: Run, speed: Speeds) -> float:
             options += 1
             if part.kind == "experts":  # which are run again at each level
                 total += (EXPERT_PASSES * fitted + probes) * layer.active_parameters / speed.evaluation
-    passes = 2 * fitted + 4 * probes if config.prices == "gradient" else 2 * fitted + probes * options / 2
-    return total + passes * _forward(run) / speed.evaluation
+    passes = 2 * fitted + GRADIENT_PASSES * probes if config.prices == "gradient" else 2 * fitted + probes * options / 2
+    return total + passes * _forward(run.shape.layers) / speed.evaluation
 
 
-def _distillation(run: Run, token: int, speed: Speeds) -> float:
-    """What the dense model says once; then, each epoch, a pass forwards, one backwards and one for what the forward pass did not keep."""
+def _distillation(run: Run, dense: int, left: int, speed: Speeds) -> float:
+    """What the dense model says once; then, each epoch, a pass forwards, one backwards and one for what the forward pass did not keep.
+    ``dense``, ``left``: multiplications of a token in each of the two models.
+    """
     spec, epochs = run.config.distill_samples, run.config.distill_epochs
-    return spec.num_examples * spec.seq_len * token * (1 + 3 * epochs) / speed.evaluation
+    return spec.num_examples * spec.seq_len * (dense + 3 * epochs * left) / speed.evaluation

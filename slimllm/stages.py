@@ -27,7 +27,7 @@ from .deploy import checkpoint, export_gguf, gguf_architecture, whole_model
 from .deploy.runtimes import convert_for_runtime
 from .deploy.sink import CheckpointSink, pruned_skeleton
 from .deploy.weight_files import weight_bytes
-from .errors import UserError
+from .errors import Recurring, UserError
 from .evaluation import answers
 from .evaluation.perplexity import continuations, nats_per_byte, perplexities
 from .modeling import missing_modules, take_out
@@ -47,6 +47,7 @@ from .pruning.allocation.price_list import PriceList
 from .reporting import card, figures, page, record
 from .reporting.record import ModelInfo, Parameters, PruningRecord
 from .run import Run
+from .settings.samples import is_sample_file
 from .streaming.journal import resuming
 from .streaming.sizes import Footprint
 from .training import distillation
@@ -134,7 +135,7 @@ def plans_of(run: Run) -> list[LayerPlan] | None:
     """
     kept, tokens = run.config.tokens_of(run.shape.vocab), run.shape.vocab
     check_missing(run.shape, run.config.runtime)
-    if run.config.runtime == "gguf" and (reason := gguf_architecture.difference(run.model_config)):
+    if run.config.runtime == "gguf" and (reason := gguf_architecture.obstacle(run.model_config)):
         raise UserError(f"--runtime gguf: {reason}; name another runtime")
     if run.config.vocab != "keep":
         run.tokenizer = run.tokenizer or loading.load_tokenizer(run.config.base_model)
@@ -276,7 +277,7 @@ def _dense_identity(work: Work) -> dict:
 def _measured_beside(source: str | None, identity: dict) -> dict | None:
     """What the run that made the calibration file ``source`` measured of the dense model, where that follows from the same."""
     path = Path(source or "").parent / DENSE
-    if not (source or "").endswith(".safetensors") or not path.is_file():
+    if not is_sample_file(source) or not path.is_file():
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -402,9 +403,12 @@ def drop(work: Work) -> None:
             found = run.once("staying", lambda: depth.least_turning(run, functools.partial(perplexity_held_out, run)))
             work.staying, work.cosine = found["staying"], found["cosine"]
         depth.apply(run, work.staying)
-    check_missing(run.shape, run.config.runtime)
-    if run.config.runtime == "gguf" and (reason := gguf_architecture.difference(run.model_config)):
-        raise UserError(f"--runtime gguf: without these layers: {reason}; let others or none go, or name another runtime")
+    try:
+        check_missing(run.shape, run.config.runtime)
+    except UserError as error:
+        raise Recurring(str(error)) from None
+    if run.config.runtime == "gguf" and (reason := gguf_architecture.obstacle(run.model_config)):
+        raise Recurring(f"--runtime gguf: without these layers: {reason}; let others or none go, or name another runtime")
 
 
 def allocate(work: Work) -> None:

@@ -151,6 +151,7 @@ def test_hub_sources_join_rows(name, tiny_tokenizer, monkeypatch):
     [
         ("hub:a/b", dict(path="a/b", column="text", split="train")),
         ("hub:a/b:story", dict(path="a/b", column="story", split="train")),
+        ("hub:a/b.safetensors", dict(path="a/b.safetensors", column="text", split="train")),
         ("hub:a/b/part:story:train_sft", dict(path="a/b", column="story", split="train_sft", name="part")),
     ],
 )
@@ -163,6 +164,7 @@ def test_any_data_set_of_the_hub_is_named_with_its_column(name, asked, tiny_toke
 
     monkeypatch.setattr(hub, "rows", rows)
     calibration.check_source(name)
+    assert calibration.characters_of(name) == calibration.MAX_CHARACTERS
     assert load(tiny_tokenizer, name).ids.shape == (4, 16) and seen == asked
 
 

@@ -99,7 +99,7 @@ def test_quantized_weights_are_near_and_take_the_bytes_of_their_type(kind, bits)
         (["--also", "x=nowhere"], "NAME=FOLDER"),
         (["--also", "dense=."], "dense is the name of another row"),
         (["--also", "x, q8_0=."], "says how many bits a row has"),
-        (["--tasks", "piqa"], "none of the tasks"),
+        (["--tasks", "piqa"], "none of piqa.jsonl"),
         (["--data_dir", "nowhere", "--tasks", "none"], "no such folder"),
     ],
 )

@@ -9,13 +9,14 @@ import pytest
 from huggingface_hub import ModelCard
 
 from slimllm.__main__ import main as slim
-from slimllm.commands import COMMANDS, evaluate
+from slimllm.commands import COMMANDS, evaluate, evidence
 from slimllm.pruning import pipeline
 from slimllm.reporting import evidence as page
 from slimllm.reporting.published import ARENA_COLUMNS, ARENA_ROWS, PUBLISHED
 from slimllm.reporting.record import PruningRecord
+from slimllm.settings.evidence import EvidenceConfig
 from slimllm.settings.tasks import MATH, MMLU_MATH, TASKS
-from tests.conftest import TEXT, make_model
+from tests.conftest import TEXT, family_config, make_model
 from tests.test_conversations import TEMPLATE
 from tests.test_export_gguf import bpe_tokenizer
 from tests.test_resume import stopping_at
@@ -214,6 +215,23 @@ def test_a_text_that_cannot_be_had_is_left_out(flags):
     assert slim(["evidence", *flags]) == 1
     assert "--eval_data nowhere.txt: no such file" in open("out/evidence.md").read()
     assert not any("failed" in step for step in steps().values())
+
+
+def test_a_text_too_short_for_a_protocol_is_left_out_of_that_one(flags, tmp_path, tiny_tokenizer):
+    (tmp_path / "short.txt").write_text(TEXT[:600])
+    (tmp_path / "shorter.txt").write_text(TEXT[:20])
+    (tmp_path / "long.txt").write_text(20 * TEXT)
+    config = EvidenceConfig("tiny", eval_data=("fox=long.txt", "short.txt", "shorter.txt"), tasks=("none",), latency=False)
+    texts, left_out = evidence.long_enough(config.eval_data, [128, 2048], "tiny", family_config("llama_gqa"))
+    assert texts == {128: ("fox=long.txt", "short.txt"), 2048: ("fox=long.txt",)}
+    assert left_out == [
+        "--eval_data short: it is too short for one block of 2048 tokens",
+        "--eval_data shorter: it is too short for one block of 128 tokens",
+        "--eval_data shorter: it is too short for one block of 2048 tokens",
+    ]
+    steps = evidence.measurements(config, evidence.rows_of(config)[:1], {**texts, 4096: ("none",)}, 4096)
+    named = {step.name: step.words[step.words.index("--eval_data") + 1 : step.words.index("--max_seq_len")] for step in steps}
+    assert named == {"dense, perplexity at 128": ("fox=long.txt", "short.txt"), "dense, perplexity at 2048": ("fox=long.txt",)}
 
 
 def test_lora_trains_what_was_distilled(flags, tmp_path):

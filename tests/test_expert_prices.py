@@ -19,6 +19,8 @@ from slimllm.pruning.allocation.inputs import AllocationInputs
 from slimllm.pruning.allocation.price_list import PriceList, levels_in
 from slimllm.pruning.allocation.sizing import Sizing
 from slimllm.pruning.allocation.solver import predicted, solve
+from slimllm.streaming.activations import ActivationStore
+from slimllm.streaming.sizes import Sizes
 from tests.conftest import MIXTURE_CASES, TEXT, family_config, logits, make_config, make_ids, make_model, make_shape, prune, run_of
 from tests.test_export_gguf import bpe_tokenizer
 
@@ -63,6 +65,29 @@ def test_every_level_of_experts_has_a_price_and_the_model_stays_as_it_is(case, h
     assert [(price.layer, price.part, price.units) for price in found.prices] == wanted and len(wanted) in (4, 8)
     assert all(price.nats >= 0 for price in found.prices) and any(price.nats > 0 for price in found.prices)
     assert torch.equal(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("prune_what", ["experts", "both"])
+@pytest.mark.parametrize("how", ["gradient", "streams"])
+def test_the_stores_of_experts_are_in_the_forecast_of_memory(how, prune_what, monkeypatch):
+    kept, most = [], 0
+    append, close = ActivationStore.append, ActivationStore.close
+
+    def counted(store, tensor):
+        nonlocal most
+        kept.append((store, tensor.nbytes))
+        most = max(most, sum(size for _, size in kept))
+        append(store, tensor)
+
+    def closed(store):
+        kept[:] = [entry for entry in kept if entry[0] is not store]
+        close(store)
+
+    monkeypatch.setattr(ActivationStore, "append", counted)
+    monkeypatch.setattr(ActivationStore, "close", closed)
+    inputs = inputs_of(make_model("qwen3_moe"), make_ids(512, 16), prune=prune_what, prices=how)
+    prices.measured(inputs)
+    assert most == pytest.approx(prices.activation_bytes(inputs.run, Sizes(4, 4, 4, 4, tokens=8192)), rel=0.25)
 
 
 @pytest.mark.parametrize("prune_what", ["experts", "channels", "both"])

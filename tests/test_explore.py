@@ -74,7 +74,7 @@ def test_the_price_list_of_an_earlier_run_is_replaced_on_request_alone(small, ti
     assert run("--seed", "7", "--overwrite") == 0 and file.read_text() != before
     file.write_text("[]")
     assert run("--overwrite") == 2 and file.read_text() == "[]"
-    assert "--overwrite: no run of this program wrote out/price_list.json" in capsys.readouterr().err
+    assert "no run of this program wrote out/price_list.json, so it is not replaced" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import slimllm
+from slimllm import stages
 from slimllm.__main__ import main as slim
 from slimllm.data import texts
 from slimllm.deploy import checkpoint, export_gguf, gguf_architecture, gguf_tokenizer, reference, runtimes, verify
@@ -24,6 +25,8 @@ from slimllm.models import loading
 from slimllm.models.families import FAMILIES
 from slimllm.models.shape import HEADS_FILL_HIDDEN
 from slimllm.models.stored_names import Stacked
+from slimllm.run import Run
+from slimllm.settings.pruning import PruneConfig
 from tests.conftest import (
     FAMILY_CASES,
     LLAMA3,
@@ -157,7 +160,7 @@ NOT_HELD = {  # what llama.cpp has no place for -> why
     **{(case, form): "biases of the output" for case in BIASED for form in ("dense", "transformers", "gguf")},
     **{(case, "any"): "differ from" for case in BIASED},
     **{
-        (case, "transformers"): "2 heads: .* takes .*heads that fill the hidden size only"
+        (case, "transformers"): "2 heads of size .* takes .*heads that fill the hidden size only"
         for case in ("glm", "exaone4", "olmo", "starcoder2", "nemotron", "cohere", "cohere2", "phi")
     },
     **{("exaone4_window", form): "sliding_window: llama.cpp's exaone4" for form in ("dense", "any", "transformers", "gguf")},
@@ -306,6 +309,22 @@ def test_a_mixture_that_was_pruned_for_llama_cpp_is_the_same_there(case, prune, 
     assert architecture(path) == FAMILIES[MIXTURE_CASES[case][0]].gguf
     for check in checks(folder, path):
         assert check.measured < 1e-3, check
+
+
+@pytest.mark.parametrize("case, fits", [("qwen2_moe", False), ("olmoe", False), ("olmo", False), ("qwen2", True), ("qwen3_moe", True)])
+def test_heads_that_llama_cpp_does_not_take_are_refused_before_anything_is_pruned(case, fits):
+    def plan(**sizes):
+        run = Run.of(PruneConfig(base_model="m", target_sparsity=0.0, runtime="gguf"), family_config(case, **sizes))
+        return stages.plans_of(run)
+
+    sizes = {**MIXTURES.get(case, {}), "hidden_size": 64, "num_attention_heads": 4}
+    plan(**sizes | {"head_dim": 16})
+    narrow = sizes | {"head_dim": 8}
+    if fits:
+        plan(**narrow)
+    else:
+        with pytest.raises(UserError, match="^--runtime gguf: 4 heads of size 8: .* takes heads that fill the hidden size 64 only"):
+            plan(**narrow)
 
 
 def test_texts_that_begin_alike_are_not_mixed_up_where_layers_have_windows(tmp_path):
@@ -877,7 +896,11 @@ def test_the_matrices_that_stay_f16_are_named(tmp_path, capsys):
     assert slim(["export-gguf", str(folder), "--outtype", "q8_0"]) == 0
     said = capsys.readouterr().out
     named = re.search(r"stayed f16, since their rows are no multiple of 32: (.*); with --runtime gguf they would be q8_0 too, about", said)
-    assert "down_proj.weight" in named[1]
+    assert all(re.search(r"(down_proj|o_proj)\.weight$", name) for name in re.sub(" and .*", "", named[1]).split(", "))
     folder = save("llama_gqa", tmp_path / "n", bpe_tokenizer(), target_sparsity=0.3, pruned_layers=3, runtime="gguf")
     assert slim(["export-gguf", str(folder), "--outtype", "q8_0"]) == 0
     assert "stayed f16" not in capsys.readouterr().out
+    folder = save("llama_gqa", tmp_path / "o", bpe_tokenizer(), False, {**SIZES, "hidden_size": 48})  # which no pruning changes
+    assert slim(["export-gguf", str(folder), "--outtype", "q8_0"]) == 0
+    said = capsys.readouterr().out
+    assert "stayed f16" in said and "--runtime gguf" not in said

@@ -40,6 +40,34 @@ def test_each_ingredient_takes_time(monkeypatch):
     assert counted(monkeypatch, recipe="best", **settings | {"num_examples": 128})[1]["own text"] == 2 * best["own text"]
 
 
+@pytest.mark.parametrize(
+    "settings, measured",
+    [
+        ({"drop_layers": 1, "target_sparsity": 0.0}, True),
+        ({"drop_parts": 1, "target_sparsity": 0.0}, True),
+        ({"method": "shortgpt", "target_sparsity": 0.5}, True),
+        ({"method": "replaceme", "target_sparsity": 0.5}, True),
+        ({"method": "llm_drop", "target_sparsity": 0.2}, True),
+        ({"target_sparsity": 0.0}, False),
+    ],
+)
+def test_what_goes_whole_takes_passes_of_its_own(settings, measured, monkeypatch):
+    run, seconds = counted(monkeypatch, num_examples=4, seq_len=8, eval_data=("a",), eval_limit=3, max_seq_len=16, **settings)
+    dense, left = (sum(layer.parameters for layer in layers) for layers in (run.shape.given_layers, run.shape.layers))
+    assert (left < dense) == measured
+    passes = dense + (dense + left) * (run.config.recovery == "least_squares")  # to make up for what is gone
+    assert seconds.get("layers and parts to go", 0) == 32 * passes * measured
+    assert seconds["evaluation"] == 3 * 16 * (dense + left + 2 * 97 * 32)
+
+
+def test_gradients_take_passes_of_their_own(monkeypatch):
+    settings = dict(pruning_ratio=0.5, num_examples=4, seq_len=8, eval_data=("none",), layer_ratio="middle", recovery="none")
+    run, by_gradients = counted(monkeypatch, method="llm_pruner", **settings)
+    others = counted(monkeypatch, method="magnitude", **settings)[1]
+    forward = 32 * sum(layer.parameters for layer in run.shape.layers)
+    assert by_gradients["pruning"] - others["pruning"] == pytest.approx(4 * forward, abs=forward / 2)
+
+
 def test_the_machine_is_asked_for_its_speeds():
     run = Run.of(PruneConfig(base_model="m", pruning_ratio=0.5), family_config("llama_mha"))
     run.dtype = make_model("llama_mha").dtype

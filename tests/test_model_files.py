@@ -409,6 +409,19 @@ BAD_CONFIGS = {
     "activation null": dict(hidden_act=None),
     "unknown rope": dict(rope_parameters={"rope_type": "spiral", "rope_theta": 10000.0}),
     "rope a list": dict(rope_parameters=[1]),
+    **{
+        f"{name} {value}": dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0, name: value})
+        for name, value in (
+            ("mrope_section", [24, 20]),
+            ("mrope_section", "24"),
+            ("mrope_section", [1.5, 1, 1]),
+            ("factor", "two"),
+            ("partial_rotary_factor", -0.5),
+            ("rope_theta", float("nan")),
+            ("long_factor", 1.0),
+            ("truncate", "no"),
+        )
+    },
     "ten million layers": dict(num_hidden_layers=10**7),
     "no layers": dict(num_hidden_layers=0),
     "layer_types too short": dict(layer_types=["full_attention"]),

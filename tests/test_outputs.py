@@ -10,7 +10,7 @@ import pytest
 import hf_prune
 import slimllm
 from slimllm.__main__ import main as slim
-from slimllm.errors import UserError
+from slimllm.errors import Recurring, UserError
 from slimllm.utils import outputs
 from slimllm.utils.files import atomic_file, write_text
 from slimllm.utils.outputs import atomic_dir
@@ -115,7 +115,7 @@ def test_what_no_run_wrote_stays(name, tmp_path):
     before = names(target)
     strange = str(target / name).replace("(", r"\(")
     with (
-        pytest.raises(UserError, match=f"--overwrite: no run of this program wrote {strange}; .* or move it away"),
+        pytest.raises(UserError, match=f"no run of this program wrote {strange}, so it is not replaced; .* or move it away"),
         atomic_dir(target, True),
     ):
         pytest.fail("the work began")
@@ -253,6 +253,14 @@ def test_an_input_or_a_foreign_folder_is_not_pruned_away(sealed, tiny_folder, te
     assert contents(tmp_path / "prune_log/a") == before and names(tmp_path / "prune_log") == ["a"]
 
 
+@pytest.mark.parametrize("error, way", [(UserError("full"), True), (Recurring("never"), False)])
+def test_only_what_may_come_to_an_end_is_to_be_gone_on_with(error, way, tmp_path):
+    with pytest.raises(UserError) as caught, atomic_dir(tmp_path / "run", False, worth_keeping=lambda folder: True):
+        raise error
+    (note,) = caught.value.__notes__
+    assert ".partial" in note and ("--resume" in note) == way
+
+
 def test_saving_replaces_only_what_was_saved(tmp_path, tiny_tokenizer):
     result = slimllm.prune(make_model(), tiny_tokenizer, calibration=make_ids())
     (tmp_path / "mine").mkdir()
@@ -298,4 +306,5 @@ def test_no_program_replaces_what_it_did_not_write(command, tiny_folder, tmp_pat
     assert slim([part.format(folder=tiny_folder) for part in command]) == 2
     said = capsys.readouterr().err
     assert FILES[command] in said and "another" in said and said.count("\n") == 1
+    assert "--overwrite" in command or "--overwrite" not in said
     assert contents(tiny_folder) == before

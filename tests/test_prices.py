@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import re
+from dataclasses import replace
 
 import gguf
 import pytest
@@ -22,6 +23,7 @@ from slimllm.pruning.allocation.budget import budgets_of, of_parameters
 from slimllm.pruning.allocation.inputs import AllocationInputs
 from slimllm.pruning.allocation.price_list import NAME, Price, PriceList, curve, levels_of
 from slimllm.pruning.allocation.sizing import Sizing
+from slimllm.settings.methods import PRICES
 from slimllm.streaming.journal import Journal
 from tests.conftest import (
     CORE_CASES,
@@ -288,6 +290,23 @@ def with_first(text, more=False, **values):
     return json.dumps({**content, "prices": [*content["prices"], first] if more else [first, *content["prices"][1:]]})
 
 
+@pytest.mark.parametrize("dearer, smaller", [(1e8, 1.0), (1e8, 1e-12), (1e-6, 1e6)])
+def test_a_plan_does_not_depend_on_the_units_of_prices_and_targets(dearer, smaller, monkeypatch):
+    monkeypatch.setattr(solver, "STEEP", 0.0)  # it is in nats
+    shape = make_shape(num_hidden_layers=3)
+    config = make_config(layers=3, layer_ratio="auto", target_sparsity=0.3).having(base_model="m")
+    found, asked, sizing = PriceList.alike(shape, config), of_parameters(shape, config), Sizing(shape, config)
+    cheap, dear = (replace(found, prices=[replace(p, nats=by * p.nats * (1 + p.layer)) for p in found.prices]) for by in (1, dearer))
+    scaled = replace(asked, target=smaller * asked.target, measure=lambda *args: smaller * asked.measure(*args))
+    assert solver.solve(dear, sizing, scaled) == solver.solve(cheap, sizing, asked)
+
+
+def test_a_price_that_is_no_number_is_named(monkeypatch):
+    monkeypatch.setitem(PRICES, "gradient", lambda inputs, fits, ids: [Price(1, "mlp", {"channels": 8}, 0.5, float("nan"))])
+    with pytest.raises(UserError, match="layer 1: its mlp costs nan nats per token; try --dtype float32"):
+        prices.measured(inputs_of(make_model(num_hidden_layers=2), make_ids(), make_config(layers=2, layer_ratio="auto")))
+
+
 def test_a_list_of_another_model_of_the_same_widths_is_named(tmp_path, caplog):
     shape, config = make_shape(num_hidden_layers=2), make_config(layers=2, layer_ratio="auto").having(base_model="here/mine")
     found = PriceList.alike(shape, config)
@@ -306,6 +325,8 @@ def test_a_list_of_another_model_of_the_same_widths_is_named(tmp_path, caplog):
         (lambda text: "[]", "not a price list"),
         (lambda text: json.dumps({**json.loads(text), "prices": []}), "layer 0: its attention has no usable price"),
         (lambda text: text.replace('"nats": 0.', '"nats": -0.'), "layer 0: its attention has no usable price"),
+        (lambda text: with_first(text, nats=1e300), "layer 0: its attention has no usable price"),
+        (lambda text: with_first(text, nats=float("nan")), "layer 0: its attention has no usable price"),
         (lambda text: with_first(text, share=0.9), "layer 0: its attention has no usable price"),
         *(
             (lambda text, change=change: with_first(text, **change, more=True), "is of nothing that this model has")

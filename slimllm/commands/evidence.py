@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from .. import cli
-from ..data.texts import load_texts
+from ..data.texts import blocks_of, load_texts
 from ..errors import Terminated, UserError, first_line
 from ..experiments.trials import state_of_model
 from ..models import loading
@@ -30,6 +30,7 @@ from ..reporting.record import PruningRecord, TrainingRecord
 from ..reporting.tables import aligned
 from ..settings.evidence import LORA, EvidenceConfig
 from ..settings.latency import LatencyConfig
+from ..settings.pruning import PruneConfig
 from ..utils.memory import memory_errors, reset_peak, return_free_memory
 from ..utils.outputs import is_results
 from . import COMMANDS
@@ -40,6 +41,7 @@ log = logging.getLogger("slimllm")
 FILE = "evidence.json"
 MAKERS = ("prune", "train", "export-gguf")  # programs that make a model, which is there or is not; what others leave can be completed
 TEXTS = ("wikitext2", "ptb", "c4")
+IN_MAKING = PruneConfig.max_seq_len  # tokens per block of the texts that pruning and training measure on
 IDENTITY = ("dtype", "calibration", "num_examples", "distill_examples", "seed", "eval_data", "eval_limit", "limit", "tune", "runtime")
 NOT_FORESEEN = (
     "not foreseen: the time of measurements and training, which grows with texts, questions and the model; perplexity holds one layer at a "
@@ -94,9 +96,10 @@ def run(config: EvidenceConfig) -> int:
     _check_widths(config, model_config)
     most = model_config.max_position_embeddings
     left_out = [f"{page.protocol_of(n)}: beyond the model's context of {most} tokens" for n in config.protocols if n > most]
-    rows = rows_of(config)
+    rows, lengths = rows_of(config), [n for n in config.protocols if n <= most]
     if config.dry_run:
-        _print_plan(config, [*makers(config, config.eval_data), *measurements(config, rows, config.eval_data, most)], left_out)
+        texts = dict.fromkeys(lengths, config.eval_data)
+        _print_plan(config, [*makers(config, config.eval_data), *measurements(config, rows, texts, most)], left_out)
         return 0
     folder = Path(config.output)
     file = record.results_in(folder, FILE)
@@ -107,10 +110,11 @@ def run(config: EvidenceConfig) -> int:
         if config.overwrite:
             _forget(folder)
         texts, missing = at_hand(config.eval_data)
-        results["left_out"] = left_out + missing
+        texts, short = long_enough(texts, [IN_MAKING, *lengths], config.base_model, model_config)
+        results["left_out"] = left_out + missing + short
         for line in results["left_out"]:
             log.info("left out: %s", line)
-        steps = [*makers(config, texts), *measurements(config, rows, texts, most)]
+        steps = [*makers(config, texts[IN_MAKING]), *measurements(config, rows, {n: texts[n] for n in lengths}, most)]
         results["left_out"] += not_beside(config)
         results["steps"] = {step.name: results["steps"][step.name] for step in steps if step.name in results["steps"]}
         record.save_results(results, file)
@@ -157,6 +161,26 @@ def at_hand(eval_data: tuple[str, ...] | None) -> tuple[tuple[str, ...] | None, 
     return (tuple(had), missing) if had else (("none",), missing) if eval_data else (None, [])
 
 
+def long_enough(
+    names: tuple[str, ...] | None, lengths: list[int], base_model: str, model_config
+) -> tuple[dict[int, tuple[str, ...] | None], list[str]]:
+    """(for each of the ``lengths`` in tokens the texts that fill a block of it, a line for each other); ``names`` as :func:`at_hand` gives
+    them.
+    """
+    if names is None or "none" in names:
+        return dict.fromkeys(lengths, names), []
+    tokenizer, found, short = loading.load_tokenizer(base_model), {length: [] for length in lengths}, []
+    for name in names:
+        (text,) = load_texts((name,))
+        for length in found:
+            try:
+                blocks_of(text, tokenizer, model_config, length)
+                found[length].append(name)
+            except UserError as error:
+                short.append(f"--eval_data {error}")
+    return {length: tuple(texts) or ("none",) for length, texts in found.items()}, short
+
+
 # the steps
 
 
@@ -200,9 +224,8 @@ def _maker(config: EvidenceConfig, row: Row, texts: tuple[str, ...] | None) -> S
     return Step(row, "pruning", "prune", tuple(words), Path(row.model) / PruningRecord.FILE)
 
 
-def measurements(config: EvidenceConfig, rows: list[Row], texts: tuple[str, ...] | None, most: int) -> list[Step]:
-    """Those that measure, model by model; ``most``: tokens of the model's context."""
-    lengths = [n for n in config.protocols if n <= most] if texts != ("none",) else []
+def measurements(config: EvidenceConfig, rows: list[Row], texts: dict[int, tuple[str, ...] | None], most: int) -> list[Step]:
+    """Those that measure, model by model; ``texts``: those for each length of a block; ``most``: tokens of the model's context."""
     shared = _flags(config, "dtype", "device", "tmp_dir", "limit")
     found = []
     for row in rows:
@@ -211,9 +234,12 @@ def measurements(config: EvidenceConfig, rows: list[Row], texts: tuple[str, ...]
         def evaluation(what: str, *words: str, row=row, file=file) -> Step:
             return Step(row, what, "evaluate", (row.model, *words, *shared, "--output", str(file)), file)
 
-        named = ["--eval_data", *texts] if texts else []
         limit = _flags(config, "eval_limit")
-        found += [evaluation(f"perplexity at {n}", "--tasks", "none", *named, "--max_seq_len", str(n), *limit) for n in lengths]
+        for length, names in texts.items():
+            named = ["--eval_data", *names] if names else []
+            if names != ("none",):
+                words = "--tasks", "none", *named, "--max_seq_len", str(length), *limit
+                found.append(evaluation(f"perplexity at {length}", *words))
         if config.tasks:
             source = _flags(config, "data_dir")
             found.append(evaluation("tasks", "--tasks", *config.tasks, *source, "--eval_data", "none"))

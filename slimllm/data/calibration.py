@@ -23,7 +23,7 @@ from ..models import hub
 from ..models.loading import WholeModel
 from ..models.shape import shape_of
 from ..settings.pruning import PruneConfig
-from ..settings.samples import SampleSpec
+from ..settings.samples import HUB, SampleSpec, is_sample_file
 from ..utils.device import name_of
 from ..utils.files import atomic_file, check_plain
 from ..utils.memory import return_free_memory
@@ -38,7 +38,6 @@ HUB_SOURCES = {
     "c4": dict(path="allenai/c4", data_files="en/c4-train.00000-of-01024.json.gz", split="train", column="text", stream=True),
     "wikitext2": dict(path="Salesforce/wikitext", name="wikitext-2-raw-v1", split="train", column="text"),
 }
-HUB = "hub:"  # what any other data set's name begins with
 TEXT_SUFFIXES = (".txt", ".jsonl")
 MAX_CHARACTERS = 8_000_000  # enough for over ten thousand samples of 128 tokens; more is not read
 SELF_SAMPLE_BATCH = 32  # samples that are made at once, at least
@@ -111,7 +110,7 @@ def load(source: str | None, model, tokenizer, spec: SampleSpec, instead: Sample
             source, spec = "self", instead or spec
     if source == "self":
         return Calibration(sample_from_model(model, tokenizer, spec), "self", spec.seed, own=spec.num_examples)
-    if source.endswith(".safetensors"):
+    if is_sample_file(source):
         return _from_file(source, model.config.vocab_size)
     if _hub_source(source):
         try:
@@ -138,7 +137,7 @@ def check_source(name: str | None) -> None:
         raise UserError(
             f"--calibration {name}: no such file or folder, and not one of {', '.join(CALIBRATION_NAMES)}{nearest(name, CALIBRATION_NAMES)}"
         )
-    if name.endswith(".safetensors"):
+    if is_sample_file(name):
         check_plain(name, "--calibration ")
     else:
         text_files(name, "--calibration")
@@ -221,7 +220,7 @@ def _drawn_from(name: str, tokenizer, spec: SampleSpec, config) -> Calibration:
 
 def characters_of(name: str | None) -> int:
     """How many characters :func:`text_of` would give, at most; 0 for what is no text. Raises UserError as :func:`text_files` does."""
-    if name is None or name == "self" or name.endswith(".safetensors"):
+    if name is None or name == "self" or is_sample_file(name):
         return 0
     if _hub_source(name):
         return MAX_CHARACTERS
@@ -262,8 +261,8 @@ def _sample(text: str, name: str, tokenizer, spec: SampleSpec, config) -> torch.
     count = min(spec.num_examples, max(len(blocks), 1)) if spec.or_fewer else spec.num_examples
     if len(blocks) < count:
         raise UserError(
-            f"--calibration {name}: {len(ids)} tokens are too few for {spec.num_examples} samples of {spec.seq_len}; "
-            "give more text, or fewer or shorter samples (--num_examples, --seq_len)"
+            f"--calibration {name}: {len(ids)} tokens are too few for {spec.num_examples} samples of {spec.seq_len}; give more text, or "
+            "ask for fewer or shorter samples"
         )
     drawn = blocks[random.Random(spec.seed).sample(range(len(blocks)), count)]
     check_vocabulary(drawn, config.vocab_size, f"--calibration {name}")
@@ -427,7 +426,7 @@ def samples_for(
         # what the model wrote once, it need not write again; but what is held out is text that nothing was fitted to
         reused = samples.ids[: spec.num_examples // 2 if samples.own else 0]
         spec = dataclasses.replace(spec, num_examples=spec.num_examples - len(reused), seq_len=samples.ids.shape[1])
-        if isinstance(source, torch.Tensor) or samples.source.endswith(".safetensors"):
+        if isinstance(source, torch.Tensor) or is_sample_file(samples.source):
             text = samples.ids
         else:
             text = samples.ids[:0] if named == "self" else _drawn(named, model, tokenizer, spec).ids
@@ -465,7 +464,7 @@ def _to_prune_from(
     samples = _drawn(source, model, tokenizer, text, instead=spec)
     if written and samples.source == "self":  # there was no text: all of them are the model's own
         samples.ids = _shuffled(samples.ids, spec.seed)
-    elif written and not samples.source.endswith(".safetensors"):
+    elif written and not is_sample_file(samples.source):
         samples.ids, samples.own = with_own(samples.ids[:drawn], config.self_share, model, tokenizer, spec)
     return samples
 

@@ -15,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import UserError
+from ..models.adapter import LayerAdapter
 from ..models.families import family_of
 from ..models.loading import open_source
 from ..models.skeleton import skeleton_of
@@ -124,7 +125,7 @@ def _write_tensors(writer, source, arch: str, quantization) -> None:
         size = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
         writer.add_tensor_info(place, shape, np.dtype(np.float32), size, kind)
         listed.append((name, kind, size))
-    _log_what_stayed([name for name, kind, _ in listed if kind == F16 != quantization], arrangement, quantization)
+    _log_what_stayed([name for name, kind, _ in listed if kind == F16 != quantization], source.adapter, arrangement, quantization)
     for name, values in factors.items():
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
     writer.write_header_to_file()
@@ -152,20 +153,18 @@ def _write_tensor(writer: gguf.GGUFWriter, pieces: Iterable[torch.Tensor], kind:
     writer.write_padding(file, end)
 
 
-def _log_what_stayed(names: list[str], arrangement: Arrangement, quantization) -> None:
-    """Logs the matrices that stayed f16, and what it would save if their rows filled the blocks of ``quantization``."""
-    if not names:
-        return
+def _log_what_stayed(names: list[str], adapter: LayerAdapter, arrangement: Arrangement, quantization) -> None:
+    """Logs the matrices that stayed f16, and of output projections, whose rows are what pruning cuts, what it would save if they filled the
+    blocks of ``quantization``.
+    """
     block, block_bytes = gguf.GGML_QUANT_SIZES[quantization]
-    saved = sum(math.prod(arrangement.shape(name)) for name in names) * (2 - block_bytes / block)
-    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    log.warning(
-        "stayed f16, since their rows are no multiple of %d: %s; with --runtime gguf they would be %s too, about %.2f MB less",
-        block,
-        shown,
-        quantization.name.lower(),
-        saved / 1e6,
-    )
+    for cut in (True, False):
+        if not (these := [name for name in names if adapter.is_output(name) == cut]):
+            continue
+        shown = ", ".join(these[:4]) + (f" and {len(these) - 4} more" if len(these) > 4 else "")
+        saved = sum(math.prod(arrangement.shape(name)) for name in these) * (2 - block_bytes / block)
+        way = f"; with --runtime gguf they would be {quantization.name.lower()} too, about {saved / 1e6:.2f} MB less" if cut else ""
+        log.warning("stayed f16, since their rows are no multiple of %d: %s%s", block, shown, way)
 
 
 def quantized_bytes(model, outtype: str) -> int:

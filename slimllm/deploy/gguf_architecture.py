@@ -60,10 +60,9 @@ def architecture_of(config, biased: bool, requested: str = "auto") -> str:
     family, shape = family_of(config), shape_of(config)
     if reason := difference(config):
         raise UserError(reason)
-    check_missing(shape, "gguf")
+    check_missing(shape, "gguf", "prune with --runtime gguf")
     units, stock, free = alike(shape, shape.units), family.gguf, free_architecture_of(config)
     odd = irregular(units) or ", ".join(f"layer {index} lacks a part" for index, layer in enumerate(shape.layers) if layer.missing)
-    heads = next((layer["attention"]["heads"] for layer in units if "attention" in layer), 0)
     if requested == "llama":
         if odd:
             raise UserError(f"--arch llama: {odd}; prune with --runtime transformers, or export with --arch deci")
@@ -73,15 +72,33 @@ def architecture_of(config, biased: bool, requested: str = "auto") -> str:
     if requested == "deci" and free != "deci":
         raise UserError(f"--arch deci: llama.cpp has nothing that holds a {family.model_type} with a width per layer; leave out --arch")
     fits = not odd and (stock in OUTPUT_BIASES or not biased)
-    if requested == "auto" and fits and (stock not in HEADS_FILL_HIDDEN or heads * head_dim_of(config) == config.hidden_size):
+    strange_heads = _strange_heads(config)
+    if requested == "auto" and fits and not strange_heads:
         return stock
     if free in OUTPUT_BIASES or (free and not biased):
         return free
     unbiased = (free or stock) not in OUTPUT_BIASES
-    what = odd or ("biases of the output projections" if biased and unbiased else f"{heads} heads")
+    what = odd or ("biases of the output projections" if biased and unbiased else strange_heads)
     needs = ["one width for all layers"] * (not free) + ["no biases of the output projections"] * unbiased
     needs += ["heads that fill the hidden size"] * (stock in HEADS_FILL_HIDDEN and not free)
     raise UserError(f"{what}: llama.cpp's {free or stock} takes {', '.join(needs)} only; prune with --runtime gguf")
+
+
+def _strange_heads(config) -> str | None:
+    """What of a model's heads its own architecture of llama.cpp does not take, in words."""
+    if family_of(config).gguf not in HEADS_FILL_HIDDEN:
+        return None
+    shape, size = shape_of(config), head_dim_of(config)
+    heads = next((layer["attention"]["heads"] for layer in alike(shape, shape.units) if "attention" in layer), 0)
+    return f"{heads} heads of size {size}" if heads * size != config.hidden_size else None
+
+
+def obstacle(config) -> str | None:
+    """Why llama.cpp computes no model that is pruned for it from one of this config, in words; None where it does."""
+    if reason := difference(config):
+        return reason
+    strange = None if free_architecture_of(config) else _strange_heads(config)  # pruning for it leaves the heads as they are
+    return strange and f"{strange}: llama.cpp's {family_of(config).gguf} takes heads that fill the hidden size {config.hidden_size} only"
 
 
 def difference(config) -> str | None:

@@ -480,6 +480,10 @@ class LayerAdapter:
         """The name of the table of what layers are given for each token, in a model that has one."""
         return f"{self.family.decoder}.{self.family.token_table}.weight" if token_inputs_of(self.config, self.family) else None
 
+    def is_output(self, name: str) -> bool:
+        """Whether this is the name of an output projection, of experts too, whose columns go where units do."""
+        return name.endswith(tuple(f".{row.stacked[1] if row.kind == 'experts' else row.output}.weight" for row in self.family.parts))
+
     def is_output_bias(self, name: str) -> bool:
         """Whether this is the name of a bias of an output projection, which only a recovery or the config's flags give."""
         return name.endswith(tuple(f".{row.output}.bias" for row in self.family.parts))

@@ -23,6 +23,13 @@ _FLAGS = ("attention_bias", "mlp_bias", "tie_word_embeddings")
 _WEIGHTS = (".safetensors", ".safetensors.index.json")  # what transformers takes by a name of its own
 _LAYER_TYPES = ("full_attention", "sliding_attention", "indexed_attention", "linear_attention", "conv", "hybrid", "moe", "mlp")
 
+_ROPE_NUMBERS = (
+    *("rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings", "max_position_embeddings", "attention_factor"),
+    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "low_freq_factor", "high_freq_factor", "alpha", "llama_4_scaling_beta"),
+)
+_ROPE_LISTS = ("short_factor", "long_factor")
+_ROPE_FLAGS = ("truncate", "mrope_interleaved")
+
 
 def check_config(config, where: str) -> None:
     """Raises UserError, naming ``where``, for a value of a wrong type, one that is impossible, or two that contradict each other."""
@@ -56,6 +63,7 @@ def check_config(config, where: str) -> None:
     if not isinstance(activation, str) or activation not in ACT2FN:
         raise UserError(f"{where}: hidden_act is {activation!r}, which transformers does not know{nearest(str(activation), ACT2FN)}")
     _check_layer_types(config, where)
+    _check_rope(config, where)
     family, layers = family_of(config), range(config.num_hidden_layers)
     attention = [row for row in family.parts if row.kind == "attention"]
     if family.is_hybrid and attention and not any(is_in_layer(config, row, index) for row in attention for index in layers):
@@ -67,7 +75,7 @@ def check_config(config, where: str) -> None:
         raise UserError(f"{where}: transformers_weights is {weights!r}, not the name of a file of weights beside it (*.safetensors)")
     name = family_of(config).norm_epsilon
     epsilon = getattr(config, name, 0.0) if isinstance(name, str) else name
-    if not isinstance(epsilon, int | float) or not math.isfinite(epsilon) or epsilon < 0:
+    if not _is_size(epsilon):
         raise UserError(f"{where}: {name} is {epsilon!r}, not a number of at least 0")
 
 
@@ -103,6 +111,33 @@ def warn_of_length(config, **lengths: int) -> None:
     most = config.max_position_embeddings
     if beyond := [f"--{name} {length}" for name, length in lengths.items() if length > most]:
         log.warning("%s: the model was made for at most %d tokens at a time (max_position_embeddings)", " and ".join(beyond), most)
+
+
+def _check_rope(config, where: str) -> None:
+    """The settings of rotary embeddings, of all layers or for each type of them, of which transformers checks the names alone."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{where}: rope_parameters is {rope!r}, not the settings of rotary embeddings")
+    for settings in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        for name, value in settings.items():
+            if value is not None and (expected := _expected_of_rope(name, value)):
+                raise UserError(f"{where}: {name} of its rotary embeddings is {value!r}, not {expected}")
+
+
+def _expected_of_rope(name: str, value) -> str | None:
+    """What a setting of rotary embeddings has to be, in words, where ``value`` is no such thing."""
+    listed = isinstance(value, list | tuple)
+    if name == "mrope_section" and not (listed and len(value) == 3 and all(type(size) is int and size >= 0 for size in value)):
+        return "a list of three whole numbers"
+    if name in _ROPE_LISTS and not (listed and all(map(_is_size, value))):
+        return "a list of numbers"
+    if name in _ROPE_NUMBERS and not _is_size(value):
+        return "a number of at least 0"
+    return "true or false" if name in _ROPE_FLAGS and not isinstance(value, bool) else None
+
+
+def _is_size(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
 
 
 def _check_layer_types(config, where: str) -> None:

@@ -138,7 +138,7 @@ def load_config(base_model: str, option_name: str = "--base_model"):
         text.transformers_weights = getattr(config, "transformers_weights", None)
         text.dtype = text.dtype or config.dtype
         text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)  # the head is the outer model's
-        config = _as_text_model(text)
+        config = _read("config", base_model, option_name, lambda: _as_text_model(text))
     family = family_of(config)
     family.settle(config)
     if kwargs and family.is_mixture:

@@ -437,24 +437,31 @@ def limits_of(runtime: str, shape: ModelShape) -> Limits:
     return Limits(same_heads, not free, new_bias=biases, all_biases=biases, divisor=divisor, whole_heads=whole_heads, **lacks)
 
 
-def check_missing(shape: ModelShape, runtime: str) -> None:
-    """Raises UserError for a model some of whose layers lack a part that ``runtime`` computes no layer without."""
+def check_missing(shape: ModelShape, runtime: str, way: str | None = None) -> None:
+    """Raises UserError for a model some of whose layers lack a part that ``runtime`` computes no layer without. ``way``: the way out, where
+    it is not that of :func:`why_not_missing`.
+    """
     for index, layer in enumerate(shape.layers):
         for kind in layer.missing:
-            if reason := why_not_missing(shape, runtime, kind, index):
-                raise UserError(f"layer {index} has no {KINDS[kind].title} part: {reason}")
+            if found := why_not_missing(shape, runtime, kind, index):
+                raise UserError(f"layer {index} has no {KINDS[kind].title} part: {found[0]}; {way or found[1]}")
 
 
-def why_not_missing(shape: ModelShape, runtime: str, kind: str, index: int | None = None) -> str | None:
-    """Why a layer of such a model, or layer ``index`` of it, cannot lack its part of this kind, with the way out, in words; or None."""
+def why_not_missing(shape: ModelShape, runtime: str, kind: str, index: int | None = None) -> tuple[str, str] | None:
+    """(why a layer of such a model, or layer ``index`` of it, cannot lack its part of this kind; the way out, when it is pruned), or
+    None.
+    """
     limits = limits_of(runtime, shape)
     if kind in limits.lacking:
         if not (limits.first_attends and kind == "attention" and index == 0):
             return None
-        return f"--runtime {runtime} takes no first layer without one; keep it, or --runtime any"
+        who = {"gguf": "llama.cpp", "vllm": "vLLM"}[runtime]
+        return f"{who} takes no first layer without one", "keep it, or --runtime any"
     if shape.is_mixture or shape.regular:
-        return "no class holds such a model with a layer that lacks a part; keep its parts, or let whole layers go (--drop_layers)"
+        why = "no class holds such a model with a layer that lacks a part"
+        return why, "keep its parts, or let whole layers go (--drop_layers)"
     if runtime == "gguf" and limits.lacking:
-        return "llama.cpp leaves the attention of such a layer out as well; let attention alone go (--prune heads), or --runtime any"
+        why = "llama.cpp leaves the attention of such a layer out as well"
+        return why, "let attention alone go (--prune heads), or --runtime any"
     where = {"gguf": "no architecture of llama.cpp", "vllm": "no class of vLLM", "transformers": "no class of transformers"}[runtime]
-    return f"{where} holds this model with a layer that lacks a part; --runtime any, or let whole layers go (--drop_layers)"
+    return f"{where} holds this model with a layer that lacks a part", "--runtime any, or let whole layers go (--drop_layers)"

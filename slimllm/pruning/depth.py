@@ -19,6 +19,7 @@ from ..run import Measure, Run
 from ..settings.methods import METHODS, RECOVERIES
 from ..streaming.activations import ActivationStore
 from ..streaming.runner import LayerRunner, cosine_sum, mean_cosines
+from ..streaming.sizes import Sizes
 from .part_run import PartRun, join, part_runs, taken
 
 log = logging.getLogger("slimllm")
@@ -249,3 +250,16 @@ def _fitted(
         log.info("layer %d: what follows it and goes is not made up for, since its output passes a norm or a router", index)
     join([*beside, fitted])
     return found
+
+
+def activation_bytes(run: Run, sizes: Sizes) -> int:
+    """Bytes of the states that are kept while layers in a row are looked for: those before each of so many, and behind the last."""
+    copies = (run.config.drop_layers or 0) + 2 if METHODS[run.config.method].in_a_row else 0
+    return copies * sizes.tokens * run.shape.streamed * sizes.compute
+
+
+def peak_bytes(run: Run, sizes: Sizes) -> int:
+    """Bytes while they are looked for, at most: these states, a layer, and the next one as stored."""
+    largest = max(layer.parameters for layer in run.shape.given_layers)
+    states = sizes.kept_in_memory(largest * sizes.compute, activation_bytes(run, sizes))
+    return largest * (sizes.compute + sizes.stored) + states

@@ -21,6 +21,7 @@ from ..models import vocabulary
 from ..models.vocabulary import Vocabulary
 from ..run import Measure, Run
 from ..settings.pruning import PruneConfig
+from ..settings.samples import is_sample_file
 from ..streaming.runner import LOGIT_ROWS
 from ..utils import processes
 from ..utils.files import write_text
@@ -148,7 +149,7 @@ class Ranked:
         if config.vocab_text:
             names = config.vocab_text
             texts = [calibration.text_of(name, samples.seed, tokenizer, "--vocab_text") for name in names]
-        elif samples.source in ("self", "token ids") or samples.source.endswith(".safetensors"):
+        elif samples.source in ("self", "token ids") or is_sample_file(samples.source):
             return [ids.flatten() for ids in (samples.ids, samples.distill_ids) if ids is not None], "the calibration samples"
         else:
             names, texts = (samples.source,), [calibration.text_of(samples.source, samples.seed, tokenizer)]

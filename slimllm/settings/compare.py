@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..cli import check_choice, check_range, flag
 from ..errors import UserError
 from .methods import METHODS, RECIPES
-from .tasks import TASKS
+from .tasks import DATA_DIR_HELP, TASKS, tasks_with_files
 from .trials import TrialsConfig
 
 QUANTIZATIONS = ("q8_0", "q4_0")  # fewer bits that models are shown in
@@ -37,7 +37,7 @@ class CompareConfig(TrialsConfig):
         False,
     )
     tasks: tuple[str, ...] = flag("tasks", "zero-shot tasks, or none", tuple(TASKS), nargs="+")
-    data_dir: str | None = flag("tasks", "folder of TASK.jsonl files in the hub's schema, in place of the hub")
+    data_dir: str | None = flag("tasks", DATA_DIR_HELP)
     limit: int | None = flag("tasks", "only the first N questions of each task; the figures are marked as limited [all]")
 
     PROGRAM = "compare"
@@ -51,12 +51,7 @@ class CompareConfig(TrialsConfig):
             setattr(self, name, tuple(value for value in getattr(self, name) if value != "none"))
             for value in getattr(self, name):
                 check_choice(name, value, allowed)
-        if self.data_dir is not None and not os.path.isdir(self.data_dir):
-            raise UserError(f"--data_dir {self.data_dir}: no such folder")
-        if self.data_dir is not None and self.tasks:
-            self.tasks = tuple(name for name in self.tasks if os.path.isfile(os.path.join(self.data_dir, f"{name}.jsonl")))
-            if not self.tasks:
-                raise UserError(f"--data_dir {self.data_dir}: it has a file of none of the tasks")
+        self.tasks = tasks_with_files(self.tasks, self.data_dir)
         for entry in self.also:
             name, _, folder = entry.partition("=")
             if not name or not os.path.isdir(folder):

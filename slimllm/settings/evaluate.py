@@ -9,7 +9,7 @@ from pathlib import Path
 from ..cli import check_choices, check_range, flag
 from ..errors import UserError
 from .common import DTYPES
-from .tasks import TASKS, TASKS_HELP, tasks_named
+from .tasks import DATA_DIR_HELP, TASKS, TASKS_HELP, tasks_named, tasks_with_files
 
 UNSAFE = ("humaneval", "mbpp")  # what the names of lm-eval's tasks that run generated code begin with
 
@@ -44,9 +44,7 @@ class EvalConfig:
     tmp_dir: str | None = flag("model", "folder for activations that do not fit in memory [TMPDIR, or the system's]")
 
     tasks: tuple[str, ...] = flag("tasks", TASKS_HELP, tuple(TASKS), nargs="*")
-    data_dir: str | None = flag(
-        "tasks", "folder of TASK.jsonl files in the hub's schema, in place of the hub; a task without a file is left out"
-    )
+    data_dir: str | None = flag("tasks", DATA_DIR_HELP)
     limit: int | None = flag("tasks", "only the first N questions of each task; the results are marked as limited [all]")
     generation: tuple[str, ...] = flag("tasks", "tasks of lm-eval in which the model writes, such as gsm8k ifeval humaneval [none]", ())
     include_path: str | None = flag("tasks", "folder of more task definitions for lm-eval, for --generation")
@@ -74,13 +72,7 @@ class EvalConfig:
         for name in ("limit", "eval_limit"):
             check_range(self, name, 1)
         check_range(self, "max_seq_len", 2)
-        if self.data_dir is not None:
-            if not os.path.isdir(self.data_dir):
-                raise UserError(f"--data_dir {self.data_dir}: no such folder")
-            there = tuple(name for name in self.tasks if os.path.isfile(os.path.join(self.data_dir, f"{name}.jsonl")))
-            if self.tasks and not there:
-                raise UserError(f"--data_dir {self.data_dir}: it has none of {', '.join(f'{name}.jsonl' for name in self.tasks)}")
-            self.tasks = there
+        self.tasks = tasks_with_files(self.tasks, self.data_dir)
         if self.adapter is not None and not os.path.isfile(os.path.join(self.adapter, "adapter_config.json")):
             raise UserError(f"--adapter {self.adapter}: no adapter_config.json there; give the adapter folder that post_training.py wrote")
         if self.output is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from ..models.shape import RUNTIMES
 from .common import DTYPES, VLLM_PYTHON
 from .evaluate import check_generation
 from .methods import RECIPES
-from .tasks import TASKS, TASKS_HELP, tasks_named
+from .tasks import DATA_DIR_HELP, TASKS, TASKS_HELP, tasks_named, tasks_with_files
 
 PROTOCOLS = {128: "LLM-Pruner, SlimLLM", 2048: "SliceGPT, Wanda", 4096: "Týr"}  # tokens per block -> who measures so
 MEASURED_IN = ("llama_cpp", "vllm")
@@ -59,7 +58,7 @@ class EvidenceConfig:
     eval_limit: int | None = flag("perplexity", "only the first N blocks; the figures are marked as limited [all]")
 
     tasks: tuple[str, ...] = flag("tasks", TASKS_HELP, tuple(TASKS), nargs="*")
-    data_dir: str | None = flag("tasks", "folder of TASK.jsonl files in the hub's schema, in place of the hub")
+    data_dir: str | None = flag("tasks", DATA_DIR_HELP)
     limit: int | None = flag("tasks", "only the first N questions of each task; the results are marked as limited [all]")
     generation: tuple[str, ...] = flag("tasks", "tasks of lm-eval in which the models write, such as gsm8k ifeval humaneval [none]", ())
     include_path: str | None = flag("tasks", "folder of more task definitions for lm-eval, for --generation")
@@ -102,9 +101,7 @@ class EvidenceConfig:
         for length in self.protocols:
             if length not in PROTOCOLS:
                 raise UserError(f"--protocols {length}: not one of {', '.join(map(str, PROTOCOLS))}")
-        self.tasks = tasks_named(self.tasks)
-        if self.data_dir is not None and not os.path.isdir(self.data_dir):
-            raise UserError(f"--data_dir {self.data_dir}: no such folder")
+        self.tasks = tasks_with_files(tasks_named(self.tasks), self.data_dir)
         self.runtimes = tuple(name for name in self.runtimes if name != "none")
         for name in self.runtimes:
             check_choice("runtimes", name, MEASURED_IN)

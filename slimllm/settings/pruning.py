@@ -20,7 +20,7 @@ from ..models.parts import EXPERT_CHANNELS, PRUNED_KINDS
 from ..models.shape import RUNTIMES, ModelShape, limits_of, why_not_missing
 from .common import DTYPES, OUTTYPES, QUANTIZED
 from .methods import CHANNEL_SCORES, EXPERT_SCORES, HEAD_CHOICES, LAYER_RATIOS, METHODS, PRICES, RECIPES, RECOVERIES
-from .samples import SampleSpec
+from .samples import SampleSpec, is_sample_file
 
 log = logging.getLogger("slimllm")
 
@@ -617,9 +617,9 @@ class PruneConfig:
         if "prune" not in self._given:  # those that the runtime can do without
             kinds = limits.lacking or kinds
         for kind in kinds:
-            if reason := why_not_missing(shape, self.runtime, kind):
+            if found := why_not_missing(shape, self.runtime, kind):
                 what = f"--method {self.method}" if self.drop_parts is None else f"--drop_parts {self.drop_parts}"
-                raise UserError(f"{what}: {reason}")
+                raise UserError(f"{what}: {found[0]}; {found[1]}")
         gone = 0.0 if self.drop_parts else self._share_of_layers(shape) * sum(layer.parameters for layer in shape.given_layers)
         left = shape.without_parts([entry for entry in order if entry[1] in kinds], self.drop_parts, gone, limits.first_attends)
         one_less = ((layer, {*layer.units} - {kind}) for layer in shape.given_layers for kind in kinds)
@@ -627,8 +627,9 @@ class PruneConfig:
         if self.drop_parts is None and gone - left.layer_parameters_gone > largest / 2:  # nearer than that the next part would come
             name, value = self.amount
             most = left.layer_parameters_gone / sum(layer.parameters for layer in shape.given_layers)
+            way = self.way_to_less if most else "name another method"
             raise UserError(
-                f"--{name} {value}: the parts that --method {self.method} can take come to {most:.3f} of the layers' parameters; lower it"
+                f"--{name} {value}: the parts that --method {self.method} can take come to {most:.3f} of the layers' parameters; {way}"
             )
         return left
 
@@ -702,7 +703,7 @@ class PruneConfig:
         """A line for each setting that was given and changes nothing, or that another one decided; of :meth:`resolved` settings."""
         planned, of_experts = self.plan is not None, vars(self).get("_of_experts", False)
         spread = frozenset() if planned else LAYER_RATIOS[self.layer_ratio].needs
-        file = str(self.calibration or "").endswith(".safetensors")
+        file = is_sample_file(self.calibration)
         because = [
             ("ridge" not in RECOVERIES[self.recovery].needs, ("ridge",), f"recovery {self.recovery} has no ridge"),
             ("alpha" not in spread, ("alpha",), f"layer_ratio {self.layer_ratio} has no alpha"),

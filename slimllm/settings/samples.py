@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+HUB = "hub:"  # what the name of any data set of the hub begins with
+
+
+def is_sample_file(source: str | None) -> bool:
+    """Whether ``--calibration`` names a file of samples, rather than text to draw them from."""
+    return source is not None and source.endswith(".safetensors") and not source.startswith(HUB)
+
 
 @dataclass(frozen=True)
 class SampleSpec:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..cli import check_choice
+from ..errors import UserError
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ MATH = {
 }
 ARENA = "lowrankarena"  # stands for all tasks of that leaderboard
 TASKS_HELP = "multiple-choice tasks, or none; lowrankarena: these seven, MathQA and the mathematics of MMLU, as that leaderboard has them"
+DATA_DIR_HELP = "folder of TASK.jsonl files in the hub's schema, in place of the hub; a task without a file is left out"
 
 
 def tasks_named(words: Iterable[str]) -> tuple[str, ...]:
@@ -58,3 +61,15 @@ def tasks_named(words: Iterable[str]) -> tuple[str, ...]:
     for name in names:
         check_choice("tasks", name, (*TASKS, *MATH, ARENA))
     return tuple(dict.fromkeys(task for name in names for task in ((*TASKS, *MATH) if name == ARENA else (name,))))
+
+
+def tasks_with_files(tasks: tuple[str, ...], data_dir: str | None) -> tuple[str, ...]:
+    """Those of the tasks that ``--data_dir`` has a file of; all where it is None. Raises UserError where it is no folder, or has none."""
+    if data_dir is None:
+        return tasks
+    if not os.path.isdir(data_dir):
+        raise UserError(f"--data_dir {data_dir}: no such folder")
+    there = tuple(name for name in tasks if os.path.isfile(os.path.join(data_dir, f"{name}.jsonl")))
+    if tasks and not there:
+        raise UserError(f"--data_dir {data_dir}: it has none of {', '.join(f'{name}.jsonl' for name in tasks)}")
+    return there

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import Interrupted, Terminated, UserError
+from ..errors import Interrupted, Recurring, Terminated, UserError
 from .files import file_hash, state_of, writing
 
 log = logging.getLogger("slimllm")
@@ -196,9 +196,9 @@ def check_target(
     for name in inputs:
         if name and os.path.exists(name) and _within(Path(name), target):
             holds = "is" if os.path.samefile(name, target) else "holds"
-            raise UserError(f"--overwrite: {target} {holds} {name}, which this run reads; {otherwise}")
+            raise UserError(f"{target} {holds} {name}, which this run reads; {otherwise}")
     if strange := foreign(target):
-        raise UserError(f"--overwrite: no run of this program wrote {strange}; {otherwise}, or move it away")
+        raise UserError(f"no run of this program wrote {strange}, so it is not replaced; {otherwise}, or move it away")
 
 
 def unless(ours: Callable[[Path], bool]) -> Callable[[Path], Path | None]:
@@ -334,7 +334,8 @@ def atomic_dir(
                         shutil.rmtree(target / transient, ignore_errors=True)
         except BaseException as error:
             if staging is not None and staging.exists() and worth_keeping(staging):
-                error.add_note(f"what is finished is kept in {staging}: go on with the same command and --resume")
+                way = "" if isinstance(error, Recurring) else ": go on with the same command and --resume"
+                error.add_note(f"what is finished is kept in {staging}{way}")
                 staging = None
             raise
         finally:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import gguf
 
 from ... import cli
-from ...errors import UserError
+from ...errors import Recurring
 from ...models.parts import PartShape, Units, all_steps, goes
 from ...models.shape import ModelShape
 from ...plan import LayerPlan, Measure, parameters, removed
@@ -58,13 +58,13 @@ class Budget:
         whole = self.measure(part, part.units, part.input_bias, part.output_bias)
         return whole - self.measure(part, part.units | slot.steps.units(steps), part.input_bias, bias)
 
-    def out_of_reach(self, most: list[LayerPlan]) -> UserError:
+    def out_of_reach(self, most: list[LayerPlan]) -> Recurring:
         """The error for a target beyond what the plans ``most``, which remove as much as can go, remove."""
         gone, layers = self.removed(most), len(self.shape.layers)
         if self.least is not None:
-            return UserError(f"{self.asked}: with a part of each layer left it takes {self.least(gone)} at least; raise it")
+            return Recurring(f"{self.asked}: with a part of each layer left it takes {self.least(gone)} at least; raise it")
         way = f"{self.config.way_to_less}: a part of each must stay"
-        return UserError(f"{self.asked}: all {layers} layers can give up at most {self.in_words(gone)}; {way}")
+        return Recurring(f"{self.asked}: all {layers} layers can give up at most {self.in_words(gone)}; {way}")
 
 
 def budgets_of(inputs: AllocationInputs) -> list[Budget]:

@@ -22,6 +22,7 @@ log = logging.getLogger("slimllm")
 
 NAME = "price_list.json"
 FORMAT = 1
+MOST_NATS = 1e9  # that a price can be: no model is known to lose as much
 LEVELS = (0.125, 0.25, 0.5, 0.75)  # shares of a part whose removal is priced; what lies between follows from a curve through them
 _DECIDED_BY = ("method", "recovery", "head_choice", "channel_score", "expert_score", "head_unit", "new_bias", "keep_lowest", "prices")
 
@@ -158,7 +159,12 @@ class PriceList:
         whole = self.units[price.layer].get(price.part) if there else None
         fewer = whole is not None and isinstance(price.units, dict) and price.units.keys() == whole.keys() and price.units != whole
         fewer = fewer and all(type(count) is int and 0 <= count <= whole[sort] for sort, count in price.units.items())
-        return fewer and 0 < price.share <= 1 and 0 <= price.nats < math.inf
+        return fewer and 0 < price.share <= 1 and is_price(price.nats)
+
+
+def is_price(nats: float) -> bool:
+    """Whether so many nats per token can be what something costs; not so where they are no number."""
+    return 0 <= nats <= MOST_NATS
 
 
 def is_list(path: Path) -> bool:

@@ -13,13 +13,15 @@ import functools
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 
 import torch
 from torch import nn
 
 from ...data.calibration import draw
+from ...errors import UserError
 from ...models.adapter import Experts, LayerAdapter
-from ...models.parts import Kept, Units
+from ...models.parts import ExpertsShape, Kept, Units
 from ...models.slicing import slice_part
 from ...run import Run
 from ...settings.methods import PRICES
@@ -34,7 +36,7 @@ from ..layer import cut_experts
 from ..part_run import PartRun, join, part_runs, taken
 from ..recovery import Recovered
 from .inputs import AllocationInputs
-from .price_list import Level, Price, PriceList, levels_in
+from .price_list import Level, Price, PriceList, is_price, levels_in
 
 FIT_TOKENS = 4096  # calibration tokens that parts are pruned from, at most; fewer make channels look dearer than heads
 PROBE_TOKENS = {"gradient": 4096, "streams": 512}  # others of them, that prices are measured on, at most
@@ -58,12 +60,18 @@ class Option:
 
 
 def measured(inputs: AllocationInputs) -> PriceList:
-    """The price list of the run's model on its calibration samples. What a stopped run measured of a layer is not fitted again."""
+    """The price list of the run's model on its calibration samples. What a stopped run measured of a layer is not fitted again.
+
+    Raises UserError for a price that is no number.
+    """
     begun, ids = time.perf_counter(), inputs.run.samples.ids
     samples = max(1, PROBE_TOKENS[inputs.config.prices] // ids.shape[1])
     probe_ids = ids[-samples:]
     with torch.no_grad():
         prices = PRICES[inputs.config.prices](inputs, Fits(inputs), probe_ids)
+    for price in prices:
+        if not is_price(price.nats):
+            raise UserError(f"layer {price.layer}: its {price.part} costs {price.nats} nats per token; try --dtype float32 or bfloat16")
     seconds = time.perf_counter() - begun
     return PriceList.of(inputs.shape, inputs.config, inputs.run.samples.sha256, probe_ids.numel(), prices, seconds)
 
@@ -306,16 +314,27 @@ def _pruned(adapter: LayerAdapter, layer: nn.Module, option: Option) -> nn.Modul
 
 
 def activation_bytes(run: Run, sizes: Sizes) -> int:
-    """Bytes of the states that are kept while prices are measured: those before every layer, or those of every option."""
+    """Bytes of the states that are kept while prices are measured: those before every layer, or those of every option and those of
+    the dense model before and behind a layer; and what the experts of one layer take, while these are priced.
+    """
     if not run.config.measures_prices:
         return 0
-    probes = min(PROBE_TOKENS[run.config.prices], sizes.tokens)
-    kept = len(run.shape.layers) * (probes + min(FIT_TOKENS, sizes.tokens))
-    if run.config.prices == "streams":
-        mixture = run.shape.is_mixture
-        kept = sum(len(levels_in(layer.parts, run.config, mixture)) for layer in run.shape.layers) * probes
-    inputs = (probes + min(FIT_TOKENS, sizes.tokens)) * run.shape.token_inputs
-    return (kept * run.shape.streamed + inputs) * sizes.evaluation
+    shape, by_gradient = run.shape, run.config.prices == "gradient"
+    probes, fitted = min(PROBE_TOKENS[run.config.prices], sizes.tokens), min(FIT_TOKENS, sizes.tokens)
+    priced = [levels_in(layer.parts, run.config, shape.is_mixture) for layer in shape.layers]
+    kept = len(shape.layers) * (probes + fitted) if by_gradient else sum(map(len, priced)) * probes + 2 * (probes + fitted)
+    inputs = (probes + fitted) * shape.token_inputs
+    of_experts = max((fitted * _experts_bytes(part, run, sizes) for part, _ in chain(*priced) if part.kind == "experts"), default=0)
+    if of_experts and by_gradient:
+        of_experts += 2 * probes * shape.hidden * sizes.evaluation  # what they give, and the gradients of that
+    return (kept * shape.streamed + inputs) * sizes.evaluation + of_experts
+
+
+def _experts_bytes(part: ExpertsShape, run: Run, sizes: Sizes) -> int:
+    """Bytes per token of what is kept while the experts of a layer are pruned and refitted at one level (:class:`ExpertsRun`): the states,
+    what the experts read and give, and in float32 what is missing of that, and the inputs of one of them where all are given as much.
+    """
+    return (run.shape.streamed + part.width + part.hidden) * sizes.evaluation + 4 * (part.hidden + part.output_inputs() // part.experts)
 
 
 def peak_bytes(run: Run, sizes: Sizes) -> int:

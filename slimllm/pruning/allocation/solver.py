@@ -24,6 +24,7 @@ EVENNESS_OF_MIXTURES = 1.0  # the same of experts: fewer of them are missed less
 MOST = 0.9  # the share that a part loses at most, unless nothing else frees enough
 STEEP = 1e3  # nats per share beyond that
 WEIGHINGS = 30  # how often several budgets are weighed against each other
+DEAREST = 1e30  # nats that all of a target is worth at most: beyond what any prices come to
 NEARLY = 1.01  # budgets that are met to within so much of each other bind alike
 
 Assignment = list[tuple["Offer", int]]  # offers, and the position of what each is to keep
@@ -200,7 +201,7 @@ def _around_target(offers: list[Offer], fixed: Assignment, budget: Budget) -> tu
     if removed(high) < budget.target - _tolerance(offers, budget):
         raise budget.out_of_reach(_plans([*fixed, *zip(offers, high)], budget.shape))
     cheap, dear = 0.0, 1.0 / budget.target
-    while removed(at(dear)) < budget.target and dear < 1e12:
+    while removed(at(dear)) < budget.target and dear * budget.target < DEAREST:
         cheap, dear = dear, 4 * dear
     for _ in range(60):
         middle = (cheap + dear) / 2
