@@ -12,6 +12,7 @@ import torch
 from .models.parts import PartShape
 from .models.shape import LayerShape
 from .plan import LayerPlan
+from .pruning import depth
 from .pruning.allocation.price_list import levels_in
 from .pruning.allocation.prices import FIT_TOKENS, PROBE_TOKENS
 from .pruning.choice import needs_of
@@ -108,11 +109,15 @@ def _forward(layers: Sequence[LayerShape]) -> int:
 
 def _dropping(run: Run, tokens: int, speed: Speeds) -> float:
     """Of what goes whole: a pass of the model that was given to measure it, where no plan says it, and one of it and one of what is left
-    to make up for it.
+    to make up for it; and where layers may go in two ways, both tried.
     """
     dense, left = _forward(run.shape.given_layers), _forward(run.shape.layers)
-    bridged = dense + left if "look_back" in RECOVERIES[run.config.recovery].needs else 0
-    return tokens * (dense * (run.config.plan is None) + bridged) / speed.pruning
+    bridged = dense + left if depth.refits(run.config) else 0
+    total = tokens * (dense * (run.config.plan is None) + bridged) / speed.pruning
+    if len(tried := depth.ways(run.config)) > 1:
+        apart = tokens / depth.HELD_OUT
+        total += len(tried) * ((tokens - apart) * bridged / speed.pruning + apart * left / speed.evaluation)
+    return total
 
 
 def _pruning(run: Run, plans: list[LayerPlan], tokens: int, speed: Speeds) -> float:

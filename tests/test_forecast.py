@@ -1,5 +1,7 @@
 """What --dry_run says of the time that a run takes: what it counts, at speeds that are given."""
 
+from types import MappingProxyType
+
 import pytest
 
 import hf_prune
@@ -12,10 +14,10 @@ from slimllm.settings.pruning import PruneConfig
 from tests.conftest import family_config, make_model
 
 
-def counted(monkeypatch, speeds=None, **settings):
+def counted(monkeypatch, speeds=None, sizes=MappingProxyType({}), **settings):
     """Seconds of each stage of a run on a tiny Llama, with one multiplication a second and matrices without eigenvectors."""
     monkeypatch.setattr(forecast, "speeds", lambda run, rows: speeds or forecast.Speeds(1.0, 1.0, 1.0, 1.0, 0.0))
-    run = Run.of(PruneConfig(base_model="m", calibration="wikitext2", **settings), family_config("llama_mha"))
+    run = Run.of(PruneConfig(base_model="m", calibration="wikitext2", **settings), family_config("llama_mha", **sizes))
     run.dtype = make_model("llama_mha").dtype
     plans = without_scores(run).plans
     return run, forecast.seconds(run, plans, sizes_of(run, run.dtype, run.dtype))
@@ -58,6 +60,15 @@ def test_what_goes_whole_takes_passes_of_its_own(settings, measured, monkeypatch
     passes = dense + (dense + left) * (run.config.recovery == "least_squares")  # to make up for what is gone
     assert seconds.get("layers and parts to go", 0) == 32 * passes * measured
     assert seconds["evaluation"] == 3 * 16 * (dense + left + 2 * 97 * 32)
+
+
+def test_two_ways_to_go_are_both_tried(monkeypatch):
+    settings = dict(num_examples=4, seq_len=8, eval_data=(), target_sparsity=0.0, recovery="least_squares")
+    one, two = (counted(monkeypatch, drop_layers=count, sizes={"num_hidden_layers": 6}, **settings) for count in (1, 2))
+    for (run, seconds), tried in ((one, 0), (two, 2)):
+        dense, left = (sum(layer.parameters for layer in layers) for layers in (run.shape.given_layers, run.shape.layers))
+        passes = 32 * dense + 32 * (dense + left) + tried * (24 * (dense + left) + 8 * left)
+        assert seconds["layers and parts to go"] == passes
 
 
 def test_gradients_take_passes_of_their_own(monkeypatch):

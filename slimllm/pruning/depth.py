@@ -17,12 +17,16 @@ from ..models.shape import ModelShape, Staying
 from ..models.source import ModelSource
 from ..run import Measure, Run
 from ..settings.methods import METHODS, RECOVERIES
+from ..settings.pruning import PruneConfig
 from ..streaming.activations import ActivationStore
 from ..streaming.runner import LayerRunner, cosine_sum, mean_cosines
 from ..streaming.sizes import Sizes
 from .part_run import PartRun, join, part_runs, taken
 
 log = logging.getLogger("slimllm")
+
+IN_A_ROW, ONE_BY_ONE = "in a row", "one by one"
+HELD_OUT = 4  # one in so many samples tells which way is better
 
 
 @torch.no_grad()
@@ -34,45 +38,54 @@ def least_turning(run: Run, measure: Measure) -> dict:
     Where what stands before a gap is fitted anew, ReplaceMe's layers in a row go instead if the model loses less by that (:func:`_better`).
     """
     config, whole = run.config, run.shape.with_layers(range(len(run.shape.given_layers)))
-    method, count = METHODS[config.method], config.drop_layers or 0
-    ways, cosine, of_parts = {}, None, {}
-    if method.in_a_row or (_refits(run) and count > 1 and not method.takes_whole):
-        ways["in a row"], cosine = _in_a_row(run, count)
+    count, tried = config.drop_layers or 0, ways(config)
+    kept, cosine, of_parts = {}, None, {}
+    if IN_A_ROW in tried:
+        kept[IN_A_ROW], cosine = _in_a_row(run, count)
     if config.drops_parts:
         cosine, of_parts = _cosines(run.runner(run.samples.ids))
     elif cosine is None:
         cosine = run.runner(run.samples.ids).layer_cosines()
-    if not method.in_a_row:
-        ways["one by one"] = sorted(range(len(cosine)), key=lambda index: cosine[index])[: len(cosine) - count]
+    if ONE_BY_ONE in tried:
+        kept[ONE_BY_ONE] = sorted(range(len(cosine)), key=lambda index: cosine[index])[: len(cosine) - count]
     order = sorted(of_parts, key=of_parts.get, reverse=True)
-    found = {way: config.without_parts(whole.with_layers(layers), order).all_staying for way, layers in ways.items()}
+    found = {way: config.without_parts(whole.with_layers(layers), order).all_staying for way, layers in kept.items()}
     return {"staying": _better(run, found, measure), "cosine": cosine}
 
 
-def _refits(run: Run) -> bool:
+def ways(config: PruneConfig) -> list[str]:
+    """The ways to let whole layers go, of which the better one is taken where there are two."""
+    method = METHODS[config.method]
+    if method.in_a_row:
+        return [IN_A_ROW]
+    both = refits(config) and (config.drop_layers or 0) > 1 and not method.takes_whole
+    return [IN_A_ROW, ONE_BY_ONE] if both else [ONE_BY_ONE]
+
+
+def refits(config: PruneConfig) -> bool:
     """Whether outputs are fitted anew, so that what stands before a gap can make up for it."""
-    return "look_back" in RECOVERIES[run.config.recovery].needs
+    return "look_back" in RECOVERIES[config.recovery].needs
 
 
-def _better(run: Run, ways: dict[str, Staying], measure: Measure) -> Staying:
+def _better(run: Run, found: dict[str, Staying], measure: Measure) -> Staying:
     """Of the ways in which layers can go, the one by which the model loses least on a quarter of the samples; it is refitted on the others.
 
     One gap of a few layers is made up for better than as many gaps of one layer each, but a gap of half of the layers hardly at all.
     """
-    first, held_out = next(iter(ways.values())), len(run.samples.ids) // 4
-    if all(staying == first for staying in ways.values()) or not held_out:
+    first, held_out = next(iter(found.values())), len(run.samples.ids) // HELD_OUT
+    if all(staying == first for staying in found.values()) or not held_out:
         return first
     fitted_on, measured_on = run.samples.ids[:-held_out], run.samples.ids[-held_out:]
-    found, failed = {}, None
-    for way, staying in ways.items():
+    losses, failed = {}, None
+    for way, staying in found.items():
         try:
-            found[way] = measure(_without(run, staying, bridged(run, staying, fitted_on)), measured_on)
+            losses[way] = measure(_without(run, staying, bridged(run, staying, fitted_on)), measured_on)
         except UserError as error:  # some families' class cannot do without just these layers
             failed = error
-    if not found:
+    if not losses:
         raise failed
-    log.info("perplexity of calibration samples without the layers: %s", ", ".join(f"{way} {value:.2f}" for way, value in found.items()))
-    return ways[min(found, key=found.get)]
+    log.info("perplexity of calibration samples without the layers: %s", ", ".join(f"{way} {value:.2f}" for way, value in losses.items()))
+    return found[min(losses, key=losses.get)]
 
 
 def _cosines(runner: LayerRunner) -> tuple[list[float], dict[tuple[int, str], float]]:
@@ -121,7 +134,7 @@ def apply(run: Run, staying: Staying) -> None:
     """From now on the run is one on the model of which this stays; its layers are numbered anew. With a recovery that fits outputs anew,
     what stands before a gap makes up for it as far as it can (:func:`bridged`).
     """
-    fitted = bridged(run, staying, run.samples.ids) if _refits(run) else {}
+    fitted = bridged(run, staying, run.samples.ids) if refits(run.config) else {}
     run.shape, run.source = run.shape.with_staying(staying), _without(run, staying, fitted)
     run.model_config = run.source.config
     if run.config.pruned_layers is not None and run.config.pruned_layers > len(run.source):  # layers whose parts all went
@@ -254,7 +267,7 @@ def _fitted(
 
 def activation_bytes(run: Run, sizes: Sizes) -> int:
     """Bytes of the states that are kept while layers in a row are looked for: those before each of so many, and behind the last."""
-    copies = (run.config.drop_layers or 0) + 2 if METHODS[run.config.method].in_a_row else 0
+    copies = (run.config.drop_layers or 0) + 2 if IN_A_ROW in ways(run.config) else 0
     return copies * sizes.tokens * run.shape.streamed * sizes.compute
 
 
