@@ -143,7 +143,7 @@ def test_the_paper_s_layout():
     assert header == ["Ratio", "Method", "PTB", "BoolQ", "PIQA", "HellaSwag", "WinoGrande", "ARC-e", "ARC-c", "OBQA", "Average"]
     assert [cells[0] for cells in rows] == ["0 %", "20 % w/o tune", "50 % w/ tune"]
     assert rows[0][2:] == ["22.00", "50.00", "50.00", "25.00", "50.00", "50.00", "25.00", "25.00", "39.29"]
-    assert rows[2][-1] == "50.00 (1 tasks)" and rows[2][3:5] == ["50.00", "-"]
+    assert rows[2][-1] == "50.00 (1 task)" and rows[2][3:5] == ["50.00", "-"]
     assert len(paper_table.latex([header, *rows]).splitlines()) == 2 + 1 + 1 + 3 + 2 and r"20 \% w/o tune" in paper_table.latex(
         [header, *rows]
     )

@@ -17,6 +17,7 @@ from ..evaluation.perplexity import nats_per_byte, perplexities
 from ..models import loading
 from ..models.checked import warn_of_length
 from ..reporting import paper_table, record
+from ..settings.common import short_name
 from ..settings.evaluate import EvalConfig
 from ..utils import processes
 from ..utils.device import device_of, evaluation_dtype, name_of
@@ -47,6 +48,7 @@ def _evaluate(config: EvalConfig, output: Path) -> dict:
     warn_of_length(model_config, max_seq_len=config.max_seq_len)
     results = record.continued(output, _identity(config, model_config, device), config.overwrite)
     results |= {name: results.get(name, {}) for name in ("tasks", "generation")} | {"perplexity": results.get("perplexity", [])}
+    generation.check(config.generation, config.include_path)
     texts = load_texts(config.eval_data)
     missing = [name for name in config.tasks if name not in results["tasks"]]
     asked = {name: results["generation"].get(name, {}).get("chat_template") for name in config.generation}
@@ -103,7 +105,7 @@ def _identity(config: EvalConfig, model_config, device) -> dict:
     elif os.path.isfile(config.model):
         weights = file_hash(Path(config.model))
     return {
-        "model": Path(config.model).name,
+        "model": short_name(config.model),
         "weights": weights,
         "adapter": _folder_hash(Path(config.adapter)) if config.adapter else None,
         "dtype": name_of(dtype),
