@@ -50,7 +50,7 @@ def _evaluate(config: EvalConfig, output: Path) -> dict:
     results |= {name: results.get(name, {}) for name in ("tasks", "generation")} | {"perplexity": results.get("perplexity", [])}
     generation.check(config.generation, config.include_path)
     texts = load_texts(config.eval_data)
-    missing = [name for name in config.tasks if name not in results["tasks"]]
+    missing = [name for name in config.tasks if results["tasks"].get(name, {}).get("data") != _source(name, config)]
     asked = {name: results["generation"].get(name, {}).get("chat_template") for name in config.generation}
     unwritten = [name for name, template in asked.items() if template is not config.apply_chat_template]
     known = {(f["data"], f["sha256"], f["seq_len"], f["blocks"]) for f in results["perplexity"]}
@@ -75,10 +75,9 @@ def _evaluate(config: EvalConfig, output: Path) -> dict:
             _save(results, output)
         for name in missing:
             started = time.perf_counter()
-            source = file_hash(zero_shot.local_file(name, config.data_dir)) if config.data_dir else "hub"
             scores = zero_shot.score(model, tokenizer, name, config.data_dir, config.limit)
             reported, seconds = scores["reported"], round(time.perf_counter() - started, 1)
-            results["tasks"][name] = {**scores, "data": source, "seconds": seconds}
+            results["tasks"][name] = {**scores, "data": _source(name, config), "seconds": seconds}
             log.info("%s: %s %.4f (%d questions, %.0f s)", name, reported, scores["metrics"][reported], scores["questions"], seconds)
             _save(results, output)
         for name in unwritten:
@@ -88,6 +87,11 @@ def _evaluate(config: EvalConfig, output: Path) -> dict:
             log.info("%s: %s (%d questions)", name, generation.shown(scores), scores["questions"])
             _save(results, output)
     return results
+
+
+def _source(name: str, config: EvalConfig) -> str:
+    """What tells the questions of a task from others: the hash of their file."""
+    return file_hash(zero_shot.local_file(name, config.data_dir)) if config.data_dir else "hub"
 
 
 def _save(results: dict, output: Path) -> None:

@@ -163,11 +163,9 @@ def _check_sources(config: EvidenceConfig) -> None:
         vllm.check_interpreter(config.vllm)
 
 
-def sources_of(config: EvidenceConfig) -> list[str]:
-    """The files and folders that a step may read besides the model; what they hold decides the figures as the flags do."""
-    texts = [item.rpartition("=")[2] for item in config.eval_data or ()]
-    named = (config.calibration, config.tune, config.data_dir, config.include_path, *texts)
-    return [name for name in named if name and os.path.exists(name)]
+def sources_of(config: EvidenceConfig) -> list[str | None]:
+    """The files and folders that the flags of IDENTITY may name: what they hold decides the figures as their names do."""
+    return [config.calibration, config.tune, *(item.rpartition("=")[2] for item in config.eval_data or ())]
 
 
 def _forget(folder: Path) -> None:

@@ -21,7 +21,7 @@ def score(model, tokenizer, name: str, settings) -> dict:
         {"metrics": {"exact_match, strict-match": .., ...} without standard errors, "questions": how many, "version": of the definition,
         "limited": whether there was a limit, "chat_template": whether the questions went through it}.
     Raises:
-        UserError: its data cannot be had, or lm-eval failed.
+        UserError: its data cannot be had, lm-eval failed, or gives no figure.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -44,9 +44,11 @@ def score(model, tokenizer, name: str, settings) -> dict:
             raise
         except Exception as error:  # the hub's libraries raise their own kinds, the templates too
             raise UserError(f"task {name}: lm-eval cannot do it ({type(error).__name__}: {first_line(error)})") from error
-    entries = {key.replace(",none", "").replace(",", ", "): value for key, value in results["results"][name].items()}
+    entries = {key.replace(",none", "").replace(",", ", "): value for key, value in results["results"].get(name, {}).items()}
     values = {key: value for key, value in entries.items() if isinstance(value, int | float) and "stderr" not in key}
     values.pop("sample_len", None)
+    if not values:
+        raise UserError(f"task {name}: it has no figure of its own; name what it stands for: {', '.join(results['n-samples'])}")
     return {
         "metrics": values,
         "questions": sum(count["effective"] for count in results["n-samples"].values()),

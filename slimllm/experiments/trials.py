@@ -210,6 +210,10 @@ def measure(
         missing = [trial for trial in trials if trial.key not in done]
         log.info("%s: %d prunings to do, %d at hand", file, len(missing), len(done))
         bench = Bench(config, dtype, device, missing) if missing else None
+        texts = {text.name: text.sha256 for text in bench.texts} if bench else {}
+        for figure in (figure for row in rows for figure in row["perplexity"]):
+            if texts.get(figure["data"], figure.get("sha256")) != figure.get("sha256"):
+                raise UserError(f"{file}: the text {figure['data']} was changed since; name another --output, or --overwrite")
         for trial in missing:
             model, row = bench.prune(trial) if trial.share else unpruned(bench, trial)
             tokenizer = None

@@ -89,11 +89,18 @@ _NOT_OF_THE_RESULT = ("overwrite", "resume", "push_to_hub", "public", "dry_run",
 _NOT_OF_THE_RESULT += ("output_dir", "resume_from_checkpoint", "merge", "wandb_project", "cache_dataset")
 
 
+_OF_FILE = "the file "
+
+
 def hashes_of(sources: Iterable[str | None]) -> dict[str, str]:
     """The hash of each file among ``sources``, and in the folders among them, by what a message calls it."""
     paths = [Path(name) for name in sources if name]
     files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*"))) if file.is_file()]
-    return {f"the file {path}": file_hash(path) for path in files}
+    return {f"{_OF_FILE}{path}": file_hash(path) for path in files}
+
+
+def _is_file(key: str) -> bool:
+    return key.startswith(_OF_FILE)
 
 
 def identity(config, weights: list[Path], texts: list, sources: tuple[str | None, ...] = ()) -> dict:
@@ -316,7 +323,10 @@ def continued(path: Path, fingerprint: dict, overwrite: bool) -> dict:
         raise UserError(f"{path}: not a file of results ({error}); {way}") from None
     earlier = results.get("fingerprint")
     earlier = earlier if isinstance(earlier, dict) else {}
-    different = [key for key in sorted({*earlier, *fingerprint}) if earlier.get(key) != fingerprint.get(key)]  # an older record has fewer
+    keys = {*earlier, *fingerprint}
+    if not any(map(_is_file, earlier)):  # an older record, which has fewer keys: none of files, and none of what is as it was before
+        keys = {key for key in keys if not _is_file(key)}
+    different = [key for key in sorted(keys) if earlier.get(key) != fingerprint.get(key)]
     if different:
         shown = ", ".join(key.removeprefix("the ") for key in different)
         raise UserError(f"{path} holds results of another {shown}: {way}")
