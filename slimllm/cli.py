@@ -15,7 +15,7 @@ import time
 import types
 import typing
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
@@ -40,6 +40,12 @@ def flag(group: str, help: str, default=None, **kwargs):
     is ``leading`` may be left out; one that is needed ``often`` is shown before the others.
     """
     return field(default=default, metadata={"group": group, "help": help, **kwargs})
+
+
+def drop_repeats(settings, *names: str) -> None:
+    """Leaves each value of these fields, which have several, once."""
+    for name in names:
+        setattr(settings, name, tuple(dict.fromkeys(getattr(settings, name))))
 
 
 def check_choices(settings) -> None:
@@ -289,8 +295,23 @@ def _notes(error: BaseException) -> list[str]:
 
 
 def log_to_file(path) -> None:
-    """Writes the log's lines to a file too, until :func:`logging_to_console` ends."""
-    log.addHandler(logging.FileHandler(path, encoding="utf-8"))
+    """Writes the log's lines to a file too, until :func:`logging_to_console` ends. Raises UserError where it cannot be written."""
+    try:
+        log.addHandler(_LogFile(path, encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+class _LogFile(logging.FileHandler):
+    """Lines in a file, as long as the disk takes them: what a run makes lies in the same folder, and says what is wrong with it."""
+
+    def handleError(self, record):
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self):
+        with suppress(OSError):  # lines that it could not write are still to be written
+            super().close()
 
 
 class _Console(logging.StreamHandler):

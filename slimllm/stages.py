@@ -47,6 +47,7 @@ from .pruning.allocation.price_list import PriceList
 from .reporting import card, figures, page, record
 from .reporting.record import ModelInfo, Parameters, PruningRecord
 from .run import Run
+from .settings.common import short_name
 from .settings.samples import is_sample_file
 from .streaming.journal import resuming
 from .streaming.sizes import Footprint
@@ -188,7 +189,9 @@ def load(work: Work) -> None:
         log.info("that is the text model inside %s; the rest of it is left alone%s", config.base_model, _ways_back(config.runtime))
     sources = (config.calibration, config.plan, config.price_list, *(config.vocab_text or ()))
     identity = record.identity(config, run.source.weights.files, work.texts, sources)
-    processes.from_first(lambda: run.journal.check(identity))
+    pruned = len(run.journal.layers()) == len(run.shape.layers)
+    free = [record.PROCESSES] if pruned else []  # no states are needed any more, of which each process keeps its own
+    processes.from_first(lambda: run.journal.check(identity, free))
 
 
 def _ways_back(runtime: str) -> str:
@@ -564,7 +567,7 @@ def identify(work: Work) -> None:
     run = work.run
     weights = run.source.weights
     work.info = ModelInfo(
-        name=Path(run.config.base_model).name,
+        name=short_name(run.config.base_model),
         type=run.model_config.model_type,
         dtype=name_of(run.source.dtype),
         device=str(run.device),

@@ -40,6 +40,10 @@ def test_every_row_keeps_the_same_parameters_and_a_stopped_run_goes_on(flags, mo
     assert Image.open("out/recovery.png").size[0] > 300
     assert slim(["ablation", *flags, "--seed", "1"]) == 2
     assert "another seed" in capsys.readouterr().err
+    with open(flags[flags.index("--eval_data") + 1].removeprefix("fox="), "a") as text:
+        text.write("more")
+    assert slim(["ablation", *flags, "--target_sparsity", "0.2"]) == 2
+    assert "the text fox was changed since; name another --output" in capsys.readouterr().err
 
 
 def test_the_picture_takes_each_recovery_once():

@@ -428,6 +428,16 @@ def test_a_full_disk_leaves_the_old_checkpoint(cli, tiny_folder, text_file):
     assert (cli.folder / "prune_log/a/model.safetensors").read_bytes() == before
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is full")
+def test_a_log_that_cannot_be_written_does_not_end_a_run(tmp_path, capsys):
+    with cli_module.logging_to_console():
+        cli_module.log_to_file("/dev/full")
+        cli_module.log.info("a line")
+    assert capsys.readouterr() == ("a line\n", "")
+    with pytest.raises(UserError, match="cannot be written"):
+        cli_module.log_to_file(tmp_path)
+
+
 def test_interrupted_in_the_middle_leaves_the_old_checkpoint(cli, monkeypatch):
     assert cli("--save_ckpt_log_name", "a")[0] == 0
     before = (cli.folder / "prune_log/a/model.safetensors").read_bytes()

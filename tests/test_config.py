@@ -4,6 +4,9 @@ import slimllm
 from slimllm import cli
 from slimllm.commands import COMMANDS
 from slimllm.errors import UserError
+from slimllm.experiments.trials import state_of_model
+from slimllm.settings.evaluate import EvalConfig
+from slimllm.settings.evidence import EvidenceConfig
 from slimllm.settings.pruning import BYTES, COUNTS
 from tests.conftest import make_shape
 
@@ -71,6 +74,31 @@ def test_the_model_may_come_before_or_after_the_flags(name, tmp_path):
     flags = needed.get(name, ["--device", "cpu"])
     first, last = (COMMANDS[name].parsed(name, argv) for argv in (["m", *flags], [*flags, "m"]))
     assert first == last
+
+
+@pytest.mark.parametrize(
+    "name, flags, field",
+    [
+        ("evidence", ["m", "--shares", "0.2", "0.20", "0.5"], "shares"),
+        ("evidence", ["m", "--recipes", "best", "paper", "best"], "recipes"),
+        ("evaluate", ["m", "--generation", "gsm8k,ifeval", "gsm8k"], "generation"),
+        ("latency", ["m", "--batch_size", "8", "1", "8"], "batch_size"),
+        ("compare", ["m", "--target_sparsity", "0.5", "0.2", "0.5"], "target_sparsity"),
+        ("compare", ["m", "--methods", "flap", "wanda_sp", "flap"], "methods"),
+        ("explore", ["m", "--check", "0.5", "0.2", "0.5"], "check"),
+    ],
+)
+def test_what_is_named_twice_is_done_once(name, flags, field):
+    assert len(getattr(COMMANDS[name].parsed(name, flags), field)) == 2
+
+
+def test_a_model_is_called_by_what_tells_it_from_others(tmp_path, monkeypatch):
+    (tmp_path / "llama").mkdir()
+    monkeypatch.chdir(tmp_path / "llama")
+    for given in (".", "../llama", "org/llama"):
+        assert EvidenceConfig(base_model=given).output == "eval_log/evidence_llama"
+        assert EvalConfig(model=given).output == "eval_log/llama.json"
+    assert state_of_model(".") == ["llama"] and state_of_model("org/llama") != state_of_model("other/llama")
 
 
 def test_files_may_come_after_a_flag():

@@ -12,6 +12,7 @@ from slimllm.deploy.sink import CheckpointSink
 from slimllm.deploy.weight_files import WeightFiles
 from slimllm.models import loading
 from slimllm.models.shape import shape_of
+from slimllm.reporting.record import PROCESSES
 from slimllm.training import distillation
 from slimllm.training import teacher as teacher_module
 from slimllm.training.distillation import trained_names
@@ -200,7 +201,7 @@ def stopping_at_step(number, steps):
 
 @pytest.mark.parametrize("mode", ["all", "scales"])
 def test_a_run_stopped_while_it_distils_goes_on_from_its_last_saved_step(mode, tiny_folder, text_file, tmp_path, monkeypatch, capsys):
-    """The model is the same, byte for byte, as where nothing was stopped."""
+    """The model is the same, byte for byte, as where nothing was stopped; all layers are pruned, so it may have been of other processes."""
     monkeypatch.chdir(tmp_path)
     flags = ["--base_model", str(tiny_folder), "--calibration", str(text_file), "--eval_data", "none", "--distill", mode]
     flags += ["--distill_examples", "72", "--num_examples", "8", "--seq_len", "16", "--target_sparsity", "0.3", "--distill_epochs", "3"]
@@ -215,6 +216,8 @@ def test_a_run_stopped_while_it_distils_goes_on_from_its_last_saved_step(mode, t
         assert hf_prune.main([*flags, "--resume"]) == 2
         assert "distilling.safetensors, which the stopped run had written, is broken" in capsys.readouterr().err
         step.write_bytes(content)
+        [identity] = (tmp_path / "prune_log").rglob("identity.json")
+        identity.write_text(json.dumps(json.loads(identity.read_text()) | {PROCESSES: 2}))
         assert hf_prune.main([*flags, "--resume"]) == 0
     assert "distillation: resumed at step 6 of 21" in capsys.readouterr().out and len(steps) == 8 + 21 - 6
     assert hf_prune.main([*flags, "--save_ckpt_log_name", "whole"]) == 0

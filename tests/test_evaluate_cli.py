@@ -2,15 +2,19 @@
 
 import json
 
+import lm_eval
+import lm_eval.models.huggingface
 import pytest
 from peft import LoraConfig, get_peft_model
 
 from slimllm.__main__ import main as slim
 from slimllm.data import texts
 from slimllm.deploy import checkpoint
-from slimllm.evaluation import zero_shot
+from slimllm.errors import UserError
+from slimllm.evaluation import generation, zero_shot
 from slimllm.evaluation.perplexity import perplexity
 from slimllm.reporting import paper_table, record
+from slimllm.settings.evaluate import EvalConfig
 from tests.conftest import make_model, prune_to, tiny_tokenizer_of
 from tests.test_zero_shot import NUMBER, ROWS
 
@@ -85,6 +89,18 @@ def test_a_stopped_run_goes_on(setting, monkeypatch, capsys):
     assert slim(["evaluate", *setting]) == 0
     assert len(done) == 2 and results()["tasks"][done[0]] == first["tasks"][done[0]]
     assert slim(["evaluate", *setting]) == 0 and len(done) == 2  # nothing left to do
+    with open("tasks/piqa.jsonl", "a") as file:
+        file.write(json.dumps(ROWS["piqa"](0)) + "\n")
+    assert slim(["evaluate", *setting]) == 0 and done[2:] == ["piqa"]  # of other questions now
+
+
+def test_a_group_of_tasks_without_a_figure_is_named(monkeypatch):
+    found = {"results": {"group": {"alias": "group"}, "a": {"acc,none": 0.5}}, "n-samples": {"a": {"effective": 1}, "b": {"effective": 1}}}
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda *_, **__: found)
+    monkeypatch.setattr(lm_eval.models.huggingface, "HFLM", lambda **_: None)
+    monkeypatch.setattr(generation, "_manager", lambda path: None)
+    with pytest.raises(UserError, match="task group: it has no figure of its own; name what it stands for: a, b"):
+        generation.score(None, None, "group", EvalConfig(model="m"))
 
 
 def test_results_of_something_else_are_not_mixed(setting, capsys):
@@ -143,7 +159,7 @@ def test_the_paper_s_layout():
     assert header == ["Ratio", "Method", "PTB", "BoolQ", "PIQA", "HellaSwag", "WinoGrande", "ARC-e", "ARC-c", "OBQA", "Average"]
     assert [cells[0] for cells in rows] == ["0 %", "20 % w/o tune", "50 % w/ tune"]
     assert rows[0][2:] == ["22.00", "50.00", "50.00", "25.00", "50.00", "50.00", "25.00", "25.00", "39.29"]
-    assert rows[2][-1] == "50.00 (1 tasks)" and rows[2][3:5] == ["50.00", "-"]
+    assert rows[2][-1] == "50.00 (1 task)" and rows[2][3:5] == ["50.00", "-"]
     assert len(paper_table.latex([header, *rows]).splitlines()) == 2 + 1 + 1 + 3 + 2 and r"20 \% w/o tune" in paper_table.latex(
         [header, *rows]
     )

@@ -3,13 +3,16 @@
 import html
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import LlamaConfig
 
 from slimllm.__main__ import main as slim
 from slimllm.commands import COMMANDS, evaluate, evidence
+from slimllm.models.shape import shape_of
 from slimllm.pruning import pipeline
 from slimllm.reporting import evidence as page
 from slimllm.reporting.published import ARENA_COLUMNS, ARENA_ROWS, PUBLISHED
@@ -210,10 +213,10 @@ def test_a_step_that_fails_is_a_line_and_the_rest_goes_on(flags, monkeypatch, ca
     assert not any("failed" in step for step in steps().values()) and "best, 30 %" in open("out/evidence.md").read()
 
 
-def test_a_text_that_cannot_be_had_is_left_out(flags):
-    flags = [*flags, "--eval_data", "fox=text.txt", "nowhere.txt", "--tasks", "none", "--no_latency", "--protocols", "128"]
+def test_a_text_of_the_hub_that_cannot_be_had_is_left_out(flags):
+    flags = [*flags, "--eval_data", "fox=text.txt", "c4", "--tasks", "none", "--no_latency", "--protocols", "128"]
     assert slim(["evidence", *flags]) == 1
-    assert "--eval_data nowhere.txt: no such file" in open("out/evidence.md").read()
+    assert "give a local file as c4=FILE" in open("out/evidence.md").read()
     assert not any("failed" in step for step in steps().values())
 
 
@@ -234,6 +237,65 @@ def test_a_text_too_short_for_a_protocol_is_left_out_of_that_one(flags, tmp_path
     assert named == {"dense, perplexity at 128": ("fox=long.txt", "short.txt"), "dense, perplexity at 2048": ("fox=long.txt",)}
 
 
+def test_what_other_flags_left_stays_and_what_changed_or_broke_is_named(flags, capsys):
+    flags = [*flags, "--tasks", "none", "--no_latency"]
+    assert slim(["evidence", *flags]) == 0
+    before, page_before = steps(), open("out/evidence.md").read()
+    assert slim(["evidence", *flags, "--shares", "0.5", "--protocols", "128"]) == 0
+    assert steps().keys() > before.keys() and "paper, 30 %" not in open("out/evidence.md").read()
+    (file := Path("out/measured/paper_30.json")).write_text("")
+    assert slim(["evidence", *flags]) == 2
+    assert f"{file}: not JSON" in (err := capsys.readouterr().err) and "remove it, and the same command makes it anew" in err
+    file.unlink()
+    assert slim(["evidence", *flags]) == 0
+    assert {name for name in before if steps()[name] != before[name]} <= {f"paper_30, perplexity at {n}" for n in (128, 2048)}
+    tables = [text.split("## Commands")[0].partition("## ")[2] for text in (page_before, open("out/evidence.md").read())]
+    assert tables[0] == tables[1]  # both perplexities, which stand in the file that was removed
+    with open("text.txt", "a") as file:
+        file.write("more")
+    assert slim(["evidence", *flags]) == 2
+    assert "holds results of another file text.txt" in capsys.readouterr().err
+
+
+def test_a_file_where_a_folder_should_be_is_a_line(flags):
+    assert slim(["evidence", *flags, "--recipes", "paper", "--tasks", "none", "--no_latency", "--eval_data", "none"]) == 0
+    shutil.rmtree("out/models")
+    Path("out/models").write_text("")
+    assert slim(["evidence", *flags, "--recipes", "paper", "--tasks", "none", "--no_latency", "--eval_data", "none"]) == 1
+    assert steps()["paper_30, pruning"]["failed"] == "out/models/paper_30/pruning.json: cannot be written (File exists)"
+
+
+def test_a_model_that_was_pruned_before_is_not_shown_as_dense():
+    measured = {"fingerprint": {"pruning": {"of": "tiny", "removed": 0.3}}, "parameters": 1}
+    given = page.Found(page.Row("dense", "tiny_30"), None, measured, {}, {})
+    assert any("was pruned before: tiny without 30.00 %" in note for note in page._models([given]).notes)
+    whole = {"tasks": {}, "perplexity": [{"data": "wikitext2", "seq_len": 2048, "limited": False, "perplexity": 9.0}]}
+    rows = [len(page._arena([page.Found(given.row, None, one, {}, {})]).rows) for one in (whole, whole | measured)]
+    assert rows == [2, 1]  # a leaderboard's row is one of a dense model
+
+
+def test_shares_are_shown_as_they_were_asked_for():
+    assert [page.Row("", "", "paper", share).title for share in (0.2, 0.125, 0.005)] == ["paper, 20 %", "paper, 12.5 %", "paper, 0.5 %"]
+
+
+def test_a_metric_that_is_not_finite_is_a_dash():
+    tasks = {"echo": {"metrics": {"bleu": None, "acc": 0.5}, "questions": 2, "limited": True, "chat_template": False}}
+    found = [page.Found(page.Row("dense", "m"), None, {"generation": tasks}, {}, {})]
+    assert page._generation(found).rows[1][3:] == ["-", "0.5000*"]
+
+
+def test_files_for_llama_cpp_are_counted_on_the_disk(flags, capsys):
+    config = LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16)
+    config.save_pretrained("big")
+    gigabytes = []
+    for more in ([], ["--runtimes", "llama_cpp"]):
+        assert slim(["evidence", "big", *flags[1:], "--dry_run", *more]) == 0
+        gigabytes.append(float(re.search(r"([\d.]+) GB of models stay", capsys.readouterr().out)[1]))
+    shape = shape_of(config)
+    written = 2 * shape.parameters - 0.3 * shape.decoder_parameters  # the dense model and the pruned one
+    assert gigabytes[1] - gigabytes[0] == pytest.approx(2 * written / 1e9, abs=0.02)
+
+
 def test_lora_trains_what_was_distilled(flags, tmp_path):
     rows = [{"instruction": "say", "input": "", "output": "yes"}] * 12
     (tmp_path / "rows.json").write_text(json.dumps(rows))
@@ -247,7 +309,9 @@ def test_lora_trains_what_was_distilled(flags, tmp_path):
 
 
 def test_a_dry_run_lists_commands_that_their_programs_take(flags, tmp_path, capsys):
+    (tmp_path / "rows.json").write_text("[]")
     flags = [*flags, "--recipes", "paper", "distilled", "lora", "--tune", "rows.json", "--generation", "gsm8k", "--dry_run"]
+    flags += ["--length", "16", "2040"]
     assert slim(["evidence", *flags]) == 0
     out = capsys.readouterr().out
     commands = re.findall(r"^\S*slimllm (prune|train|evaluate|latency) (.*)$", out, re.M)
@@ -255,7 +319,8 @@ def test_a_dry_run_lists_commands_that_their_programs_take(flags, tmp_path, caps
     for name, words in commands:
         known = {option for action in COMMANDS[name].parser(name)._actions for option in action.option_strings}
         assert {word for word in words.split() if word.startswith("--")} <= known
-    assert "| paper, 30 %" in out and "GB" in out and "not foreseen" in out and "beyond the model's context" in out
+    assert "| paper, 30 %" in out and "GB" in out and "not foreseen" in out and "Týr): beyond the model's context" in out
+    assert "latency at 2040 tokens: with those that follow, beyond the model's context of 2048" in out and "at 16 tokens" not in out
 
 
 @pytest.mark.parametrize(
@@ -266,9 +331,17 @@ def test_a_dry_run_lists_commands_that_their_programs_take(flags, tmp_path, caps
         (["--shares", "20"], "must be above 0 and below 1"),
         (["--protocols", "512"], "not one of 128, 2048, 4096"),
         (["--generation", "humaneval"], "--confirm_run_unsafe_code"),
+        (["--generation", "gsm9k"], "--generation gsm9k: lm-eval has no such task; did you mean 'gsm8k'?"),
+        (["--generation", "ai2_arc"], "--generation ai2_arc: a name for several tasks"),
+        (["--calibration", "nowhere.txt"], "--calibration nowhere.txt: no such file"),
+        (["--eval_data", "nowhere.txt"], "--eval_data nowhere.txt: no such file"),
+        (["--eval_data", "text.txt", "tasks/text.txt"], "two texts are called text"),
+        (["--recipes", "lora", "--tune", "nowhere.json"], "--tune nowhere.json: no such file"),
+        (["--runtimes", "vllm", "--vllm", "tasks"], "--vllm tasks: no such interpreter"),
     ],
 )
 def test_mistakes(flags, wrong, said, capsys):
+    shutil.copy("text.txt", "tasks/text.txt")
     assert slim(["evidence", *flags, *wrong]) == 2
     assert said in capsys.readouterr().err
 

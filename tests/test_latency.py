@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from slimllm.__main__ import main as slim
+from slimllm.commands.latency import models_of
 from slimllm.errors import UserError
 from slimllm.evaluation import latency
 from slimllm.models.shape import shape_of
@@ -60,6 +61,12 @@ def test_the_command(tmp_path, tiny_folder, capsys):
     record = json.loads((tmp_path / "l.json").read_text())
     assert len(record["measurements"]) == 8 and all(len(e["prefill"]) == 2 for e in record["measurements"])
     assert record["sizes"]["pruned"]["parameters"] < record["sizes"]["dense"]["parameters"]
+
+
+def test_a_model_called_dense_does_not_take_the_place_of_its_baseline():
+    for model, name in (("prune_log/dense", "MODEL"), ("prune_log/small", "small")):
+        found = models_of(LatencyConfig(model=model, baseline="path/to/dense"))
+        assert found == {"dense": ("--baseline", "path/to/dense"), name: ("MODEL", model)}
 
 
 def test_mistakes(tiny_folder, capsys):

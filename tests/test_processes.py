@@ -109,6 +109,13 @@ def test_a_mistake_is_said_once(folder, text_file):
     assert "Terminated" not in done.stderr
 
 
+def test_a_dry_run_is_shown_once(folder, text_file, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert hf_prune.main(flags(text_file, "two", "--dry_run")) == 0
+    assert capsys.readouterr().out == ""
+
+
 def test_statistics_of_two_halves_merge_to_those_of_the_whole(monkeypatch):
     """Two processes are played by one: what the other one holds is added as the engine would."""
     rows, more = torch.randn(300, 7) * 3 + 5, torch.randn(300, 7)

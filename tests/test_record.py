@@ -6,14 +6,30 @@ import json
 import math
 
 import numpy as np
+import pytest
 
 import slimllm
 from slimllm.deploy import verify
+from slimllm.errors import UserError
 from slimllm.reporting import card, figures, record, tables, trial_tables
 from slimllm.reporting.record import PruningRecord
 from tests.conftest import make_ids, make_model
 
 FIGURE = {"data": "t", "split": "t.txt", "sha256": "0", "seq_len": 16, "blocks": 2, "limited": False, "calibration_overlap": 0}
+
+
+def test_results_go_on_where_nothing_that_decides_them_differs(tmp_path):
+    """An older file lacks settings that came later; it was made with what they are by default."""
+    file = tmp_path / "results.json"
+    now = {"seed": 1, "runtime": None, "the file a.txt": "b5"}
+    others = ({"seed": 2}, "seed"), ({"seed": 1, "gone": 3}, "gone"), (["seed"], "seed"), (now | {"the file a.txt": "c6"}, "file a.txt")
+    for found, differs in (({"seed": 1}, None), (now, None), *others):
+        record.write_text(file, record.dumps({"format": record.FORMAT, "fingerprint": found, "rows": [1]}))
+        if differs is None:
+            assert record.continued(file, now, False)["rows"] == [1]
+            continue
+        with pytest.raises(UserError, match=f"results of another {differs}: name another --output"):
+            record.continued(file, now, False)
 
 
 def test_what_is_not_finite_is_null():

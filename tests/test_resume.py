@@ -16,6 +16,7 @@ import hf_prune
 from slimllm.models import tensor_file
 from slimllm.pruning import pipeline
 from slimllm.pruning.layer import LayerPruner
+from slimllm.reporting.record import PROCESSES
 from slimllm.streaming import journal, runner
 from tests.conftest import ROOT, make_model
 
@@ -172,6 +173,7 @@ def test_a_disk_that_fills_up_in_the_middle_and_is_given_room(folder, text_file,
         ("model", "the file model.safetensors"),
         ("config", "the file config.json"),
         ("text", "text.txt"),
+        ("processes", "the number of processes 2, this one has 1"),
     ],
 )
 def test_another_run_is_not_gone_on_with(folder, text_file, change, said, monkeypatch, capsys):
@@ -186,6 +188,9 @@ def test_another_run_is_not_gone_on_with(folder, text_file, change, said, monkey
         Path("model/config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
     elif change == "text":
         text_file.write_text(text_file.read_text() + "More.\n")
+    elif change == "processes":
+        (identity,) = Path("prune_log").glob(".run.*.partial/.journal/identity.json")
+        identity.write_text(json.dumps(json.loads(identity.read_text()) | {PROCESSES: 2}))
     else:
         more = change
     capsys.readouterr()

@@ -96,7 +96,7 @@ COMMANDS = {
         "Recovers a pruned model with LoRA on instruction data; the defaults are the paper's run.",
         "checkpoints in the output folder stay: go on with --resume_from_checkpoint last",
         "lower --micro_batch_size or --cutoff_len",
-        ("prune_log/NAME --data_path alpaca.json --merge", "prune_log/NAME --data_path alpaca.json --teacher DENSE"),
+        ("prune_log/NAME --merge", "prune_log/NAME --data_path YOUR.jsonl --teacher DENSE"),
     ),
     "chat": Command(
         "settings.chat:ChatConfig",

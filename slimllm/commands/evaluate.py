@@ -17,6 +17,7 @@ from ..evaluation.perplexity import nats_per_byte, perplexities
 from ..models import loading
 from ..models.checked import warn_of_length
 from ..reporting import paper_table, record
+from ..settings.common import short_name
 from ..settings.evaluate import EvalConfig
 from ..utils import processes
 from ..utils.device import device_of, evaluation_dtype, name_of
@@ -47,8 +48,9 @@ def _evaluate(config: EvalConfig, output: Path) -> dict:
     warn_of_length(model_config, max_seq_len=config.max_seq_len)
     results = record.continued(output, _identity(config, model_config, device), config.overwrite)
     results |= {name: results.get(name, {}) for name in ("tasks", "generation")} | {"perplexity": results.get("perplexity", [])}
+    generation.check(config.generation, config.include_path)
     texts = load_texts(config.eval_data)
-    missing = [name for name in config.tasks if name not in results["tasks"]]
+    missing = [name for name in config.tasks if results["tasks"].get(name, {}).get("data") != _source(name, config)]
     asked = {name: results["generation"].get(name, {}).get("chat_template") for name in config.generation}
     unwritten = [name for name, template in asked.items() if template is not config.apply_chat_template]
     known = {(f["data"], f["sha256"], f["seq_len"], f["blocks"]) for f in results["perplexity"]}
@@ -73,10 +75,9 @@ def _evaluate(config: EvalConfig, output: Path) -> dict:
             _save(results, output)
         for name in missing:
             started = time.perf_counter()
-            source = file_hash(zero_shot.local_file(name, config.data_dir)) if config.data_dir else "hub"
             scores = zero_shot.score(model, tokenizer, name, config.data_dir, config.limit)
             reported, seconds = scores["reported"], round(time.perf_counter() - started, 1)
-            results["tasks"][name] = {**scores, "data": source, "seconds": seconds}
+            results["tasks"][name] = {**scores, "data": _source(name, config), "seconds": seconds}
             log.info("%s: %s %.4f (%d questions, %.0f s)", name, reported, scores["metrics"][reported], scores["questions"], seconds)
             _save(results, output)
         for name in unwritten:
@@ -86,6 +87,11 @@ def _evaluate(config: EvalConfig, output: Path) -> dict:
             log.info("%s: %s (%d questions)", name, generation.shown(scores), scores["questions"])
             _save(results, output)
     return results
+
+
+def _source(name: str, config: EvalConfig) -> str:
+    """What tells the questions of a task from others: the hash of their file."""
+    return file_hash(zero_shot.local_file(name, config.data_dir)) if config.data_dir else "hub"
 
 
 def _save(results: dict, output: Path) -> None:
@@ -103,7 +109,7 @@ def _identity(config: EvalConfig, model_config, device) -> dict:
     elif os.path.isfile(config.model):
         weights = file_hash(Path(config.model))
     return {
-        "model": Path(config.model).name,
+        "model": short_name(config.model),
         "weights": weights,
         "adapter": _folder_hash(Path(config.adapter)) if config.adapter else None,
         "dtype": name_of(dtype),

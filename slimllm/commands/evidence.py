@@ -18,8 +18,11 @@ from pathlib import Path
 import torch
 
 from .. import cli
-from ..data.texts import blocks_of, load_texts
+from ..data import calibration
+from ..data.texts import HUB_TEXTS, blocks_of, load_texts
+from ..deploy import vllm
 from ..errors import Terminated, UserError, first_line
+from ..evaluation import generation
 from ..experiments.trials import state_of_model
 from ..models import loading
 from ..models.shape import limits_of, shape_of
@@ -28,9 +31,12 @@ from ..reporting import record
 from ..reporting.evidence import Row, latency_file, measured_file
 from ..reporting.record import PruningRecord, TrainingRecord
 from ..reporting.tables import aligned
+from ..settings.common import short_name
 from ..settings.evidence import LORA, EvidenceConfig
 from ..settings.latency import LatencyConfig
 from ..settings.pruning import PruneConfig
+from ..training.data import check_rows
+from ..utils.files import writing
 from ..utils.memory import memory_errors, reset_peak, return_free_memory
 from ..utils.outputs import is_results
 from . import COMMANDS
@@ -91,40 +97,46 @@ class Step:
 def run(config: EvidenceConfig) -> int:
     """Every step that is not done yet, then the page. Returns exit status 1 where one failed."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("evidence: it is one process; start it without torchrun")
+        raise UserError("it is one process; start it without torchrun")
     model_config = loading.load_config(config.base_model)
     _check_widths(config, model_config)
     most = model_config.max_position_embeddings
     left_out = [f"{page.protocol_of(n)}: beyond the model's context of {most} tokens" for n in config.protocols if n > most]
+    too_long = [n for n in config.length if n + LatencyConfig.new_tokens > most] if config.latency else []
+    left_out += [f"latency at {n} tokens: with those that follow, beyond the model's context of {most} tokens" for n in too_long]
+    left_out += not_beside(config)
     rows, lengths = rows_of(config), [n for n in config.protocols if n <= most]
+    _check_sources(config)
     if config.dry_run:
         texts = dict.fromkeys(lengths, config.eval_data)
         _print_plan(config, [*makers(config, config.eval_data), *measurements(config, rows, texts, most)], left_out)
         return 0
+    generation.check(config.generation, config.include_path)
     folder = Path(config.output)
     file = record.results_in(folder, FILE)
     with record.results_at(file, config.overwrite):
         fingerprint = {"model": state_of_model(config.base_model), **{name: getattr(config, name) for name in IDENTITY}}
+        fingerprint |= record.hashes_of(sources_of(config))
         results = record.continued(file, fingerprint, config.overwrite)
-        results["steps"] = results.get("steps", {})
+        results.setdefault("steps", {})
         if config.overwrite:
             _forget(folder)
+        page.check(folder, rows)
         texts, missing = at_hand(config.eval_data)
         texts, short = long_enough(texts, [IN_MAKING, *lengths], config.base_model, model_config)
         results["left_out"] = left_out + missing + short
         for line in results["left_out"]:
             log.info("left out: %s", line)
         steps = [*makers(config, texts[IN_MAKING]), *measurements(config, rows, {n: texts[n] for n in lengths}, most)]
-        results["left_out"] += not_beside(config)
-        results["steps"] = {step.name: results["steps"][step.name] for step in steps if step.name in results["steps"]}
         record.save_results(results, file)
         cli.log_to_file(folder / "log.txt")
         _go_through(steps, config, results, file)
-        lines = page.write(folder, Path(config.base_model).name, rows, config.protocols, results)
-    failed = [name for name, step in results["steps"].items() if "failed" in step]
+        done = {step.name: results["steps"][step.name] for step in steps}  # those of other flags stay in the file
+        lines = page.write(folder, short_name(config.base_model), rows, config.protocols, results | {"steps": done})
+    failed = [name for name, entry in done.items() if "failed" in entry]
     log.info("\n%s\n\neverything lies in %s/: %s is the page", "\n".join(lines).rstrip(), folder, page.PAGE)
     for name in failed:
-        log.info("failed: %s: %s", name, results["steps"][name]["failed"])
+        log.info("failed: %s: %s", name, done[name]["failed"])
     return 1 if failed or missing else 0
 
 
@@ -142,6 +154,24 @@ def _check_widths(config: EvidenceConfig, model_config) -> None:
         )
 
 
+def _check_sources(config: EvidenceConfig) -> None:
+    """Raises UserError for what the steps will read, and would be told to be wrong only after hours."""
+    load_texts(tuple(name for name in config.eval_data or () if name not in HUB_TEXTS))
+    calibration.check_source(config.calibration)
+    if config.tune:
+        try:
+            check_rows(config.tune)
+        except UserError as error:
+            raise UserError(str(error).replace("--data_path", "--tune")) from None
+    if "vllm" in config.runtimes:
+        vllm.check_interpreter(config.vllm)
+
+
+def sources_of(config: EvidenceConfig) -> list[str | None]:
+    """The files and folders that the flags of IDENTITY may name: what they hold decides the figures as their names do."""
+    return [config.calibration, config.tune, *(item.rpartition("=")[2] for item in config.eval_data or ())]
+
+
 def _forget(folder: Path) -> None:
     """Removes the files of results of an earlier run; models are replaced by the programs that make them."""
     for file in (folder / "measured").glob("*.json"):
@@ -150,11 +180,11 @@ def _forget(folder: Path) -> None:
 
 
 def at_hand(eval_data: tuple[str, ...] | None) -> tuple[tuple[str, ...] | None, list[str]]:
-    """(the texts among ``eval_data`` that can be had, a line for each other); None: what stands for TEXTS where the hub has none."""
+    """(the texts among ``eval_data`` that can be had, a line for each that the hub does not give); None: what stands for TEXTS then."""
     had, missing = [], []
     for name in eval_data or TEXTS:
         try:
-            load_texts((name,))
+            load_texts((name,) if name in HUB_TEXTS else ())
             had.append(name)
         except UserError as error:
             missing.append(str(error))
@@ -299,13 +329,14 @@ def _flags(config: EvidenceConfig, *names: str) -> list[str]:
 def _go_through(steps: list[Step], config: EvidenceConfig, results: dict, file: Path) -> None:
     """All of them, each result kept as soon as it is there; what needs a model that could not be made is passed over."""
     missing: set[str | None] = set()
+    done = {step for step in steps if step.is_done(results["steps"])}  # by the files that are there now: steps of a model share one
     for number, step in enumerate(steps, 1):
         known = results["steps"]
         if missing.intersection((*step.words, *([] if step.makes == step.row.model else [step.row.model]))):
             known[step.name] = {"command": [step.program, *step.words], "failed": "there is no model, since it could not be made"}
             missing.add(step.makes)
             continue
-        if step.is_done(known):
+        if step in done:
             log.info("%d of %d: %s: done before", number, len(steps), step.name)
             continue
         log.info("\n%d of %d: %s\n", number, len(steps), step.name)
@@ -326,8 +357,9 @@ def _go_through(steps: list[Step], config: EvidenceConfig, results: dict, file: 
 def _fault_of(step: Step, more: list[str]) -> str | None:
     """Runs one step, with ``more`` flags; what went wrong, in one line, or None."""
     command, words = COMMANDS[step.program], [*step.words, *more]
-    step.file.parent.parent.mkdir(parents=True, exist_ok=True)
     try:
+        with writing(step.file):
+            step.file.parent.parent.mkdir(parents=True, exist_ok=True)
         with _as_if_alone(step.program, words), memory_errors(command.advice):
             settings = command.parsed(step.program, words)
             status = command.load()(settings)
@@ -372,7 +404,7 @@ def _let_go() -> None:
 
 def _print_plan(config: EvidenceConfig, steps: list[Step], left_out: list[str]) -> None:
     """The steps as commands, and what each pruning is expected to take."""
-    rows, total, disk = [["pruning", "minutes, about", "peak memory", "of the GPU", "temporary", "weights on disk"]], 0.0, 0
+    rows, total, disk, dense = [["pruning", "minutes, about", "peak memory", "of the GPU", "temporary", "weights on disk"]], 0.0, 0, 0
     for step in steps:
         if step.program != "prune":
             continue
@@ -382,13 +414,18 @@ def _print_plan(config: EvidenceConfig, steps: list[Step], left_out: list[str]) 
             rows.append([step.row.title, str(error), "", "", "", ""])
             continue
         seconds, takes = sum(foreseen.seconds().values()), foreseen.takes
-        total, disk = total + seconds, disk + takes.result * (2 if step.row.recipe == "distilled" and LORA in config.recipes else 1)
+        of_step = (step.row.recipe, LORA) if step.row.recipe == "distilled" and LORA in config.recipes else (step.row.recipe,)
+        exports = sum(one.program == "export-gguf" and one.row.share == step.row.share and one.row.recipe in of_step for one in steps)
+        in_16_bits = 2 * takes.result // foreseen.work.save_dtype.itemsize
+        total, disk = total + seconds, disk + takes.result * len(of_step) + in_16_bits * exports
+        dense = 2 * foreseen.work.run.shape.dense_parameters
         sizes = [f"{size / 1e9:.2f} GB" for size in (takes.host, takes.device, takes.temporary + takes.beside, takes.result)]
         rows.append([step.row.title, f"{seconds / 60:.1f}", *sizes])
     lines = [f"{cli.program()} {shlex.join([step.program, *step.words])}" for step in steps]
     log.info("dry run: %d steps; no weights read\n\n%s\n", len(steps), "\n".join(lines))
     log.info("%s\n", "\n".join(aligned(rows)))
-    log.info("all prunings together: about %.1f minutes here, and %.2f GB that stay on the disk", total / 60, disk / 1e9)
+    disk += dense * any(step.program == "export-gguf" and not step.row.recipe for step in steps)
+    log.info("all prunings together: about %.1f minutes here; %.2f GB of models stay on the disk", total / 60, disk / 1e9)
     log.info("%s", NOT_FORESEEN)
     for line in left_out:
         log.info("left out: %s", line)

@@ -13,6 +13,7 @@ from ..evaluation.latency import macs, measure, milliseconds, size_of
 from ..models import loading
 from ..reporting import record
 from ..reporting.tables import aligned
+from ..settings.common import short_name
 from ..settings.latency import LatencyConfig
 from ..utils.device import device_of, evaluation_dtype, name_of
 
@@ -68,18 +69,23 @@ def run(config: LatencyConfig) -> None:
         compare(config)
 
 
+def models_of(config: LatencyConfig) -> dict[str, tuple[str, str]]:
+    """(flag, source) of each model by what tables call it, the baseline first, as ``dense``, whatever the other one is called."""
+    name = short_name(config.model)
+    if not config.baseline:
+        return {name: ("MODEL", config.model)}
+    return {"dense": ("--baseline", config.baseline), "MODEL" if name == "dense" else name: ("MODEL", config.model)}
+
+
 def compare(config: LatencyConfig) -> dict:
     """Measures, prints both tables, and returns what ``--json`` writes."""
     device = device_of("device", config.device)
-    names = {Path(config.model).name: ("MODEL", config.model)}
-    if config.baseline:
-        names = {"dense": ("--baseline", config.baseline), **names}
     if config.dtype == "auto":
         dtype = torch.bfloat16 if device.type == "cuda" else evaluation_dtype(torch.float32, device)
     else:
         dtype = getattr(torch, config.dtype)
     models, sizes = {}, {}
-    for name, (what, source) in names.items():
+    for name, (what, source) in models_of(config).items():
         loading.load_config(source, what)
         models[name] = loading.load_model(source, dtype, what, device)
         sizes[name] = size_of(models[name])

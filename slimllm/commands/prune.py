@@ -29,6 +29,8 @@ log = logging.getLogger("slimllm")
 
 def run(config) -> None:
     """One run, as its settings say. Raises UserError for a mistake in them, or in what they name."""
+    if not processes.is_first():
+        log.setLevel(logging.ERROR)
     foreseen = foresee(config)
     work = foreseen.work
     check_room(foreseen.takes, work.run)
@@ -79,7 +81,6 @@ def _prune(work, takes) -> None:
     target = config.folder
     with processes.group(run.device):
         if not processes.is_first():
-            log.setLevel(logging.ERROR)
             with processes.other():
                 _go_through(work, processes.from_first(None), takes)
             return

@@ -147,7 +147,7 @@ def _identity(config, digest: str, processes: int) -> dict:
     """All that a run's results follow from; ``digest``: of the training data's tokens."""
     models = [loading.open_source(name, "auto", option) for name, option in config.models()]
     files = [path for model in models for path in model.weights.files]
-    return records.identity(config, files, []) | {"the training data": digest, "the number of processes": processes}
+    return records.identity(config, files, []) | {"the training data": digest, records.PROCESSES: processes}
 
 
 def _resume_point(config, output: Path) -> Path | None:

@@ -228,7 +228,17 @@ def load_texts(eval_data: tuple[str, ...] | None, option_name: str = "--eval_dat
             return [_python_manual()]
     if "none" in eval_data:
         return []
-    return [_named_text(item, option_name) for item in eval_data]
+    texts = [_named_text(item, option_name) for item in dict.fromkeys(eval_data)]
+    check_names(texts, option_name)
+    return texts
+
+
+def check_names(texts: list[EvalText], option_name: str = "--eval_data") -> None:
+    """Raises UserError where two texts go by one name: only one of them would be shown."""
+    names = [text.name for text in texts]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{option_name}: two texts are called {name}; name one of them otherwise: NAME=FILE")
 
 
 def _named_text(item: str, option_name: str) -> EvalText:

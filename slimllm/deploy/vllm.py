@@ -16,16 +16,21 @@ _WORKER = Path(__file__).with_name("vllm_worker.py")
 _CACHE_GIGABYTES = "1"  # of keys and values on a CPU; by default vLLM takes half of the memory there is
 
 
+def check_interpreter(python: str) -> None:
+    """Raises UserError where there is no such interpreter."""
+    if not os.path.isfile(python) or not os.access(python, os.X_OK):
+        raise UserError(
+            f"--vllm {python}: no such interpreter; script/vllm.sh makes {VLLM_PYTHON}, or name that of an environment with vLLM"
+        )
+
+
 def ask(python: str, model: str | os.PathLike, context: int, dtype: str = "float32", trust_remote_code: bool = False, **queries) -> dict:
     """What vLLM, run by the interpreter ``python``, computes for the model in a folder; ``queries`` and the results as in vllm_worker.
 
     Code that the folder brings is run where that is this program's own, or with ``trust_remote_code``.
     Raises UserError where there is no such interpreter, it has no vLLM, or vLLM does not take the model.
     """
-    if not os.access(python, os.X_OK):
-        raise UserError(
-            f"--vllm {python}: no such interpreter; script/vllm.sh makes {VLLM_PYTHON}, or name that of an environment with vLLM"
-        )
+    check_interpreter(python)
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     environment |= {"VLLM_CPU_KVCACHE_SPACE": _CACHE_GIGABYTES, "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONSAFEPATH"] = "1"  # the worker's folder is not a place to import from: this file would be taken for vLLM

@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from ..errors import UserError, first_line
+from ..errors import UserError, first_line, nearest
 from ..utils import processes
 from .zero_shot import quietly
 
@@ -21,10 +21,8 @@ def score(model, tokenizer, name: str, settings) -> dict:
         {"metrics": {"exact_match, strict-match": .., ...} without standard errors, "questions": how many, "version": of the definition,
         "limited": whether there was a limit, "chat_template": whether the questions went through it}.
     Raises:
-        UserError: lm-eval has no such task, its data cannot be had, or it failed.
+        UserError: its data cannot be had, lm-eval failed, or gives no figure.
     """
-    if processes.count() > 1:
-        raise UserError(f"--generation {name}: it is not shared between processes; start one process")
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -46,9 +44,11 @@ def score(model, tokenizer, name: str, settings) -> dict:
             raise
         except Exception as error:  # the hub's libraries raise their own kinds, the templates too
             raise UserError(f"task {name}: lm-eval cannot do it ({type(error).__name__}: {first_line(error)})") from error
-    entries = {key.replace(",none", "").replace(",", ", "): value for key, value in results["results"][name].items()}
+    entries = {key.replace(",none", "").replace(",", ", "): value for key, value in results["results"].get(name, {}).items()}
     values = {key: value for key, value in entries.items() if isinstance(value, int | float) and "stderr" not in key}
     values.pop("sample_len", None)
+    if not values:
+        raise UserError(f"task {name}: it has no figure of its own; name what it stands for: {', '.join(results['n-samples'])}")
     return {
         "metrics": values,
         "questions": sum(count["effective"] for count in results["n-samples"].values()),
@@ -56,6 +56,22 @@ def score(model, tokenizer, name: str, settings) -> dict:
         "limited": settings.limit is not None,
         "chat_template": settings.apply_chat_template,
     }
+
+
+def check(names: tuple[str, ...], include_path: str | None) -> None:
+    """Raises UserError for a name that is no task of lm-eval's, or stands for several without a result of their own."""
+    if not names:
+        return
+    if processes.expected() > 1:
+        raise UserError(f"--generation {names[0]}: it is not shared between processes; start one process")
+    with quietly():
+        manager = _manager(include_path)
+    for name in names:
+        if name in manager.all_tags:
+            raise UserError(f"--generation {name}: a name for several tasks, without a result of its own; name those that you want")
+        if name not in manager.all_tasks:
+            where = f", and {include_path} defines none that can be read" if include_path else ""
+            raise UserError(f"--generation {name}: lm-eval has no such task{where}{nearest(name, manager.all_tasks)}")
 
 
 @functools.cache

@@ -30,6 +30,7 @@ from ..reporting import record
 from ..reporting.figures import loss_against_size
 from ..reporting.tables import aligned
 from ..run import Run
+from ..settings.common import short_name
 from ..settings.explore import ExploreConfig
 from ..streaming.progress import bar_on_terminal
 from ..utils.device import pruning_dtype
@@ -77,7 +78,7 @@ def _explore(config: ExploreConfig, folder: Path) -> None:
     points.sort(key=lambda point: point["share"])
     lines = [*table(points), "", *said(points)]
     write_text(folder / "table.md", "\n".join(lines) + "\n")
-    loss_against_size(points, Path(config.base_model).name, GENTLE, folder)
+    loss_against_size(points, short_name(config.base_model), GENTLE, folder)
     words = _words(config, folder / price_list.NAME, min((point["share"] for point in points), key=lambda share: abs(share - 0.2)))
     log.info("\n%s\n\neverything lies in %s/; this prunes from it, with no price measured again:", "\n".join(lines), folder)
     log.info("  %s prune %s", cli.program(), shlex.join(words))

@@ -23,6 +23,7 @@ from ..models.adapter import LayerAdapter
 from ..models.loading import WholeModel
 from ..models.shape import shape_of
 from ..reporting import record
+from ..settings.common import short_name
 from ..settings.pruning import PruneConfig
 from ..settings.trials import TrialsConfig
 from ..training.teacher import Teacher
@@ -171,10 +172,12 @@ def _kind_of_samples(settings: PruneConfig) -> tuple:
 
 
 def state_of_model(name: str) -> list:
-    """What tells a model from another of its name: of a folder or file its name, and the size and date of its config and weights."""
+    """What tells a model from another: its name on the hub; of a folder or file its own, and size and date of config and weights."""
     path = Path(name)
+    if not path.exists():
+        return [name]
     files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.name == "config.json" or "model" in file.name)
-    return [path.name, *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file())]
+    return [short_name(name), *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file())]
 
 
 def measure(
@@ -207,6 +210,10 @@ def measure(
         missing = [trial for trial in trials if trial.key not in done]
         log.info("%s: %d prunings to do, %d at hand", file, len(missing), len(done))
         bench = Bench(config, dtype, device, missing) if missing else None
+        texts = {text.name: text.sha256 for text in bench.texts} if bench else {}
+        for figure in (figure for row in rows for figure in row["perplexity"]):
+            if texts.get(figure["data"], figure.get("sha256")) != figure.get("sha256"):
+                raise UserError(f"{file}: the text {figure['data']} was changed since; name another --output, or --overwrite")
         for trial in missing:
             model, row = bench.prune(trial) if trial.share else unpruned(bench, trial)
             tokenizer = None

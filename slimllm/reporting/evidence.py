@@ -8,6 +8,7 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..errors import UserError, first_line
 from ..evaluation.latency import milliseconds
 from ..settings.evidence import LORA, LORA_TITLE, PROTOCOLS
 from ..settings.tasks import MATH, MMLU_MATH, TASKS
@@ -52,7 +53,7 @@ class Row:
     @property
     def title(self) -> str:
         how = {None: "dense", LORA: LORA_TITLE}
-        return how.get(self.recipe, self.recipe) + (f", {self.share:.0%}".replace("%", " %") if self.recipe else "")
+        return how.get(self.recipe, self.recipe) + (f", {100 * self.share:g} %" if self.recipe else "")
 
 
 @dataclass
@@ -79,9 +80,13 @@ class Found:
 
     @classmethod
     def of(cls, row: Row, folder: Path) -> Found:
-        run = PruningRecord.read(row.model) if row.recipe and (Path(row.model) / PruningRecord.FILE).is_file() else None
+        """What ``folder`` has of a row. Raises UserError for a file that is damaged."""
         files = [measured_file(folder, row), latency_file(folder, row), *(speed_file(folder, row, name) for name in RUNTIME_TITLES)]
-        measured, latency, *speeds = (record.read_json(file) if file.is_file() else {} for file in files)
+        try:
+            run = PruningRecord.read(row.model) if row.recipe and (Path(row.model) / PruningRecord.FILE).is_file() else None
+            measured, latency, *speeds = (record.read_json(file) if file.is_file() else {} for file in files)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{first_line(error)}; remove it, and the same command makes it anew") from None
         return cls(row, run, measured, latency, dict(zip(RUNTIME_TITLES, speeds)))
 
     @property
@@ -113,6 +118,12 @@ def speed_file(folder: Path, row: Row, runtime: str) -> Path:
 
 def protocol_of(tokens: int) -> str:
     return f"{tokens} tokens per block ({PROTOCOLS[tokens]})"
+
+
+def check(folder: Path, rows: list[Row]) -> None:
+    """Raises UserError for a file of an earlier run that :func:`write` could not read."""
+    for row in rows:
+        Found.of(row, folder)
 
 
 def write(folder: Path, name: str, rows: list[Row], protocols: tuple[int, ...], results: dict) -> list[str]:
@@ -179,8 +190,18 @@ def _models(found: list[Found]) -> Section:
         flattered += [f"{one.row.title}: {', '.join(shared)}"] if shared else []
     if flattered:
         section.notes.append(f"Calibration samples share runs of text with what is measured on, which flatters. {'; '.join(flattered)}.")
+    if before := _pruned_before(found):
+        section.notes.append(
+            f"What stands for the dense model was pruned before: {before['of']} without {100 * before['removed']:.2f} % of its decoder. "
+            "Shares count from it, and so do the nats lost."
+        )
     section.notes.append("Peak memory is that of the one process that did all steps; a pruning in a process of its own takes less.")
     return section
+
+
+def _pruned_before(found: list[Found]) -> dict | None:
+    """How the model that all others were made of was pruned itself; None where it was not."""
+    return found[0].measured.get("fingerprint", {}).get("pruning")
 
 
 def _perplexity(found: list[Found], tokens: int) -> Section:
@@ -216,13 +237,18 @@ def _generation(found: list[Found]) -> Section:
     rows = [[*HEADINGS, *(f"{name}: {metric}" for name, metric in columns)]]
     for one, tasks in scored:
         values = [(tasks.get(name), metric) for name, metric in columns]
-        cells = [f"{t['metrics'][m]:.4f}{'*' if t['limited'] else ''}" if t and m in t["metrics"] else "-" for t, m in values]
+        cells = [_cell(t["metrics"].get(m), t["limited"]) if t else "-" for t, m in values]
         rows.append([*one.first_cells, *cells])
     every = [task for _, tasks in scored for task in tasks.values()]
     notes = ["All of it is lm-eval's: prompts, examples, metrics."]
     notes += ["Through the chat template."] if any(task["chat_template"] for task in every) else []
     most = max((task["questions"] for task in every if task["limited"]), default=0)
     return Section("Generation", notes + ([f"* limited: the first {most} questions of each task only"] if most else []), rows)
+
+
+def _cell(value: float | None, limited: bool) -> str:
+    """A metric; None where there is none, or it is not finite."""
+    return "-" if value is None else f"{value:.4f}{'*' * limited}"
 
 
 def _chat(found: list[Found]) -> Section:
@@ -272,10 +298,10 @@ def _speeds(found: list[Found], runtime: str) -> Section:
 
 def _arena(found: list[Found]) -> Section:
     """Whole texts and all questions only: what a leaderboard takes."""
-    scores = {one.row: _arena_scores(one) for one in found}
+    scores = {} if _pruned_before(found) else {one.row: _arena_scores(one) for one in found}  # whose rows are of dense models
     rows = [list(ARENA_COLUMNS)]
     for one in found:
-        of = scores[one.row]
+        of = scores.get(one.row)
         if of:
             shown = [(of.get(name), 2 if name.endswith("PPL") else 3) for name in ARENA_COLUMNS[2:-1]]
             shown.append((_retention(scores[found[0].row], of), 3))

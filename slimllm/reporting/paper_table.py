@@ -79,7 +79,7 @@ def accuracy_cells(tasks: dict, names: Iterable[str]) -> list[str]:
 def _average(scores: list[float], limited: bool) -> str:
     if not scores:
         return "-"
-    of = "" if len(scores) == len(TASKS) else f" ({len(scores)} tasks)"
+    of = "" if len(scores) == len(TASKS) else f" ({len(scores)} task{'s' * (len(scores) > 1)})"
     return f"{sum(scores) / len(scores):.2f}{'*' if limited else ''}{of}"
 
 

@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -27,6 +28,7 @@ from ..utils.memory import peak_memory
 from ..utils.outputs import check_kind, check_target, is_results, taken, unless
 
 FORMAT = 1
+PROCESSES = "the number of processes"  # in the identity of a run
 PERPLEXITIES = ("dense", "pruned", "tuned", "perplexity", "before", "after")  # what they are called in an entry
 PACKAGES = ("torch", "transformers", "datasets", "safetensors", "numpy", "peft", "lm_eval")
 
@@ -87,6 +89,20 @@ _NOT_OF_THE_RESULT = ("overwrite", "resume", "push_to_hub", "public", "dry_run",
 _NOT_OF_THE_RESULT += ("output_dir", "resume_from_checkpoint", "merge", "wandb_project", "cache_dataset")
 
 
+_OF_FILE = "the file "
+
+
+def hashes_of(sources: Iterable[str | None]) -> dict[str, str]:
+    """The hash of each file among ``sources``, and in the folders among them, by what a message calls it."""
+    paths = [Path(name) for name in sources if name]
+    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*"))) if file.is_file()]
+    return {f"{_OF_FILE}{path}": file_hash(path) for path in files}
+
+
+def _is_file(key: str) -> bool:
+    return key.startswith(_OF_FILE)
+
+
 def identity(config, weights: list[Path], texts: list, sources: tuple[str | None, ...] = ()) -> dict:
     """All that a run's results follow from: what has to be equal where a run is resumed.
 
@@ -96,16 +112,14 @@ def identity(config, weights: list[Path], texts: list, sources: tuple[str | None
     flags = {f"--{name}": value for name, value in config.to_dict().items() if name not in _NOT_OF_THE_RESULT}
     folders = dict.fromkeys(path.parent for path in weights if path.suffix != ".gguf")
     beside = [folder / name for folder in folders for name in ("config.json", "tokenizer.json", "tokenizer.model")]
-    paths = [Path(name) for name in sources if name]
-    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*"))) if file.is_file()]
     return {
         **flags,
         **{f"the file {path.name}": [path.stat().st_size, path.stat().st_mtime_ns] for path in weights},
         **{f"the file {path.name}": file_hash(path) for path in beside if path.is_file()},
-        **{f"the file {path}": file_hash(path) for path in files},
+        **hashes_of(sources),
         **{f"the plugin {name}": digest for name, digest in plugins.loaded.items()},
         **{f"the text {text.name}": text.sha256 for text in texts},
-        "the number of processes": processes.count(),
+        PROCESSES: processes.count(),
         **{package: version for package, version in environment().items() if package in ("slimllm", "torch", "transformers")},
     }
 
@@ -307,7 +321,13 @@ def continued(path: Path, fingerprint: dict, overwrite: bool) -> dict:
         results = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a file of results ({error}); {way}") from None
-    if results.get("fingerprint") != fingerprint:
-        different = sorted(key for key in fingerprint if results.get("fingerprint", {}).get(key) != fingerprint[key])
-        raise UserError(f"{path} holds results of another {', '.join(different)}: {way}")
-    return results
+    earlier = results.get("fingerprint")
+    earlier = earlier if isinstance(earlier, dict) else {}
+    keys = {*earlier, *fingerprint}
+    if not any(map(_is_file, earlier)):  # an older record, which has fewer keys: none of files, and none of what is as it was before
+        keys = {key for key in keys if not _is_file(key)}
+    different = [key for key in sorted(keys) if earlier.get(key) != fingerprint.get(key)]
+    if different:
+        shown = ", ".join(key.removeprefix("the ") for key in different)
+        raise UserError(f"{path} holds results of another {shown}: {way}")
+    return results | {"fingerprint": fingerprint}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from ..cli import check_choice, check_range, flag
+from ..cli import check_choice, check_range, drop_repeats, flag
 from ..errors import UserError
 from .methods import METHODS, RECIPES
 from .tasks import DATA_DIR_HELP, TASKS, tasks_with_files
@@ -49,6 +49,7 @@ class CompareConfig(TrialsConfig):
             self.methods = tuple(METHODS)
         for name, allowed in (("methods", METHODS), ("recipes", OURS), ("tasks", TASKS)):
             setattr(self, name, tuple(value for value in getattr(self, name) if value != "none"))
+            drop_repeats(self, name)
             for value in getattr(self, name):
                 check_choice(name, value, allowed)
         self.tasks = tasks_with_files(self.tasks, self.data_dir)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
-from ..cli import check_choices, check_range, flag
+from ..cli import check_choices, check_range, drop_repeats, flag
 from ..errors import UserError
-from .common import DTYPES
+from .common import DTYPES, short_name
 from .tasks import DATA_DIR_HELP, TASKS, TASKS_HELP, tasks_named, tasks_with_files
 
 UNSAFE = ("humaneval", "mbpp")  # what the names of lm-eval's tasks that run generated code begin with
@@ -17,6 +16,7 @@ UNSAFE = ("humaneval", "mbpp")  # what the names of lm-eval's tasks that run gen
 def check_generation(settings) -> None:
     """Raises UserError for generation tasks that cannot be run as they are asked for; ``none`` among them is dropped."""
     settings.generation = tuple(name for item in settings.generation for name in item.split(",") if name not in ("", "none"))
+    drop_repeats(settings, "generation")
     for name in settings.generation:
         if name.startswith(UNSAFE) and not settings.confirm_run_unsafe_code:
             raise UserError(
@@ -76,5 +76,5 @@ class EvalConfig:
         if self.adapter is not None and not os.path.isfile(os.path.join(self.adapter, "adapter_config.json")):
             raise UserError(f"--adapter {self.adapter}: no adapter_config.json there; give the adapter folder that post_training.py wrote")
         if self.output is None:
-            name = Path(self.model).name
+            name = short_name(self.model)
             self.output = f"eval_log/{name}{'_tuned' if self.adapter else ''}.json"

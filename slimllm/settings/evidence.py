@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from ..cli import check_choice, check_choices, check_range, flag
+from ..cli import check_choice, check_choices, check_range, drop_repeats, flag
 from ..errors import UserError
 from ..models.shape import RUNTIMES
-from .common import DTYPES, VLLM_PYTHON
+from .common import DTYPES, VLLM_PYTHON, short_name
 from .evaluate import check_generation
 from .methods import RECIPES
 from .tasks import DATA_DIR_HELP, TASKS, TASKS_HELP, tasks_named, tasks_with_files
@@ -87,11 +86,13 @@ class EvidenceConfig:
         if not self.base_model:
             raise UserError("--base_model is required: a local folder, hub name or .gguf file")
         check_choices(self)
+        drop_repeats(self, "shares", "protocols", "batch_size", "length", "runtimes")
         for share in self.shares:
             if not 0 < share < 1:
                 raise UserError(f"--shares {share}: must be above 0 and below 1")
         if self.recipes is None:
             self.recipes = (*RECIPES, *([LORA] if self.tune else []))
+        drop_repeats(self, "recipes")
         for name in self.recipes:
             check_choice("recipes", name, (*RECIPES, LORA))
         if LORA in self.recipes and not self.tune:
@@ -113,6 +114,6 @@ class EvidenceConfig:
             for size in getattr(self, name):
                 if size < 1:
                     raise UserError(f"--{name} {size}: must be at least 1")
-        self.eval_data = tuple(self.eval_data) if self.eval_data else None
+        self.eval_data = ("none",) if "none" in (self.eval_data or ()) else tuple(dict.fromkeys(self.eval_data or ())) or None
         if self.output is None:
-            self.output = f"eval_log/evidence_{Path(self.base_model).name}"
+            self.output = f"eval_log/evidence_{short_name(self.base_model)}"

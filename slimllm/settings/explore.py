@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..cli import flag
+from ..cli import drop_repeats, flag
 from ..errors import UserError
 from ..models.shape import RUNTIMES
 from .methods import PRICES, RECIPES
@@ -40,6 +40,7 @@ class ExploreConfig(TrialsConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        drop_repeats(self, "check")
         for share in self.check:
             if not 0 < share < 1:
                 raise UserError(f"--check {share}: must be above 0 and below 1")

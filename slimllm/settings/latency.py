@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..cli import check_choices, check_range, flag
+from ..cli import check_choices, check_range, drop_repeats, flag
 from ..errors import UserError
 from .common import DTYPES
 
@@ -29,6 +29,7 @@ class LatencyConfig:
         check_choices(self)
         check_range(self, "new_tokens", 1)
         check_range(self, "repeats", 1)
+        drop_repeats(self, "batch_size", "length")
         for name in ("batch_size", "length"):
             for value in getattr(self, name):
                 if value < 1:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..cli import check_choices, check_range, check_types, flag, given, without_effect
 from ..errors import UserError
+from .common import short_name
 
 # name -> (with an input, without one)
 TEMPLATES = {
@@ -107,7 +108,7 @@ class TrainConfig:
         if self.extra_val_dataset is not None:
             self.extra_val_dataset = tuple(name for item in self.extra_val_dataset for name in item.split(",") if name)
         if self.output_dir is None:
-            self.output_dir = str(Path("tune_log") / Path(self.prune_model).name)
+            self.output_dir = str(Path("tune_log") / short_name(self.prune_model))
 
     def remarks(self) -> list[str]:
         """A line for each setting that was given and changes nothing."""

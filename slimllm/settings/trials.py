@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from ..cli import check_choices, check_range, flag
+from ..cli import check_choices, check_range, drop_repeats, flag
 from ..errors import UserError
-from .common import DTYPES
+from .common import DTYPES, short_name
 
 
 @dataclass
@@ -36,9 +35,10 @@ class TrialsConfig:
         if not self.base_model:
             raise UserError("--base_model is required: a local folder, hub name or .gguf file")
         check_choices(self)
+        drop_repeats(self, "target_sparsity")
         check_range(self, "eval_limit", 1)
         for share in self.target_sparsity:
             if not 0 < share < 1:
                 raise UserError(f"--target_sparsity {share}: must be above 0 and below 1")
         if self.output is None:
-            self.output = f"eval_log/{self.PROGRAM}_{Path(self.base_model).name}"
+            self.output = f"eval_log/{self.PROGRAM}_{short_name(self.base_model)}"

@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -52,14 +53,17 @@ class Journal:
         """Whether the run whose folder this is has finished anything."""
         return any(path.name != "identity.json" for path in (Path(folder) / NAME).glob("*.json"))
 
-    def check(self, identity: dict) -> None:
-        """Keeps the identity of the run. Raises UserError, naming the first difference, where another run left this journal."""
+    def check(self, identity: dict, free: Collection[str] = ()) -> None:
+        """Keeps the identity of the run. Raises UserError, naming the first difference, where another run left this journal.
+
+        ``free``: what in it may differ by now.
+        """
         identity = json.loads(json.dumps(identity, default=str))
         before = self.get("identity", dict)
         if before is None:
             self.put("identity", identity)
             return
-        check_same(before, identity, "--resume")
+        check_same(before | {name: identity[name] for name in free}, identity, "--resume")
 
     def get(self, name: str, kind: type = object):
         """The entry ``name``, or None where there is none. Raises UserError for one that is broken, or not of this ``kind``."""

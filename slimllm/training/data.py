@@ -25,6 +25,15 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slim
 COLUMNS = ("instruction", "input", "output", "text", "messages")
 
 
+def check_rows(name: str) -> None:
+    """Raises UserError where ``--data_path NAME`` is a file that is not there or cannot be one of rows, before anything is read."""
+    path, where = Path(name), f"--data_path {name}"
+    if path.suffix in (".json", ".jsonl"):
+        check_plain(path, "--data_path ")
+    elif path.exists() or name.startswith((".", "/", "~")):
+        raise UserError(f"{where}: not a .json or .jsonl file, or not there")
+
+
 def read_rows(config: TrainConfig) -> dict[str, dict]:
     """Rows of the training data, by where each stands (row 3, line 4): {"instruction", "input", "output"}, {"text"} or {"messages"},
     which ShareGPT's conversations become too.
@@ -69,11 +78,10 @@ def _messages(row, where: str) -> list[dict]:
 
 def _all_rows(config: TrainConfig, where: str) -> dict[str, object]:
     """What the file or the data set on the hub holds, by where it stands. Raises UserError, beginning with ``where``."""
+    check_rows(config.data_path)
     path = Path(config.data_path)
     if path.suffix in (".json", ".jsonl"):
         return _rows_of_file(path, where)
-    if path.exists() or config.data_path.startswith((".", "/", "~")):
-        raise UserError(f"{where}: not a .json or .jsonl file, or not there")
     try:
         return {f"row {number}": row for number, row in enumerate(hub.rows(config.data_path, split="train"), 1)}
     except OSError as error:
@@ -81,7 +89,6 @@ def _all_rows(config: TrainConfig, where: str) -> dict[str, object]:
 
 
 def _rows_of_file(path: Path, where: str) -> dict[str, object]:
-    check_plain(path, "--data_path ")
     try:
         text = decoded(path.read_bytes(), where)
     except OSError as error:
