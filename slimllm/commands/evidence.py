@@ -313,7 +313,8 @@ def _speeds(config: EvidenceConfig, rows: list[Row], runtime: str) -> list[Step]
 def not_beside(config: EvidenceConfig) -> list[str]:
     """What is said of speeds that no dense model stands beside."""
     if config.runtimes and loading.is_gguf(config.base_model):
-        return [f"speed of the dense model: {config.base_model} holds other types than the files beside it, in 16 bits; name its folder"]
+        name = short_name(config.base_model)
+        return [f"speed of the dense model: {name} holds other types than the files beside it, in 16 bits; give the model as a folder"]
     return []
 
 
