@@ -31,11 +31,11 @@ class PartRow:
     each head, as many rows of a gate that its output is multiplied by. ``per_head``: parameters of the module with one number per query
     head; ``single``: with one number in all. ``fixed``: why its class takes no other number of units, where it takes none.
 
-    ``scale``: of a feed-forward part, what its module calls the factor of what its output projection gives.
+    ``scale``: what its module calls the factor of what the output projection of a feed-forward part gives, or its experts together.
 
     A part without ``sizes`` has no units: it is run as it is (:func:`mixer`). ``kept``: the projections, by their places in the layer,
     whose outputs it keeps of each token; where a layer lacks one, it keeps what the one before gives once more, and nothing where it lacks
-    the first. What has a convolution keeps a state besides.
+    the first, or the module that would hold it. What has a convolution keeps a state besides.
 
     Of experts, ``inputs`` names the router and ``output`` the module that holds them all; ``top_k``: the entry with the number of experts
     that a token is routed to; ``groups``: those with the numbers of groups that they lie in, and of groups that these are taken from;
@@ -581,6 +581,17 @@ FAMILIES = {
         Family("olmoe", "OLMoE", "olmoe", steps=with_experts({"qk_norm": "all"})),
         Family("flex_olmo", "FlexOlmo", None, steps=with_experts({**_NORMS_AFTER["attention"], "qk_norm": "all"}, _NORMS_AFTER["mlp"])),
         Family("minimax_m2", "MiniMax-M2", "minimax-m2", steps=with_experts({**_NO_BIAS, "qk_norm": "all"})),
+        Family(
+            "minimax_m3_vl_text",
+            "MiniMax-M3, without its vision part",
+            None,
+            steps=with_experts(
+                mixer("self_attn", kept=(*_KEYS_AND_VALUES, "self_attn.indexer.k_proj")),
+                {"scale": "routed_scaling_factor"},
+                {**_FUSED_MLP, "sizes": ("dense_intermediate_size",)},
+            ),
+            norm_offset=1.0,
+        ),
         Family(
             "qwen2_moe",
             "Qwen1.5 and 2, mixtures of experts",

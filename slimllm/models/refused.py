@@ -55,7 +55,6 @@ _REASONS = {  # why -> model types
         "hy_v4",
         "qwen4_exp_text",
     ),
-    "what its experts give together is scaled behind them, and their recovery goes by what they give": ("minimax_m3_vl_text",),
     "its layers scale the residual stream itself by learned weights before they add to it": ("doge",),
     "its layers have norms of the same names before a part where attention is linear, and after it where it is full": ("olmo_hybrid",),
     "its experts for text lie in one part with those for images, each with a router of its own": ("ernie4_5_vl_moe_text",),

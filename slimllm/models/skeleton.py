@@ -6,6 +6,7 @@ import functools
 import json
 import re
 from dataclasses import replace
+from operator import attrgetter
 
 import torch
 from torch import nn
@@ -101,7 +102,9 @@ def _cache_of(layer: nn.Module, row: PartRow, config, family: Family) -> Cache |
     numbers = state = last = 0
     for place in row.kept:
         holder, _, name = place.rpartition(".")
-        projection = getattr(layer.get_submodule(holder), name, None)
+        if (owner := attrgetter(holder)(layer)) is None:
+            continue
+        projection = getattr(owner, name, None)
         last = last if projection is None else projection.out_features
         numbers += last
     if family.gguf in ALL_HEADS_CACHED:
