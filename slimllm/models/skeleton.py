@@ -28,6 +28,15 @@ def skeleton_of(config, dtype: torch.dtype):
     return skeleton
 
 
+def whole_skeleton_of(config):
+    """The model of text and more of a config, without its weights."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForMultimodalLM
+
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForMultimodalLM.from_config(config, trust_remote_code=False).eval()
+
+
 def counted(config, family: Family) -> tuple[Counted, ...]:
     """What the modules of each layer say, where the config alone does not say it: of hybrids and mixtures of experts."""
     return _counted(_settings_of(config), family)
