@@ -123,6 +123,7 @@ FAMILY_CASES = {
     "olmo2": ("olmo2", dict(num_key_value_heads=4)),
     "olmo3": ("olmo3", dict(num_key_value_heads=2, sliding_window=6, layer_types=GEMMA["layer_types"])),
     "qwen3_5": ("qwen3_5_text", dict(num_key_value_heads=2, layer_types=["linear_attention", "full_attention"], **LINEAR)),
+    "olmo_hybrid": ("olmo_hybrid", dict(num_key_value_heads=2, **HYBRID, **LINEAR)),
     "ernie4_5": ("ernie4_5", dict(num_key_value_heads=2)),
     "ernie4_5_biases": ("ernie4_5", dict(num_key_value_heads=2, use_bias=True)),
     "seed_oss": ("seed_oss", dict(num_key_value_heads=2)),

@@ -31,6 +31,8 @@ class PartRow:
     each head, as many rows of a gate that its output is multiplied by. ``per_head``: parameters of the module with one number per query
     head; ``single``: with one number in all. ``fixed``: why its class takes no other number of units, where it takes none.
 
+    ``beside_module``: what a layer has that holds the part as this row says, where other layers hold it under the same name otherwise.
+
     ``scale``: what its module calls the factor of what the output projection of a feed-forward part gives, or its experts together.
 
     A part without ``sizes`` has no units: it is run as it is (:func:`mixer`). ``kept``: the projections, by their places in the layer,
@@ -66,6 +68,7 @@ class PartRow:
     per_head: tuple[str, ...] = ()
     single: tuple[str, ...] = ()
     fixed: str | None = None
+    beside_module: str | None = None
     scale: str | None = None
     top_k: str = "num_experts_per_tok"
     stacked: tuple[str, str] = ("gate_up_proj", "down_proj")
@@ -85,7 +88,8 @@ class PartRow:
     def is_in(self, layer) -> bool:
         """Whether a layer, the module, has the part: layers may hold experts or a feed-forward part under one name."""
         module = getattr(layer, self.module, None)
-        return module is not None and (not self.output or hasattr(module, self.output))
+        form = self.beside_module is None or hasattr(layer, self.beside_module)
+        return form and module is not None and (not self.output or hasattr(module, self.output))
 
 
 ATTENTION = PartRow(
@@ -413,6 +417,19 @@ FAMILIES = {
         ),
         Family("olmo2", "OLMo 2", "olmo2", steps=_normed(_NORMS_AFTER, qk_norm="all")),
         Family("olmo3", "OLMo 3", "olmo2", steps=_normed(_NORMS_AFTER, qk_norm="all")),
+        Family(
+            "olmo_hybrid",
+            "OLMo Hybrid",
+            None,
+            steps=(
+                (_LINEAR_ATTENTION,),
+                (replace(ATTENTION, **_NORMS_AFTER["attention"], qk_norm="all", layers=("layer_types", "full_attention")),),
+                (
+                    replace(MLP, beside_module="linear_attn", layers=("layer_types", "linear_attention")),
+                    replace(MLP, **_NORMS_AFTER["mlp"], beside_module="self_attn", layers=("layer_types", "full_attention")),
+                ),
+            ),
+        ),
         Family(
             "qwen3_5_text",
             "Qwen3.5 and 3.6, dense, without their vision part",

@@ -54,7 +54,6 @@ _REASONS = {  # why -> model types
         "qwen4_exp_text",
     ),
     "its layers scale the residual stream itself by learned weights before they add to it": ("doge",),
-    "its layers have norms of the same names before a part where attention is linear, and after it where it is full": ("olmo_hybrid",),
     "its experts for text lie in one part with those for images, each with a router of its own": ("ernie4_5_vl_moe_text",),
     "its layers read, besides the state, how far the text may lag behind the sound": ("voxtral_realtime_text",),
     "its class makes the feed-forward part half as wide as its config says, and its layers keep their states in themselves": (

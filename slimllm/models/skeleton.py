@@ -96,7 +96,7 @@ def _of_layer(layer: nn.Module, index: int, config, family: Family) -> Counted:
     uncut = sum(p.numel() for name, p in layer.named_parameters() if name.partition(".")[0] not in cut)
     matrices = _matrices([module for name, module in layer.named_modules() if name.partition(".")[0] not in cut])
     experts = next((row for row in rows if row.kind == "experts"), None)
-    return Counted(uncut, matrices, frozenset(row.kind for row in rows), kept, experts and _experts(layer, index, config, experts))
+    return Counted(uncut, matrices, tuple(rows), kept, experts and _experts(layer, index, config, experts))
 
 
 def _cache_of(layer: nn.Module, row: PartRow, config, family: Family) -> Cache | None:
