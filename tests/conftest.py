@@ -123,6 +123,7 @@ FAMILY_CASES = {
     "olmo2": ("olmo2", dict(num_key_value_heads=4)),
     "olmo3": ("olmo3", dict(num_key_value_heads=2, sliding_window=6, layer_types=GEMMA["layer_types"])),
     "qwen3_5": ("qwen3_5_text", dict(num_key_value_heads=2, layer_types=["linear_attention", "full_attention"], **LINEAR)),
+    "olmo_hybrid": ("olmo_hybrid", dict(num_key_value_heads=2, **HYBRID, **LINEAR)),
     "ernie4_5": ("ernie4_5", dict(num_key_value_heads=2)),
     "ernie4_5_biases": ("ernie4_5", dict(num_key_value_heads=2, use_bias=True)),
     "seed_oss": ("seed_oss", dict(num_key_value_heads=2)),
@@ -205,6 +206,22 @@ MIXTURE_CASES = {  # the same of mixtures of experts, which lose other units tha
     "olmoe": ("olmoe", dict(num_key_value_heads=2, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True)),
     "flex_olmo": ("flex_olmo", dict(num_key_value_heads=2, num_experts=8, num_experts_per_tok=2)),
     "minimax_m2": ("minimax_m2", dict(num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2)),
+    "minimax_m3": (
+        "minimax_m3_vl_text",
+        dict(
+            num_key_value_heads=2,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            dense_intermediate_size=40,
+            shared_intermediate_size=24,
+            mlp_layer_types=["dense", "sparse"],
+            layer_types=["full_attention", "minimax_m3_sparse"],
+            index_n_heads=2,
+            index_head_dim=8,
+            index_block_size=4,
+            index_topk_blocks=2,
+        ),
+    ),
     "qwen2_moe": ("qwen2_moe", dict(num_key_value_heads=2, shared_expert_intermediate_size=24, **EXPERTS)),
     "qwen3_5_moe": (
         "qwen3_5_moe_text",
@@ -426,7 +443,7 @@ def kept_bytes(model, context=1):
         cache = model(torch.ones(1, 1, dtype=torch.long), use_cache=True).past_key_values
     tokens = states = 0
     for layer in map(vars, cache.layers):
-        tokens += sum(layer[name].numel() for name in ("keys", "values", "indexer_keys") if layer.get(name) is not None)
+        tokens += sum(layer[name].numel() for name in ("keys", "values", "indexer_keys", "idx_keys") if layer.get(name) is not None)
         states += sum(one[..., 1:].numel() for one in layer.get("conv_states", {}).values())
         states += sum(one.numel() for one in layer.get("recurrent_states", {}).values() if one is not None)
     return 2 * tokens * context, 4 * states

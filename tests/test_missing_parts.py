@@ -108,7 +108,7 @@ def test_what_is_left_is_the_model_with_the_others_skipped(case, tmp_path):
         assert torch.equal(again.generate(padded, attention_mask=mask, use_cache=True, **settings)[:, 3:], plain)
 
 
-@pytest.mark.parametrize("case", ["llama_gqa", "gemma2", "cohere", "qwen3_5"])
+@pytest.mark.parametrize("case", ["llama_gqa", "gemma2", "cohere", "qwen3_5", "olmo_hybrid"])
 def test_nothing_gone_changes_nothing(case):
     model, ids = several(case), make_ids(2, 12)
     left = shallow_source(run_source(model), range(4)).model
@@ -282,7 +282,7 @@ def test_what_lacks_parts_is_pruned_again(folder, text_file):
 
 
 @pytest.mark.parametrize("settings", [{"target_sparsity": 0.0}, {"recovery": "least_squares", "target_sparsity": 0.5}], ids=str)
-@pytest.mark.parametrize("case", ["llama_gqa", "llama_mha", "gemma2", "cohere", "qwen3_5"])
+@pytest.mark.parametrize("case", ["llama_gqa", "llama_mha", "gemma2", "cohere", "qwen3_5", "olmo_hybrid"])
 def test_a_model_in_memory_loses_the_parts_that_its_files_lose(case, settings, tmp_path):
     model, ids = several(case, 6), make_ids(16, 16)
     model.save_pretrained(tmp_path)

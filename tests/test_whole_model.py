@@ -68,6 +68,15 @@ WRAPPERS = {  # what stands around the text model: (case of the text model, what
     "cohere_compass": ("cohere_compass", {}, {**_QWEN_VISION, "deepstack_visual_indexes": []}),
     "lfm3_vl": ("lfm3", {}, {**_VISION, "num_key_value_heads": 1}),
     "qianfan_ocr": ("qwen3", {}, {**_VISION, "image_size": [28, 28], "patch_size": [14, 14]}),
+    "minimax_m3_vl": ("minimax_m3", {}, _VISION),
+    "kimi_k25": ("deepseek_v3", {}, {**_VISION, "pos_emb_height": 4, "pos_emb_width": 4, "pos_emb_time": 2}),
+    "hyperclovax_vision_v2": ("hyperclovax", {}, {"model_type": "qwen2_5_vl_vision", **_QWEN_VISION, "fullatt_block_indexes": [0]}),
+    "cosmos3_omni": (
+        "qwen3",
+        {"model_type": "qwen3_vl_text", "rope_parameters": _MROPE},
+        {**_QWEN_VISION, "deepstack_visual_indexes": []},
+    ),
+    "nemotron_h_omni": ("nemotron_h_moe", {}, {"model_type": "radio", **_VISION, "max_img_size": 28, "video_temporal_patch_size": 2}),
     "gemma4": ("gemma4_shared", {}, {**_VISION, "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 64}),
 }
 
@@ -76,17 +85,27 @@ def _inside(name):
     return f"language_model.{name}" if name.startswith("lm_head") else name.replace("model.language_model.", "language_model.model.")
 
 
-AS_PUBLISHED = {"qianfan_ocr": _inside}  # what published files call a tensor, where save_pretrained calls it something else
+def _deeper(name):
+    return name.replace("lm_head", "model.language_model.lm_head").replace("language_model.", "language_model.model.", name[0] == "m")
+
+
+def _in_layers(name):
+    return name.replace("language_model.model.blocks.", "language_model.model.layers.")
+
+
+# what published files call a tensor, where save_pretrained calls it something else; the last has the form of the rules that it saves by
+AS_PUBLISHED = {"qianfan_ocr": _inside, "hyperclovax_vision_v2": _deeper, "kimi_k25": _in_layers}
 
 
 def saved_whole(wrapper, folder, tokenizer, dtype=torch.float32, **changes):
     """A random model of text and images, as stock transformers writes it."""
     case, settings, vision = WRAPPERS[wrapper]
     text_config = family_config(case, **changes).to_dict() | settings
-    config = AutoConfig.for_model(wrapper, text_config=text_config, vision_config=vision, tie_word_embeddings=False)
+    sizes = {"vision_hidden_size": 16} if wrapper == "nemotron_h_omni" else {}
+    config = AutoConfig.for_model(wrapper, text_config=text_config, vision_config=vision, tie_word_embeddings=False, **sizes)
     torch.manual_seed(0)
     whole = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
-    whole.save_pretrained(folder, save_original_format=wrapper not in AS_PUBLISHED)
+    whole.save_pretrained(folder, save_original_format=wrapper not in AS_PUBLISHED or wrapper == "kimi_k25")
     if wrapper in AS_PUBLISHED:
         path = folder / "model.safetensors"
         named = {AS_PUBLISHED[wrapper](name): tensor for name, tensor in load_file(path).items()}
@@ -119,8 +138,9 @@ def test_the_text_model_is_read_pruned_and_put_back(wrapper, tmp_path, tiny_toke
     assert text.config.model_type == (FAMILY_CASES | MIXTURE_CASES | ODD_CASES)[case][0] and type(text).__name__.endswith("ForCausalLM")
     assert torch.equal(logits(text, make_ids()), logits(whole, make_ids()))
     units = "experts" if case in MIXTURE_CASES else "channels"
-    smaller = pruned_text(tmp_path / "whole", tmp_path / "text", tiny_tokenizer, prune=units)
-    if wrapper == "qwen3_vl_moe":  # its experts are stored together
+    recovery = "none" if case == "nemotron_h_moe" else "least_squares"
+    smaller = pruned_text(tmp_path / "whole", tmp_path / "text", tiny_tokenizer, prune=units, recovery=recovery)
+    if wrapper in ("qwen3_vl_moe", "minimax_m3_vl"):  # their experts are stored together, or each by itself where the text model's are not
         assert put_back(tmp_path / "text", tmp_path / "out", "--into", tmp_path / "whole") == 2
         assert "take the text model alone" in capsys.readouterr().err
         return

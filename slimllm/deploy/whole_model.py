@@ -15,9 +15,11 @@ from transformers import PreTrainedConfig
 
 from ..errors import UserError
 from ..models import hub, loading
+from ..models.adapter import LayerAdapter
 from ..models.families import family_of
 from ..models.skeleton import skeleton_of
 from ..models.source import stored_tensors
+from ..models.stored_names import Inside
 from ..models.tensor_file import DTYPES
 from ..models.weights import Tensors, weight_files
 from .config_files import CONFIG
@@ -48,7 +50,7 @@ def put_back(text: Path, whole: str, folder: Path) -> None:
     if "quantization_config" in outer or "quantization_config" in outer["text_config"]:
         raise UserError(f"{where}: its weights are quantized, and the checkpoint's are not; name the unquantized model it was made from")
     for name in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "rope_parameters", _epsilon_of(dense)):
-        had, has = getattr(dense, name), getattr(now, name)
+        had, has = getattr(dense, name, None), getattr(now, name, None)
         if name == "num_hidden_layers" and has < had:
             raise UserError(
                 f"{where}: whole layers went, {had - has} of {had}, and a text model with fewer stands by itself; prune without"
@@ -79,10 +81,14 @@ def _write_weights(text: Path, whole: str, dense, folder: Path) -> None:
     if files[0].suffix != ".safetensors":
         raise UserError(f"{where}: its weights are not in safetensors files; save it again with save_pretrained")
     everything, inside = Tensors(files, text_alone=False), Tensors(files)
-    smaller = Tensors(weight_files(text), text_alone=False)
+    smaller, skeleton = Tensors(weight_files(text), text_alone=False), skeleton_of(dense, dense.dtype)
+    if by_rules := loading.inside_of(whole, skeleton, inside, "--into"):
+        inside.rename(by_rules.name_of)
+        smaller.rename(Inside(skeleton, LayerAdapter(dense)).name_of)
     stored = {name: inside.stored_name(name) for name in inside.names}
-    stored |= {name: _beside(name, stored, where) for name in smaller.names if name not in stored}  # biases that a recovery gave
-    used = stored_tensors(skeleton_of(dense, dense.dtype))  # published files hold keys and values of layers that share others' instead
+    new = sorted((name for name in smaller.names if name not in stored), key=lambda name: ".experts." not in name)
+    stored |= {name: _beside(name, stored, where) for name in new}  # biases that a recovery gave
+    used = stored_tensors(skeleton)  # published files hold keys and values of layers that share others' instead
     gone = set(inside.names) - set(smaller.names)
     if wrong := sorted(name for name in gone & used.keys() if ".experts." not in name):
         raise UserError(f"{where}: the checkpoint has no {wrong[0]}: not the same model")
@@ -109,8 +115,8 @@ def _beside(name: str, stored: dict[str, str], where: str) -> str:
     weight = f"{module}.weight"
     if ".experts." in name:
         raise UserError(
-            f"{where}: it stores the experts of a layer together, and the checkpoint each by itself: such a mixture is not put back; take "
-            "the text model alone"
+            f"{where}: it stores the experts of a layer in another way than the checkpoint, together or each by itself: such a mixture is "
+            "not put back; take the text model alone"
         )
     if weight not in stored:
         raise UserError(f"{where}: it has no place for {name} of the checkpoint: not the same model")

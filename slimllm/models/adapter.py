@@ -32,7 +32,8 @@ class Part:
     def __init__(self, row: PartRow, layer: nn.Module, head_dim: int, multiplier: float):
         self.row, self.kind, self.head_dim = row, row.kind, head_dim
         self.module: nn.Module = getattr(layer, row.module)
-        self.multiplier = multiplier if row.scale is None else multiplier * getattr(self.module, row.scale)
+        self.scale = 1.0 if row.scale is None else getattr(self.module, row.scale)
+        self.multiplier = multiplier * self.scale
         self.norm, self.post_norm = (None if name is None else getattr(layer, name) for name in (row.norm, row.post_norm))
 
     def read(self, states: torch.Tensor) -> torch.Tensor:
@@ -187,10 +188,14 @@ _WIDTHS = ("intermediate_dim", "intermediate_size")  # the same of the channels 
 
 
 class Experts(Part):
-    """A router and its experts: ``experts`` is called with (states [T, D], the experts of each token [T, k], their weights [T, k])."""
+    """A router and its experts: ``experts`` is called with (states [T, D], the experts of each token [T, k], their weights [T, k]).
+
+    What they give together counts ``scale`` times in what the part gives.
+    """
 
     def __init__(self, row: PartRow, layer: nn.Module, head_dim: int, multiplier: float):
         super().__init__(row, layer, head_dim, multiplier)
+        self.multiplier = multiplier
         self.router: nn.Module = getattr(self.module, row.inputs[0])
         self.experts: nn.Module = getattr(self.module, row.output)
 

@@ -21,7 +21,9 @@ _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attentio
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "sliding_window")
 _FLAGS = ("attention_bias", "mlp_bias", "tie_word_embeddings")
 _WEIGHTS = (".safetensors", ".safetensors.index.json")  # what transformers takes by a name of its own
-_LAYER_TYPES = ("full_attention", "sliding_attention", "indexed_attention", "linear_attention", "conv", "hybrid", "moe", "mlp")
+_LAYER_TYPES = (
+    *("full_attention", "sliding_attention", "indexed_attention", "minimax_m3_sparse", "linear_attention", "conv", "hybrid", "moe", "mlp"),
+)
 
 _ROPE_NUMBERS = (
     *("rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings", "max_position_embeddings", "attention_factor"),

@@ -31,11 +31,13 @@ class PartRow:
     each head, as many rows of a gate that its output is multiplied by. ``per_head``: parameters of the module with one number per query
     head; ``single``: with one number in all. ``fixed``: why its class takes no other number of units, where it takes none.
 
-    ``scale``: of a feed-forward part, what its module calls the factor of what its output projection gives.
+    ``beside_module``: what a layer has that holds the part as this row says, where other layers hold it under the same name otherwise.
+
+    ``scale``: what its module calls the factor of what the output projection of a feed-forward part gives, or its experts together.
 
     A part without ``sizes`` has no units: it is run as it is (:func:`mixer`). ``kept``: the projections, by their places in the layer,
     whose outputs it keeps of each token; where a layer lacks one, it keeps what the one before gives once more, and nothing where it lacks
-    the first. What has a convolution keeps a state besides.
+    the first, or the module that would hold it. What has a convolution keeps a state besides.
 
     Of experts, ``inputs`` names the router and ``output`` the module that holds them all; ``top_k``: the entry with the number of experts
     that a token is routed to; ``groups``: those with the numbers of groups that they lie in, and of groups that these are taken from;
@@ -66,6 +68,7 @@ class PartRow:
     per_head: tuple[str, ...] = ()
     single: tuple[str, ...] = ()
     fixed: str | None = None
+    beside_module: str | None = None
     scale: str | None = None
     top_k: str = "num_experts_per_tok"
     stacked: tuple[str, str] = ("gate_up_proj", "down_proj")
@@ -85,7 +88,8 @@ class PartRow:
     def is_in(self, layer) -> bool:
         """Whether a layer, the module, has the part: layers may hold experts or a feed-forward part under one name."""
         module = getattr(layer, self.module, None)
-        return module is not None and (not self.output or hasattr(module, self.output))
+        form = self.beside_module is None or hasattr(layer, self.beside_module)
+        return form and module is not None and (not self.output or hasattr(module, self.output))
 
 
 ATTENTION = PartRow(
@@ -414,6 +418,19 @@ FAMILIES = {
         Family("olmo2", "OLMo 2", "olmo2", steps=_normed(_NORMS_AFTER, qk_norm="all")),
         Family("olmo3", "OLMo 3", "olmo2", steps=_normed(_NORMS_AFTER, qk_norm="all")),
         Family(
+            "olmo_hybrid",
+            "OLMo Hybrid",
+            None,
+            steps=(
+                (_LINEAR_ATTENTION,),
+                (replace(ATTENTION, **_NORMS_AFTER["attention"], qk_norm="all", layers=("layer_types", "full_attention")),),
+                (
+                    replace(MLP, beside_module="linear_attn", layers=("layer_types", "linear_attention")),
+                    replace(MLP, **_NORMS_AFTER["mlp"], beside_module="self_attn", layers=("layer_types", "full_attention")),
+                ),
+            ),
+        ),
+        Family(
             "qwen3_5_text",
             "Qwen3.5 and 3.6, dense, without their vision part",
             "qwen35",
@@ -581,6 +598,17 @@ FAMILIES = {
         Family("olmoe", "OLMoE", "olmoe", steps=with_experts({"qk_norm": "all"})),
         Family("flex_olmo", "FlexOlmo", None, steps=with_experts({**_NORMS_AFTER["attention"], "qk_norm": "all"}, _NORMS_AFTER["mlp"])),
         Family("minimax_m2", "MiniMax-M2", "minimax-m2", steps=with_experts({**_NO_BIAS, "qk_norm": "all"})),
+        Family(
+            "minimax_m3_vl_text",
+            "MiniMax-M3, without its vision part",
+            None,
+            steps=with_experts(
+                mixer("self_attn", kept=(*_KEYS_AND_VALUES, "self_attn.indexer.k_proj")),
+                {"scale": "routed_scaling_factor"},
+                {**_FUSED_MLP, "sizes": ("dense_intermediate_size",)},
+            ),
+            norm_offset=1.0,
+        ),
         Family(
             "qwen2_moe",
             "Qwen1.5 and 2, mixtures of experts",

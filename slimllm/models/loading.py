@@ -18,15 +18,16 @@ from ..errors import UserError, first_line
 from ..utils.device import evaluation_dtype
 from ..utils.memory import free_memory, return_free_memory
 from . import gguf_settings, hub
+from .adapter import LayerAdapter
 from .checked import check_config
 from .families import OF_IMAGES, TEXT_MODELS, UNSAID, family_of
 from .gguf_tensors import GgufTensors, gguf_reader, parsed_once
 from .quantized import READERS
 from .refused import UNSUPPORTED
 from .shape import ModelShape, shape_of
-from .skeleton import in_float32, skeleton_of
+from .skeleton import in_float32, skeleton_of, whole_skeleton_of
 from .source import ModelSource, stored_tensors
-from .stored_names import Stacked
+from .stored_names import Inside, Stacked
 from .weights import ADAPTER, PickledTensors, Tensors, weight_files
 
 # Tensors that old files hold besides the model's, which follow from the config. The model's class may name more.
@@ -204,16 +205,33 @@ def open_source(base_model: str, dtype: torch.dtype | str, option_name: str = "-
     skeleton = _read("config", base_model, option_name, lambda: skeleton_of(config, dtype))
     names = list(stored_tensors(skeleton))
     weights = _read("weights", base_model, option_name, lambda: _weights(base_model, source, config, names))
+    pieces = None
+    if not kwargs and (inside := inside_of(base_model, skeleton, weights, option_name)):
+        weights.rename(inside.name_of)
+        pieces = inside.pieces()
     if _settle_head(config, weights):
         skeleton = skeleton_of(config, dtype)
     if not kwargs and not all(map(weights.is_number, weights.names)):
         weights = _dequantized(weights, _stored_config(source, base_model, option_name), where)
     if family_of(config).is_mixture or (not kwargs and not set(weights.names).issuperset(names)):  # or they have other names there
-        weights = Stacked(weights, skeleton)
+        weights = Stacked(weights, skeleton, pieces)
     _check_tensors(skeleton, weights, where)
     if not kwargs and (generation := _generation_config(source, base_model, option_name)) is not None:
         skeleton.generation_config = generation
     return ModelSource(skeleton, weights, dtype)
+
+
+def inside_of(base_model: str, skeleton, weights, option_name: str) -> Inside | None:
+    """The names of the tensors of a text model inside another, where its files have them by the other's rules and not by its own behind a
+    mark. ``skeleton``: the text model's; ``weights``: the reader of the files.
+    """
+    names = set(stored_tensors(skeleton))
+    if names.issubset(weights.names):
+        return None
+    whole = _stored_config(base_model, base_model, option_name)
+    if getattr(whole, "text_config", None) is None or names.issubset(Stacked(weights, skeleton).names):
+        return None
+    return _read("config", base_model, option_name, lambda: Inside(whole_skeleton_of(whole), LayerAdapter(skeleton.config)))
 
 
 def _dequantized(weights, stored, where: str):

@@ -525,13 +525,13 @@ class ExpertsShape(OfEachToken):
 @dataclass(frozen=True)
 class Counted:
     """What the modules of one layer say. ``uncut``: parameters outside the parts that can lose units: its norms, and what is run and never
-    cut; ``matrices``: (rows, columns) of the matrices among these. ``kinds``: of the parts that it has. ``caches``: what is never cut keeps
+    cut; ``matrices``: (rows, columns) of the matrices among these. ``rows``: those of its parts. ``caches``: what is never cut keeps
     of a text; None where that is not known. ``experts``: the numbers of its experts, where it has some.
     """
 
     uncut: int
     matrices: tuple[tuple[int, int], ...]
-    kinds: frozenset[str]
+    rows: tuple[PartRow, ...]
     caches: tuple[Cache, ...] | None = ()
     experts: ExpertsShape | None = None
 

@@ -314,7 +314,7 @@ def _layer_shape(config, family: Family, index: int, modules: Counted | None) ->
         rows = [row for row in family.parts if is_in_layer(config, row, index) or is_missing(config, row, index)]
         uncut, matrices = len({name for row in rows for name in row.norms}) * norm, ()
     else:
-        rows, uncut, matrices = [row for row in family.parts if row.kind in modules.kinds], modules.uncut, modules.matrices
+        rows, uncut, matrices = modules.rows, modules.uncut, modules.matrices
         caches = modules.caches or ()
     of_others = {row.kind: {name for other in (*rows, *mixers) if other is not row for name in other.norms} for row in rows}
     norms = tuple((row.kind, len(set(row.norms) - of_others[row.kind]) * norm) for row in rows)

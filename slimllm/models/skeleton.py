@@ -6,6 +6,7 @@ import functools
 import json
 import re
 from dataclasses import replace
+from operator import attrgetter
 
 import torch
 from torch import nn
@@ -25,6 +26,15 @@ def skeleton_of(config, dtype: torch.dtype):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
     skeleton.tie_weights()
     return skeleton
+
+
+def whole_skeleton_of(config):
+    """The model of text and more of a config, without its weights."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForMultimodalLM
+
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForMultimodalLM.from_config(config, trust_remote_code=False).eval()
 
 
 def counted(config, family: Family) -> tuple[Counted, ...]:
@@ -86,7 +96,7 @@ def _of_layer(layer: nn.Module, index: int, config, family: Family) -> Counted:
     uncut = sum(p.numel() for name, p in layer.named_parameters() if name.partition(".")[0] not in cut)
     matrices = _matrices([module for name, module in layer.named_modules() if name.partition(".")[0] not in cut])
     experts = next((row for row in rows if row.kind == "experts"), None)
-    return Counted(uncut, matrices, frozenset(row.kind for row in rows), kept, experts and _experts(layer, index, config, experts))
+    return Counted(uncut, matrices, tuple(rows), kept, experts and _experts(layer, index, config, experts))
 
 
 def _cache_of(layer: nn.Module, row: PartRow, config, family: Family) -> Cache | None:
@@ -101,7 +111,9 @@ def _cache_of(layer: nn.Module, row: PartRow, config, family: Family) -> Cache |
     numbers = state = last = 0
     for place in row.kept:
         holder, _, name = place.rpartition(".")
-        projection = getattr(layer.get_submodule(holder), name, None)
+        if (owner := attrgetter(holder)(layer)) is None:
+            continue
+        projection = getattr(owner, name, None)
         last = last if projection is None else projection.out_features
         numbers += last
     if family.gguf in ALL_HEADS_CACHED:

@@ -2,14 +2,16 @@
 layer stacked in one tensor, and writes a tensor for each, under names of their own in some families; and it holds some tensors in one
 that are several there, such as the convolutions of queries, keys and values.
 
-The rules are transformers' own, turned round as it does where it saves a model.
+The rules are transformers' own, turned round as it does where it saves a model. Of a text model inside another they are the other's.
 """
 
 from __future__ import annotations
 
 import torch
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
 
+from .adapter import LayerAdapter
 from .families import is_pruned
 from .source import stored_tensors
 from .weights import OfAnother
@@ -52,15 +54,47 @@ def _rows(model, name: str, tensor: torch.Tensor) -> dict[str, Place]:
     return {stored: (slice(first, last + 1),) for stored, (first, last) in ends}
 
 
-class Stacked(OfAnother):
-    """The tensors of files by the names that ``model`` has for them: stacked where the files hold a tensor for each expert, one of which
-    is in memory at a time besides. Files that hold them stacked are read as they are.
+class Inside:
+    """The names of a text model's tensors where its files are those of ``whole``, a model without weights that holds it, or is it: what
+    transformers calls each when it reads the files, without what comes before it in ``whole``. ``adapter``: the text model's.
     """
 
-    def __init__(self, tensors, model):
+    def __init__(self, whole, adapter: LayerAdapter):
+        rules = get_model_conversion_mapping(whole)
+        self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        whole._weight_conversions = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        self._whole, self._names = whole, whole.state_dict()
+        family, modules = adapter.family, {id(module): name for name, module in whole.named_modules()}
+        embeddings = modules[id(whole.get_input_embeddings())]
+        head = next(name for name in modules.values() if name.rpartition(".")[2] == family.head)
+        self._places = {embeddings.removesuffix(family.embedding): adapter.decoder_name(), f"{head}.": adapter.head_name()}
+
+    def name_of(self, stored: str) -> str | None:
+        """What the text model calls a tensor of the files; None where it is another part's."""
+        found, _ = rename_source_key(stored, self._renamings, [], self._whole.base_model_prefix or None, self._names)
+        return self._own(found)
+
+    def pieces(self) -> dict[str, dict[str, Place]]:
+        """:func:`stored_pieces` of the text model, by the names of :meth:`name_of`."""
+        named = ((self._own(name), name, tensor) for name, tensor in stored_tensors(self._whole).items())
+        found = {own: _pieces(self._whole, name, tensor) for own, name, tensor in named if own is not None}
+        return {own: {self._own(name): place for name, place in places.items()} for own, places in found.items()}
+
+    def _own(self, name: str) -> str | None:
+        return next((own + name.removeprefix(before) for before, own in self._places.items() if name.startswith(before)), None)
+
+
+class Stacked(OfAnother):
+    """The tensors of files by the names that ``model`` has for them: stacked where the files hold a tensor for each expert, one of which
+    is in memory at a time besides. Files that hold them stacked are read as they are. ``pieces``: :func:`stored_pieces`, where they are
+    not those of ``model``.
+    """
+
+    def __init__(self, tensors, model, pieces: dict[str, dict[str, Place]] | None = None):
         super().__init__(tensors)
         there = set(tensors.names)
-        pieces = {name: places for name, places in stored_pieces(model).items() if name not in there and there.issuperset(places)}
+        pieces = stored_pieces(model) if pieces is None else pieces
+        pieces = {name: places for name, places in pieces.items() if name not in there and there.issuperset(places)}
         self._pieces, self._shapes = pieces, {name: list(tensor.shape) for name, tensor in stored_tensors(model).items()}
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -84,6 +84,10 @@ class TensorReader:
     def call(self, name: str, stored: str) -> None:
         """Gives the tensor ``stored`` the name ``name`` as well."""
         self._at[name] = self._at[stored]
+
+    def rename(self, name_of: Callable[[str], str | None]) -> None:
+        """Calls each tensor what ``name_of`` makes of its name in the files; leaves those out of whose name it makes None."""
+        self._at = {name: place for place in self._at.values() if (name := name_of(place[1])) is not None}
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same numbers, of which a piece at a time is read."""

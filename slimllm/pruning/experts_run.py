@@ -48,12 +48,17 @@ class ExpertsRun:
         processes.add(*(sums for sums in (self.tokens, self.norms) if sums is not None))
 
     def _give(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple]:
-        """(what the part gives, [T, D]; what its experts alone give; what they were called with) for some of the residual stream."""
-        caught = []
+        """(what the part gives, [T, D]; what of that its experts alone give; what they were called with) for some of the residual stream.
+        Where what they give together is scaled behind them, their weights are taken as scaled.
+        """
+        caught, scale = [], self.part.scale
         hook = self.part.experts.register_forward_hook(lambda _, args, output: caught.extend((output, args)))
         given = self.part.give(states)
         hook.remove()
-        return given.flatten(0, -2), *caught
+        output, (read, routed, weights) = caught
+        if scale != 1:
+            output, weights = output * scale, weights * scale
+        return given.flatten(0, -2), output, (read, routed, weights)
 
     def _count(self, states: torch.Tensor, routed: torch.Tensor, weights: torch.Tensor) -> None:
         """Adds up over tokens: their ``states`` [T, D], the experts that they are ``routed`` to [T, k], and these experts' ``weights``."""
