@@ -85,6 +85,7 @@ def test_the_page_of_flags_is_the_programs_own():
 
 def test_the_page_of_families_is_the_table_s():
     assert PAGES["families.md"] == families_page(), "make it anew: slimllm families > docs/families.md"
+    assert f"and more: {len(FAMILIES)} families." in PAGES["README.md"]
 
 
 def test_the_tree_is_the_tree():
