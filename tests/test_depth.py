@@ -192,7 +192,12 @@ def test_layers_go_in_a_row_where_a_refit_loses_less_by_that(better, monkeypatch
 
     monkeypatch.setattr(depth, "bridged", bridged)
     assert depth.least_turning(run, measure)["staying"] == (row if better == "in a row" else one_by_one)
-    assert fitted == [(row, 6), (one_by_one, 6)]
+    assert fitted == [(one_by_one, 6), (row, 6)]
+    few = run_of(model, ids[:3], run.config)
+    assert (
+        depth.least_turning(few, nothing_to_measure)["staying"]
+        == depth.least_turning(run_of(model, ids[:3], alone.config), None)["staying"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -39,27 +39,25 @@ def least_turning(run: Run, measure: Measure) -> dict:
     """
     config, whole = run.config, run.shape.with_layers(range(len(run.shape.given_layers)))
     count, tried = config.drop_layers or 0, ways(config)
-    kept, cosine, of_parts = {}, None, {}
-    if IN_A_ROW in tried:
-        kept[IN_A_ROW], cosine = _in_a_row(run, count)
+    row, cosine = _in_a_row(run, count) if IN_A_ROW in tried else ([], None)
+    of_parts = {}
     if config.drops_parts:
         cosine, of_parts = _cosines(run.runner(run.samples.ids))
     elif cosine is None:
         cosine = run.runner(run.samples.ids).layer_cosines()
-    if ONE_BY_ONE in tried:
-        kept[ONE_BY_ONE] = sorted(range(len(cosine)), key=lambda index: cosine[index])[: len(cosine) - count]
+    kept = {ONE_BY_ONE: sorted(range(len(cosine)), key=lambda index: cosine[index])[: len(cosine) - count], IN_A_ROW: row}
     order = sorted(of_parts, key=of_parts.get, reverse=True)
-    found = {way: config.without_parts(whole.with_layers(layers), order).all_staying for way, layers in kept.items()}
+    found = {way: config.without_parts(whole.with_layers(kept[way]), order).all_staying for way in tried}
     return {"staying": _better(run, found, measure), "cosine": cosine}
 
 
 def ways(config: PruneConfig) -> list[str]:
-    """The ways to let whole layers go, of which the better one is taken where there are two."""
+    """The ways to let whole layers go: of two the better one is taken, or the first where samples are too few to tell."""
     method = METHODS[config.method]
     if method.in_a_row:
         return [IN_A_ROW]
     both = refits(config) and (config.drop_layers or 0) > 1 and not method.takes_whole
-    return [IN_A_ROW, ONE_BY_ONE] if both else [ONE_BY_ONE]
+    return [ONE_BY_ONE, IN_A_ROW] if both else [ONE_BY_ONE]
 
 
 def refits(config: PruneConfig) -> bool:
