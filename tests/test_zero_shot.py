@@ -41,9 +41,9 @@ ROWS = {
     "arc_easy": lambda i: {"id": str(i), "question": f"What is {i}?", "choices": CHOICES, "answerKey": "ABCD"[i % 4]},
     "arc_challenge": lambda i: {"id": str(i), "question": f"Why is {i}?", "choices": CHOICES, "answerKey": "ABCD"[i % 3]},
     "openbookqa": lambda i: {"id": str(i), "question_stem": f"the number {i} is", "choices": CHOICES, "answerKey": "ABCD"[i % 4]},
-    "mathqa": lambda i: {
+    "mathqa": lambda i: {  # no two options are the same, or rounding would choose between them
         "Problem": f"{i} plus 1 is ?",
-        "options": f"a ) {i} , b ) {i + 1} , c ) 2 , d ) 30 , e ) none",
+        "options": f"a ) {i} , b ) {i + 1} , c ) 40 , d ) 30 , e ) none",
         "correct": "abcde"[i % 5],
     },
     "mmlu_abstract_algebra": lambda i: {"question": f"What is {i}?", "choices": ["red", "blue", "no", f"{i}"], "answer": i % 4},
