@@ -205,6 +205,7 @@ class Sizing:
         """
         failed = None
         for plans in reversed(self._between(*self._around_target(lambda scale: self.rounded(ratios(scale), attention, common)))):
+            plans = [replace(plan, units=dict(plan.units)) for plan in plans]  # which are changed in place
             try:
                 self.fill(plans)
             except UserError as error:
@@ -225,8 +226,7 @@ class Sizing:
         layers = range(len(self.shape.layers))
         order = sorted((i for i in layers if fewer[i].units != more[i].units), key=lambda i: -more[i].ratio)
         counts = (0, len(order)) if self.limits.same_heads else range(len(order) + 1)
-        chosen = [[more[i] if i in order[:count] else fewer[i] for i in layers] for count in counts]
-        return [[replace(plan, units=dict(plan.units)) for plan in plans] for plans in chosen]  # which are changed in place
+        return [[more[i] if i in order[:count] else fewer[i] for i in layers] for count in counts]
 
     def _around_target(self, planned: Callable[[float], list[LayerPlan]]) -> tuple[list[LayerPlan], list[LayerPlan]]:
         """(plans that just miss the target, plans that just meet it), on both sides of the scale of the ratios at which it is met.
