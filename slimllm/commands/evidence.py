@@ -159,10 +159,7 @@ def _check_sources(config: EvidenceConfig) -> None:
     load_texts(tuple(name for name in config.eval_data or () if name not in HUB_TEXTS))
     calibration.check_source(config.calibration)
     if config.tune:
-        try:
-            check_rows(config.tune)
-        except UserError as error:
-            raise UserError(str(error).replace("--data_path", "--tune")) from None
+        check_rows(config.tune, "--tune")
     if "vllm" in config.runtimes:
         vllm.check_interpreter(config.vllm)
 

@@ -25,13 +25,13 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slim
 COLUMNS = ("instruction", "input", "output", "text", "messages")
 
 
-def check_rows(name: str) -> None:
-    """Raises UserError where ``--data_path NAME`` is a file that is not there or cannot be one of rows, before anything is read."""
-    path, where = Path(name), f"--data_path {name}"
+def check_rows(name: str, option_name: str = "--data_path") -> None:
+    """Raises UserError where ``name`` is a file that is not there or cannot be one of rows, before anything is read."""
+    path = Path(name)
     if path.suffix in (".json", ".jsonl"):
-        check_plain(path, "--data_path ")
+        check_plain(path, f"{option_name} ")
     elif path.exists() or name.startswith((".", "/", "~")):
-        raise UserError(f"{where}: not a .json or .jsonl file, or not there")
+        raise UserError(f"{option_name} {name}: not a .json or .jsonl file, or not there")
 
 
 def read_rows(config: TrainConfig) -> dict[str, dict]:
