@@ -406,10 +406,7 @@ def drop(work: Work) -> None:
             found = run.once("staying", lambda: depth.least_turning(run, functools.partial(perplexity_held_out, run)))
             work.staying, work.cosine = found["staying"], found["cosine"]
         depth.apply(run, work.staying)
-    try:
-        check_missing(run.shape, run.config.runtime)
-    except UserError as error:
-        raise Recurring(str(error)) from None
+    check_missing(run.shape, run.config.runtime)
     if run.config.runtime == "gguf" and (reason := gguf_architecture.obstacle(run.model_config)):
         raise Recurring(f"--runtime gguf: without these layers: {reason}; let others or none go, or name another runtime")
 

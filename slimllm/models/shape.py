@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from ..errors import UserError
+from ..errors import Recurring, UserError
 from .families import Family, family_of
 from .parts import (
     KINDS,
@@ -438,13 +438,13 @@ def limits_of(runtime: str, shape: ModelShape) -> Limits:
 
 
 def check_missing(shape: ModelShape, runtime: str, way: str | None = None) -> None:
-    """Raises UserError for a model some of whose layers lack a part that ``runtime`` computes no layer without. ``way``: the way out, where
+    """Raises Recurring for a model some of whose layers lack a part that ``runtime`` computes no layer without. ``way``: the way out, where
     it is not that of :func:`why_not_missing`.
     """
     for index, layer in enumerate(shape.layers):
         for kind in layer.missing:
             if found := why_not_missing(shape, runtime, kind, index):
-                raise UserError(f"layer {index} has no {KINDS[kind].title} part: {found[0]}; {way or found[1]}")
+                raise Recurring(f"layer {index} has no {KINDS[kind].title} part: {found[0]}; {way or found[1]}")
 
 
 def why_not_missing(shape: ModelShape, runtime: str, kind: str, index: int | None = None) -> tuple[str, str] | None:

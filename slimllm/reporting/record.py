@@ -114,8 +114,8 @@ def identity(config, weights: list[Path], texts: list, sources: tuple[str | None
     beside = [folder / name for folder in folders for name in ("config.json", "tokenizer.json", "tokenizer.model")]
     return {
         **flags,
-        **{f"the file {path.name}": [path.stat().st_size, path.stat().st_mtime_ns] for path in weights},
-        **{f"the file {path.name}": file_hash(path) for path in beside if path.is_file()},
+        **{f"{_OF_FILE}{path.name}": [path.stat().st_size, path.stat().st_mtime_ns] for path in weights},
+        **{f"{_OF_FILE}{path.name}": file_hash(path) for path in beside if path.is_file()},
         **hashes_of(sources),
         **{f"the plugin {name}": digest for name, digest in plugins.loaded.items()},
         **{f"the text {text.name}": text.sha256 for text in texts},
